@@ -1,0 +1,171 @@
+"""Attention over any axes, folded into attention over one.
+
+Every implementation works on `(B, T, N, H)`. Inputs with more dimensions are
+brought there: axes that do not attend join the batch, axes that attend are laid
+end to end, and the result is brought back.
+
+Letters: B batch, T query length, S key length, N heads, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_mha.typing import Tensor
+
+
+def resolve_axes(axes: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    """Returns the attention axes of inputs `(B, ..., D)` as positive numbers.
+
+    Args:
+        axes: The axes asked for; `None` means all but the first and the last.
+        rank: Number of dimensions of the inputs.
+
+    Raises:
+        ValueError: If an axis is the batch's or the features', out of range, or
+            named twice.
+
+    Example:
+
+    >>> from keras_mha.attention.axes import resolve_axes
+    >>> resolve_axes((-2,), rank=4), resolve_axes(None, rank=4)
+    ((2,), (1, 2))
+    """
+    if axes is None:
+        return tuple(range(1, rank - 1))
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    resolved = tuple(axis + rank if axis < 0 else axis for axis in given)
+    inner = all(0 < axis < rank - 1 for axis in resolved)
+    if not resolved or not inner or len(set(resolved)) < len(resolved):
+        raise ValueError(
+            "`attention_axes` must name different axes of the inputs, neither the "
+            f"first (batch) nor the last (features) of their {rank}. "
+            f"Received: attention_axes={axes}"
+        )
+    return resolved
+
+
+def score_shape(
+    query_shape: Sequence[int | None],
+    key_shape: Sequence[int | None],
+    num_heads: int,
+    axes: tuple[int, ...],
+) -> tuple[int | None, ...]:
+    """Static shape of the scores, `(B, ..., N, T..., S...)`, from input shapes.
+
+    Example:
+
+    >>> from keras_mha.attention.axes import score_shape
+    >>> score_shape((2, 3, 11), (2, 5, 11), num_heads=7, axes=(1,))
+    (2, 7, 3, 5)
+    """
+    free = _free_axes(len(query_shape) - 1, axes)
+    return (
+        *(query_shape[axis] for axis in free),
+        num_heads,
+        *(query_shape[axis] for axis in axes),
+        *(key_shape[axis] for axis in axes),
+    )
+
+
+def fold_heads(heads: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Brings projected heads `(B, ..., N, H)` to `(B', T, N, H)`."""
+    rank = len(heads.shape)
+    if _is_folded(rank, axes):
+        return heads
+    shape: Any = ops.shape(heads)
+    free = _free_axes(rank - 2, axes)
+    heads = ops.transpose(heads, (*free, *axes, rank - 2, rank - 1))
+    length = math.prod(shape[axis] for axis in axes)
+    return ops.reshape(heads, (-1, length, shape[-2], shape[-1]))
+
+
+def unfold_heads(mixed: Tensor, like: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Brings mixed values `(B', T, N, V)` back to the layout of `like`.
+
+    Args:
+        mixed: What an implementation returned.
+        like: The projected queries `(B, ..., N, H)` before `fold_heads`.
+        axes: The attention axes.
+    """
+    rank = len(like.shape)
+    if _is_folded(rank, axes):
+        return mixed
+    shape: Any = ops.shape(like)
+    order = (*_free_axes(rank - 2, axes), *axes)
+    last = ops.shape(mixed)[-1]
+    mixed = ops.reshape(mixed, (*(shape[axis] for axis in order), shape[-2], last))
+    back = [order.index(axis) for axis in range(rank - 2)]
+    return ops.transpose(mixed, (*back, rank - 2, rank - 1))
+
+
+def fold_padding(padding: Tensor, like: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Brings a padding mask, the leading dimensions of inputs, to `(B', T)`.
+
+    Args:
+        padding: Boolean `(B, ...)`, at most the inputs' dimensions but the last.
+        like: The projected heads `(B, ..., N, H)` that it belongs to.
+        axes: The attention axes.
+    """
+    rank = len(like.shape)
+    if _is_folded(rank, axes):
+        return padding
+    shape: Any = ops.shape(like)
+    free = _free_axes(rank - 2, axes)
+    for _ in range(rank - 2 - len(padding.shape)):
+        padding = ops.expand_dims(padding, axis=-1)
+    padding = ops.broadcast_to(padding, shape[: rank - 2])
+    padding = ops.transpose(padding, (*free, *axes))
+    return ops.reshape(padding, (-1, math.prod(shape[axis] for axis in axes)))
+
+
+def fold_pairs(
+    pairs: Tensor, query: Tensor, key: Tensor, axes: tuple[int, ...]
+) -> Tensor:
+    """Brings a mask of the scores' rank to `(B' or 1, N or 1, T, S)`.
+
+    Args:
+        pairs: Boolean, broadcastable to the scores `(B, ..., N, T..., S...)`.
+        query: Projected queries `(B, ..., N, H)`.
+        key: Projected keys `(B, ..., N, H)`.
+        axes: The attention axes.
+    """
+    rank = len(query.shape)
+    if _is_folded(rank, axes):
+        return pairs
+    queries: Any = ops.shape(query)
+    keys: Any = ops.shape(key)
+    free = [queries[axis] for axis in _free_axes(rank - 2, axes)]
+    rows = [queries[axis] for axis in axes]
+    columns = [keys[axis] for axis in axes]
+    heads = pairs.shape[len(free)]
+    pairs = ops.broadcast_to(pairs, (*free, heads, *rows, *columns))
+    return ops.reshape(pairs, (-1, heads, math.prod(rows), math.prod(columns)))
+
+
+def unfold_scores(
+    scores: Tensor, query: Tensor, key: Tensor, axes: tuple[int, ...]
+) -> Tensor:
+    """Brings scores `(B', N, T, S)` to `(B, ..., N, T..., S...)`."""
+    rank = len(query.shape)
+    if _is_folded(rank, axes):
+        return scores
+    queries: Any = ops.shape(query)
+    keys: Any = ops.shape(key)
+    free = [queries[axis] for axis in _free_axes(rank - 2, axes)]
+    rows = [queries[axis] for axis in axes]
+    columns = [keys[axis] for axis in axes]
+    return ops.reshape(scores, (*free, queries[-2], *rows, *columns))
+
+
+def _is_folded(heads_rank: int, axes: tuple[int, ...]) -> bool:
+    return heads_rank == 4 and axes == (1,)
+
+
+def _free_axes(leading: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes among the first `leading` that do not attend, the batch first."""
+    return tuple(axis for axis in range(leading) if axis not in axes)

@@ -1,0 +1,1 @@
+"""Keras layers: the weights around the functions of `keras_mha.attention`."""

@@ -1,0 +1,49 @@
+"""Checks of constructor arguments that several layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_positive(value: object, name: str) -> int:
+    """Returns `value` if it is a positive integer.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected a positive "
+            f"integer. Received: {name}={value}"
+        )
+    return value
+
+
+def check_optional(value: object, name: str) -> int | None:
+    """Returns `value` if it is a positive integer or `None`.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    return None if value is None else check_positive(value, name)
+
+
+def check_output_shape(
+    output_shape: int | Sequence[int] | None,
+) -> tuple[int, ...] | None:
+    """Returns `output_shape` as a tuple of positive integers, or `None`.
+
+    Raises:
+        ValueError: If it is not an integer or a sequence of integers.
+    """
+    if output_shape is None:
+        return None
+    sizes = (output_shape,) if isinstance(output_shape, int) else output_shape
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
+        raise ValueError(
+            f"Invalid `output_shape`: {output_shape}. When specified, the "
+            "`output_shape` must be a positive integer or a tuple or list of them."
+        )
+    for size in sizes:
+        check_positive(size, "output_shape")
+    return tuple(sizes)

@@ -1,0 +1,86 @@
+"""The XLA boundary: compiles one pure function, wherever it is called from.
+
+What passes is tensors and static Python values, nothing else. Keras layers,
+variables, seed generators and losses stay outside: TensorFlow reuses a trace, also
+one made in Keras' symbolic pass, and whatever it read from them would be frozen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import keras
+
+from keras_mha.typing import Tensor
+
+
+def check_jit_compile(jit_compile: bool | str) -> bool | str:
+    """Returns `jit_compile` if it is True, False or "auto".
+
+    Raises:
+        ValueError: If it is anything else, or True on a backend other than
+            TensorFlow.
+    """
+    if not isinstance(jit_compile, bool) and jit_compile != "auto":
+        raise ValueError(
+            "`jit_compile` must be True, False or 'auto'. "
+            f"Received: jit_compile={jit_compile!r}"
+        )
+    if jit_compile is True and keras.config.backend() != "tensorflow":
+        raise ValueError(
+            "`jit_compile=True` compiles with XLA on the TensorFlow backend only; "
+            "use 'auto' or False elsewhere. Received: jit_compile=True with the "
+            f"{keras.config.backend()} backend"
+        )
+    return jit_compile
+
+
+def call(
+    function: Callable[..., Any],
+    *tensors: Tensor,
+    jit_compile: bool | str,
+    layout: Hashable = None,
+    **options: Hashable,
+) -> Any:
+    """Calls a pure `function`, through XLA if `jit_compile` is True.
+
+    Args:
+        function: A module-level function without side effects.
+        *tensors: Its positional arguments: tensors, `None`, or named tuples of
+            these and of static values.
+        jit_compile: Whether to compile. "auto" does not: on a CPU TensorFlow's
+            own kernels are faster (see `MultiHeadSelfAttention`), and on a GPU
+            `model.fit` compiles the whole model by itself.
+        layout: What tells callers apart whose tensors differ for good, such as
+            head sizes. They get compiled functions of their own; TensorFlow would
+            count their traces as one function's retracing, and warn.
+        **options: Static keyword arguments of `function`.
+    """
+    if jit_compile is True and not _is_deterministic():
+        return compiled(function, layout, **options)(*tensors)
+    return function(*tensors, **options)
+
+
+@functools.cache
+def compiled(
+    function: Callable[..., Any], layout: Hashable = None, **options: Hashable
+) -> Any:
+    """Returns `function` with `options` as a `tf.function` compiled by XLA."""
+    del layout  # part of the cache's key
+    import tensorflow as tf
+
+    return tf.function(
+        functools.partial(function, **options),
+        jit_compile=True,
+        autograph=False,
+        reduce_retracing=True,
+    )
+
+
+def _is_deterministic() -> bool:
+    """Whether op determinism is on, which not every XLA operation supports."""
+    from tensorflow.python.framework.config import is_op_determinism_enabled
+
+    return is_op_determinism_enabled()

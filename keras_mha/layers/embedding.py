@@ -1,0 +1,126 @@
+"""Token ids to vectors that know their position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+from typing_extensions import override
+
+from keras_mha.layers.arguments import check_positive
+from keras_mha.layers.projections import clone_initializer
+from keras_mha.typing import Shape, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class TokenAndPositionEmbedding(keras.layers.Layer):
+    """Adds a learned vector for each token and one for each position.
+
+    Source: Devlin et al. 2019, "BERT", section 3 (learned positions).
+
+    Letters: B batch, T length, D model width.
+
+    Args:
+        vocabulary_size: Number of token ids.
+        sequence_length: Greatest T.
+        embedding_dim: D.
+        mask_zero: Whether id 0 is padding: the outputs then carry the mask
+            `ids != 0`.
+        embeddings_initializer: Initializer of both tables.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: Integer ids `(B, T)`.
+
+    Returns:
+        `(B, T, D)`.
+
+    Raises:
+        ValueError: If an argument is out of its domain, or T is known and greater
+            than `sequence_length`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> embedding = keras_mha.TokenAndPositionEmbedding(11, 7, 4)
+    >>> ids = np.array([[2, 5, 0]])
+    >>> tuple(embedding(ids).shape), embedding.compute_mask(ids).numpy().tolist()
+    ((1, 3, 4), [[True, True, False]])
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        sequence_length: int,
+        embedding_dim: int,
+        mask_zero: bool = True,
+        embeddings_initializer: Any = "uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.vocabulary_size = check_positive(vocabulary_size, "vocabulary_size")
+        self.sequence_length = check_positive(sequence_length, "sequence_length")
+        self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
+        self.mask_zero = mask_zero
+        self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
+        # Ids are not cast to the layer's floating dtype.
+        self.autocast = False
+        self.token_embedding = keras.layers.Embedding(
+            vocabulary_size,
+            embedding_dim,
+            embeddings_initializer=clone_initializer(self.embeddings_initializer),
+            dtype=self.dtype_policy,
+            name="token_embedding",
+        )
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "sequence_length": self.sequence_length,
+            "embedding_dim": self.embedding_dim,
+            "mask_zero": self.mask_zero,
+            "embeddings_initializer": keras.initializers.serialize(
+                self.embeddings_initializer
+            ),
+        }
+
+    @override
+    def build(self, input_shape: Shape) -> None:
+        self.token_embedding.build(input_shape)
+        self.position_embedding = self.add_weight(
+            name="position_embedding",
+            shape=(self.sequence_length, self.embedding_dim),
+            initializer=clone_initializer(self.embeddings_initializer),
+        )
+
+    @override
+    def call(self, inputs: Tensor) -> Tensor:
+        length = inputs.shape[1]
+        if length is not None and length > self.sequence_length:
+            raise ValueError(
+                "`inputs` must not be longer than `sequence_length`. Received: "
+                f"inputs of shape {tuple(inputs.shape)} and "
+                f"sequence_length={self.sequence_length}"
+            )
+        positions = ops.cast(self.position_embedding, self.compute_dtype)
+        return self.token_embedding(inputs) + positions[: ops.shape(inputs)[1]]
+
+    @override
+    def compute_mask(
+        self, inputs: Tensor, previous_mask: Tensor | None = None
+    ) -> Tensor | None:
+        return ops.not_equal(inputs, 0) if self.mask_zero else previous_mask
+
+    @override
+    def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
+        shape = self.compute_output_shape(inputs.shape)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    @override
+    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
+        return (*input_shape, self.embedding_dim)

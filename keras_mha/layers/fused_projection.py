@@ -1,0 +1,257 @@
+"""One dense layer for queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+from typing_extensions import override
+
+from keras_mha.layers.arguments import check_positive
+from keras_mha.layers.projections import clone_initializer, projection_arguments
+from keras_mha.typing import Shape, Tensor
+
+PARTS = ("query", "key", "value")
+
+
+class FusedProjection(keras.layers.EinsumDense):
+    """Projects inputs to the heads' queries, keys and values in one product.
+
+    The kernel is `(D, N, 2 H + V)`: each head's query, key and value columns lie
+    side by side. Each part is initialised as a projection of its own would be, and
+    can have low-rank factors of its own.
+
+    Low-rank adaptation follows Hu et al. 2021, "LoRA: low-rank adaptation of large
+    language models": the kernel is frozen and `alpha / rank * A B` joins it, `A`
+    `(D, rank)` and `B` `(rank, N * size)` for each adapted part. Weights are saved
+    with the factors merged in, as Keras does, so a file fits a layer with and
+    without factors.
+
+    Letters: B batch, T length, D model width, N heads, H query and key size of a
+    head, V value size of a head.
+
+    Args:
+        num_heads: N.
+        key_dim: H.
+        value_dim: V.
+        use_bias: Whether each projection has a bias.
+        **kwargs: Arguments of `keras.layers.EinsumDense`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        use_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._num_heads = num_heads
+        self._sizes = (key_dim, key_dim, value_dim)
+        kwargs["kernel_initializer"] = _PartwiseInitializer(
+            kwargs["kernel_initializer"], self._sizes
+        )
+        arguments = projection_arguments(
+            3, 1, (num_heads, sum(self._sizes)), use_bias=use_bias
+        )
+        super().__init__(**arguments, **kwargs)
+        self._adapted: tuple[str, ...] = ()
+        self._scaling = 0.0
+
+    @override
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        return self._with_delta(super().call(inputs, training=training), inputs)
+
+    @override
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Tensor:
+        outputs = super().quantized_call(*args, **kwargs)
+        return self._with_delta(outputs, args[0] if args else kwargs["inputs"])
+
+    def split(self, projected: Tensor) -> Any:
+        """Cuts `(B, T, N, 2 H + V)` into queries, keys and values."""
+        key_dim = self._sizes[0]
+        return ops.split(projected, (key_dim, 2 * key_dim), axis=-1)
+
+    def enable_low_rank(
+        self, rank: int, targets: Sequence[str], alpha: float | None
+    ) -> None:
+        """Freezes the kernel and adds low-rank factors to the parts in `targets`.
+
+        Args:
+            rank: Columns of `A`, rows of `B`.
+            targets: Names out of "query", "key" and "value".
+            alpha: Numerator of the scaling `alpha / rank`. `None` means `rank`.
+
+        Raises:
+            ValueError: If an argument is out of its domain, the layer is not
+                built, has a kernel constraint, is adapted already, or is
+                quantized in another way than int8.
+        """
+        check_positive(rank, "rank")
+        targets = (targets,) if isinstance(targets, str) else tuple(targets)
+        unknown = [target for target in targets if target not in PARTS]
+        if not targets or unknown or len(set(targets)) < len(targets):
+            raise ValueError(
+                f"`targets` must be different names out of {PARTS}, at least one. "
+                f"Received: targets={targets}"
+            )
+        if not self.built:
+            raise ValueError("`enable_lora` needs a built layer: call it first.")
+        if self._adapted:
+            raise ValueError(
+                "`enable_lora` was called before and works once a layer. "
+                f"Already adapted: {self._adapted}"
+            )
+        if self.kernel_constraint is not None:
+            raise ValueError(
+                "`enable_lora` and `kernel_constraint` exclude each other. "
+                f"Received: kernel_constraint={self.kernel_constraint}"
+            )
+        if self.quantization_mode not in (None, "int8"):
+            raise ValueError(
+                "`enable_lora` works on float and int8 kernels. "
+                f"Received: quantization mode {self.quantization_mode}"
+            )
+        # Keras locks a built layer's state and has no public way to reopen it.
+        self._tracker.unlock()
+        for target in targets:
+            width = self._num_heads * self._sizes[PARTS.index(target)]
+            for letter, shape, initializer in (
+                ("a", (self._kernel.shape[0], rank), "he_uniform"),
+                ("b", (rank, width), "zeros"),
+            ):
+                # float32 whatever the policy: small updates would underflow
+                factor = self.add_weight(
+                    name=f"lora_{target}_{letter}",
+                    shape=shape,
+                    initializer=initializer,
+                    regularizer=self.kernel_regularizer,
+                    dtype="float32",
+                )
+                setattr(self, f"lora_{target}_{letter}", factor)
+        self._kernel.trainable = False
+        self._tracker.lock()
+        self._adapted = targets
+        self._scaling = (rank if alpha is None else alpha) / rank
+
+    @override
+    def quantize(
+        self, mode: Any = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Quantizes the kernel, low-rank factors merged in first.
+
+        Raises:
+            ValueError: If the kernel is adapted and `mode` is not "int8".
+        """
+        del type_check  # Keras' guard against subclasses it does not know
+        if self._adapted:
+            if mode != "int8":
+                raise ValueError(
+                    "A kernel with low-rank factors can be quantized to int8 only. "
+                    f"Received: mode={mode}"
+                )
+            self._kernel.assign(self._merged_kernel())
+            self._reset_factors()
+        super().quantize(mode, type_check=False, config=config)
+
+    @override
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        if not self._adapted:
+            return
+        merged = self._merged_kernel()
+        if self.quantization_mode == "int8":
+            merged, scale = keras.quantizers.abs_max_quantize(
+                merged, axis=0, to_numpy=True
+            )
+            place = self._saved_names().index("kernel_scale")
+            store[str(place)] = ops.reshape(scale, self.kernel_scale.shape)
+        store["0"] = merged
+
+    @override
+    def load_own_variables(self, store: Any) -> None:
+        if not self._adapted:
+            super().load_own_variables(store)
+            return
+        for place, name in enumerate(self._saved_names()):
+            variable = self._kernel if name == "kernel" else getattr(self, name)
+            variable.assign(store[str(place)])
+        self._reset_factors()
+
+    def _saved_names(self) -> list[str]:
+        names = self.variable_serialization_spec[self.quantization_mode]
+        return [name for name in names if name != "bias" or self.bias is not None]
+
+    def _factors(self, target: str) -> tuple[Any, Any]:
+        return getattr(self, f"lora_{target}_a"), getattr(self, f"lora_{target}_b")
+
+    def _reset_factors(self) -> None:
+        """Makes the factors' product zero, once the kernel holds it."""
+        for target in self._adapted:
+            _, up = self._factors(target)
+            up.assign(ops.zeros_like(up))
+
+    def _with_delta(self, outputs: Tensor, inputs: Tensor) -> Tensor:
+        if not self._adapted:
+            return outputs
+        dtype = outputs.dtype
+        return outputs + self._spread(
+            {
+                target: ops.matmul(
+                    ops.matmul(inputs, ops.cast(down, dtype)), ops.cast(up, dtype)
+                )
+                for target in self._adapted
+                for down, up in [self._factors(target)]
+            },
+            ops.zeros_like(outputs),
+        )
+
+    def _merged_kernel(self) -> Tensor:
+        kernel = self._kernel
+        if self.quantization_mode == "int8":
+            scale = ops.reshape(self.kernel_scale, (1, *kernel.shape[1:]))
+            kernel = ops.cast(kernel, scale.dtype) / scale
+        deltas = {
+            target: ops.matmul(*self._factors(target)) for target in self._adapted
+        }
+        delta = self._spread(deltas, ops.zeros(kernel.shape))
+        return ops.cast(ops.cast(kernel, "float32") + delta, kernel.dtype)
+
+    def _spread(self, deltas: dict[str, Tensor], zeros: Tensor) -> Tensor:
+        """Lays the parts' deltas `(..., N * size)` out as `zeros`, scaled."""
+        blanks = zip(PARTS, self.split(zeros), strict=True)
+        parts = [
+            ops.reshape(deltas[name], ops.shape(blank)) * self._scaling
+            if name in deltas
+            else blank
+            for name, blank in blanks
+        ]
+        return ops.concatenate(parts, axis=-1)
+
+
+class _PartwiseInitializer(keras.initializers.Initializer):
+    """Draws the kernel part by part, each with the fans of its own projection."""
+
+    def __init__(self, initializer: Any, sizes: tuple[int, ...]) -> None:
+        self.initializer = initializer
+        self.sizes = sizes
+
+    def __call__(self, shape: Shape, dtype: Any = None) -> Tensor:
+        width, num_heads, _ = shape
+        return ops.concatenate(
+            [
+                self._of_part()((width, num_heads, size), dtype=dtype)
+                for size in self.sizes
+            ],
+            axis=-1,
+        )
+
+    def _of_part(self) -> Any:
+        config = self.initializer.get_config()
+        if "input_axes" in config and config["input_axes"] is None:
+            # what `keras.layers.EinsumDense` sets since Keras 3.15
+            config.update(input_axes=[0], output_axes=[1, 2])
+            return self.initializer.__class__.from_config(config)
+        return clone_initializer(self.initializer)

@@ -1,0 +1,102 @@
+"""The dense layers around attention: what both attention layers build alike."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import keras
+
+from keras_mha.typing import Shape
+
+
+class ProjectionOptions:
+    """Initializers, regularizers and constraints of an attention layer's kernels.
+
+    Holds them as objects, hands each projection its own copy of the initializers
+    (one instance shared by two kernels would give both the same values), and
+    serializes them for `get_config`.
+    """
+
+    def __init__(
+        self,
+        use_bias: bool,
+        kernel_initializer: Any,
+        bias_initializer: Any,
+        kernel_regularizer: Any,
+        bias_regularizer: Any,
+        activity_regularizer: Any,
+        kernel_constraint: Any,
+        bias_constraint: Any,
+    ) -> None:
+        self.use_bias = use_bias
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.activity_regularizer = keras.regularizers.get(activity_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the options under the names of the constructors' arguments."""
+        initializers, regularizers, constraints = (
+            keras.initializers,
+            keras.regularizers,
+            keras.constraints,
+        )
+        return {
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+        }
+
+    def projection_kwargs(self) -> dict[str, Any]:
+        """Returns the keyword arguments of one projection."""
+        return {
+            "kernel_initializer": clone_initializer(self.kernel_initializer),
+            "bias_initializer": clone_initializer(self.bias_initializer),
+            "kernel_regularizer": self.kernel_regularizer,
+            "bias_regularizer": self.bias_regularizer,
+            "activity_regularizer": self.activity_regularizer,
+            "kernel_constraint": self.kernel_constraint,
+            "bias_constraint": self.bias_constraint,
+        }
+
+
+def clone_initializer(initializer: Any) -> Any:
+    """Returns an initializer of the same configuration that draws for itself."""
+    return initializer.__class__.from_config(initializer.get_config())
+
+
+def projection_arguments(
+    rank: int, bound: int, output: Shape, use_bias: bool
+) -> dict[str, Any]:
+    """Arguments of an `EinsumDense` that maps the last axes of its inputs.
+
+    Args:
+        rank: Number of dimensions of the inputs, the batch included.
+        bound: How many of the last ones the projection sums over.
+        output: Sizes of the dimensions that take their place.
+        use_bias: Whether there is a bias, of shape `output`.
+
+    Example:
+
+    >>> from keras_mha.layers.projections import projection_arguments
+    >>> projection_arguments(3, 1, (2, 5), use_bias=True)["equation"]
+    'abc,cde->abde'
+    """
+    letters = string.ascii_lowercase
+    free = letters[: rank - bound]
+    summed = letters[rank - bound : rank]
+    made = letters[rank : rank + len(output)]
+    return {
+        "equation": f"{free}{summed},{summed}{made}->{free}{made}",
+        "output_shape": (*([None] * (len(free) - 1)), *output),
+        "bias_axes": made if use_bias else None,
+    }

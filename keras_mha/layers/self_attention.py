@@ -1,0 +1,296 @@
+"""Multi-head attention of a sequence to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from typing_extensions import override
+
+from keras_mha.attention.api import clear_padding
+from keras_mha.attention.axes import score_shape
+from keras_mha.attention.masks import Mask, as_boolean, expand_pairs
+from keras_mha.layers.arguments import check_optional
+from keras_mha.layers.attention_layer import AttentionLayer
+from keras_mha.layers.fused_projection import FusedProjection
+from keras_mha.layers.keras_mask import get_keras_mask
+from keras_mha.layers.projections import ProjectionOptions
+from keras_mha.typing import Shape, Tensor
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class MultiHeadSelfAttention(AttentionLayer):
+    """Multi-head self-attention with one fused query-key-value projection.
+
+    Computes `softmax(mask(Q K^T / sqrt(H))) V` for each head, with Q, K and V
+    projected from the same inputs, and projects the heads side by side to the
+    outputs. Same function as `keras.layers.MultiHeadAttention(...)(x, x)`, in one
+    product instead of three.
+
+    Masks. All are boolean or integer, True or non-zero = attend, and all must
+    agree for a pair to attend. The padding mask hides keys *and* queries; where
+    `mask` is not passed it is read from the inputs (`Embedding(mask_zero=True)`,
+    `Masking`), also when an `attention_mask` is passed. What stands in padding,
+    NaN included, changes neither the other positions nor any gradient. A query
+    that sees no key gets zeros from the attention, hence the output projection's
+    bias.
+
+    XLA. `jit_compile=True` compiles the attention between the projections (scaling,
+    scores, masks, softmax, dropout, mixing) with XLA wherever the layer is called,
+    on the TensorFlow backend; each projection is one matrix product and stays
+    outside, where Keras' LoRA, quantization and regularizers see it. `False` keeps
+    any model that holds the layer from being compiled (`supports_jit=False`).
+    `"auto"` compiles nothing by itself and leaves `model.compile` its choice. It
+    is so because XLA is slower here on a CPU: {measured}. On a GPU, where
+    `model.fit` compiles the whole model by default, the attention is compiled with
+    it; TensorFlow on a GPU is unmeasured. Op determinism
+    (`tf.config.experimental.enable_op_determinism`) turns the boundary off. A
+    SavedModel made by `model.export` of a layer with `True` is marked for XLA and
+    fails where XLA is disabled, as in TensorFlow Serving; use
+    `keras_mha.export.export_saved_model`, which removes the marks.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.2.
+
+    Letters: B batch, T length, D model width, N heads, H head size.
+
+    Args:
+        num_heads: N.
+        key_dim: H of queries and keys. Defaults to `D / num_heads`, which must be
+            whole.
+        value_dim: Size of each head's values. Defaults to that of the keys.
+        dropout: Share of the attention probabilities dropped in training,
+            `0 <= dropout < 1`. The same positions fall in eager, graph and XLA
+            execution for the same seed.
+        use_bias: Whether the projections have biases.
+        output_shape: Size, or shape, of each output position. Defaults to D.
+        kernel_initializer: Initializer of the kernels; queries, keys and values
+            are each initialised as a projection of their own.
+        bias_initializer: Initializer of the biases.
+        kernel_regularizer: Regularizer of the kernels.
+        bias_regularizer: Regularizer of the biases.
+        activity_regularizer: Regularizer of the projections' outputs, as in
+            `keras.layers.MultiHeadAttention`.
+        kernel_constraint: Constraint on the kernels.
+        bias_constraint: Constraint on the biases.
+        jit_compile: True, False or `"auto"`; see above.
+        seed: Integer seed of the dropout.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: Floating `(B, T, D)`.
+        mask: Padding mask `(B, T)`. Defaults to the mask the inputs carry.
+        attention_mask: `(T, T)`, `(B, T, T)` or `(B, N or 1, T, T)`.
+        use_causal_mask: Whether position `i` attends to positions `j <= i` only.
+        return_attention_scores: Whether to return the probabilities too.
+        training: Whether dropout is active.
+
+    Returns:
+        Outputs `(B, T, D)`, or `(B, T, *output_shape)`; with
+        `return_attention_scores`, also the probabilities before dropout
+        `(B, N, T, T)`. In the layer's compute dtype.
+
+    Raises:
+        ValueError: If an argument is out of its domain, D does not divide by
+            `num_heads` where `key_dim` is `None`, or a mask has a shape that does
+            not fit.
+        TypeError: If a mask is floating.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> layer = keras_mha.MultiHeadSelfAttention(num_heads=2)
+    >>> inputs = np.random.normal(size=(3, 5, 8)).astype("float32")
+    >>> mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    >>> outputs, scores = layer(inputs, mask=mask, return_attention_scores=True)
+    >>> tuple(outputs.shape), tuple(scores.shape)
+    ((3, 5, 8), (3, 2, 5, 5))
+    >>> bool(np.allclose(scores[0, :, :3, :3].numpy().sum(-1), 1.0))
+    True
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        output_shape: int | Sequence[int] | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        jit_compile: bool | str = "auto",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_heads=num_heads,
+            dropout=dropout,
+            output_shape=output_shape,
+            projections=ProjectionOptions(
+                use_bias,
+                kernel_initializer,
+                bias_initializer,
+                kernel_regularizer,
+                bias_regularizer,
+                activity_regularizer,
+                kernel_constraint,
+                bias_constraint,
+            ),
+            jit_compile=jit_compile,
+            seed=seed,
+            **kwargs,
+        )
+        self._key_dim = check_optional(key_dim, "key_dim")
+        self._value_dim = check_optional(value_dim, "value_dim")
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    @property
+    def key_dim(self) -> int | None:
+        """H as it was asked for; `None` means `D / num_heads`."""
+        return self._key_dim
+
+    @property
+    def value_dim(self) -> int | None:
+        """Size of each head's values as asked for; `None` means the keys'."""
+        return self._value_dim
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "key_dim": self._key_dim,
+            "value_dim": self._value_dim,
+        }
+
+    @override
+    def build(self, input_shape: Shape) -> None:
+        width = input_shape[-1]
+        key_dim = self._key_dim or self._divide(width)
+        value_dim = self._value_dim or key_dim
+        self.qkv_dense = FusedProjection(
+            self._num_heads,
+            key_dim,
+            value_dim,
+            use_bias=self._projections.use_bias,
+            **self._projections.projection_kwargs(),
+            dtype=self.dtype_policy,
+            name="qkv",
+        )
+        self.qkv_dense.supports_masking = True
+        self.qkv_dense.build(input_shape)
+        self.output_dense = self._projection(
+            "attention_output", 4, 2, self._output_shape or (width,)
+        )
+        self.output_dense.build((*input_shape[:-1], self._num_heads, value_dim))
+        self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: width})
+
+    @override
+    def call(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_causal_mask: bool = False,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Tensor:
+        if mask is None:
+            # Keras fills `mask` only where `inputs` is the only tensor argument.
+            mask = get_keras_mask(inputs)
+        padding = None if mask is None else as_boolean(mask, "mask")
+        pairs = None
+        if attention_mask is not None:
+            shape = self._score_shape(inputs.shape)
+            pairs = expand_pairs(as_boolean(attention_mask, "attention_mask"), shape, 1)
+        inputs = clear_padding(inputs, padding)
+        query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
+        mixed, scores = self._attend(
+            query,
+            key,
+            value,
+            Mask(padding, padding, pairs, bool(use_causal_mask)),
+            training=training,
+            return_scores=return_attention_scores,
+        )
+        outputs = self.output_dense(mixed)
+        return (outputs, scores) if return_attention_scores else outputs
+
+    @override
+    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
+        return (*input_shape[:-1], *(self._output_shape or input_shape[-1:]))
+
+    @override
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        use_causal_mask: bool = False,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        outputs = keras.KerasTensor(
+            self.compute_output_shape(inputs.shape), dtype=self.compute_dtype
+        )
+        if not return_attention_scores:
+            return outputs
+        shape = self._score_shape(inputs.shape)
+        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def enable_lora(
+        self,
+        rank: int,
+        targets: Sequence[str] = ("query", "value"),
+        lora_alpha: float | None = None,
+    ) -> None:
+        """Freezes the fused kernel and adapts parts of it by low-rank factors.
+
+        Each part in `targets` gets factors of its own. They are merged into the
+        kernel when weights are saved. The output projection is adapted by
+        `layer.output_dense.enable_lora(rank)`. A model compiled before must be
+        compiled again.
+
+        Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language
+        models".
+
+        Args:
+            rank: Rank of the factors.
+            targets: Names out of "query", "key" and "value".
+            lora_alpha: The factors' product is scaled by `lora_alpha / rank`.
+                Defaults to `rank`.
+
+        Raises:
+            ValueError: If an argument is out of its domain, the layer is not
+                built, was adapted before, or has a kernel constraint.
+
+        Example:
+
+        >>> import keras_mha
+        >>> layer = keras_mha.MultiHeadSelfAttention(num_heads=2)
+        >>> layer.build((None, None, 8))
+        >>> layer.enable_lora(3, targets=("query",))
+        >>> [tuple(v.shape) for v in layer.qkv_dense.trainable_variables]
+        [(2, 12), (8, 3), (3, 8)]
+        """
+        if not self.built:
+            raise ValueError("`enable_lora` needs a built layer: call it first.")
+        self.qkv_dense.enable_low_rank(rank, targets, lora_alpha)
+
+    def _divide(self, width: int | None) -> int:
+        if width is None or width % self._num_heads:
+            raise ValueError(
+                "With `key_dim=None` the inputs' last dimension must be divisible by "
+                f"`num_heads`. Received: inputs of width {width} and "
+                f"num_heads={self._num_heads}"
+            )
+        return width // self._num_heads
+
+    def _score_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
+        return score_shape(input_shape, input_shape, self._num_heads, (1,))
