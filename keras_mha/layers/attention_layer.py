@@ -14,10 +14,11 @@ from keras_mha.attention.masks import Mask
 from keras_mha.layers import compiled
 from keras_mha.layers.arguments import check_output_shape, check_positive
 from keras_mha.layers.projections import ProjectionOptions, projection_arguments
+from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
 
 
-class AttentionLayer(keras.layers.Layer):
+class AttentionLayer(SeededLayer):
     """Base of the attention layers: arguments, projections, seeds and boundary."""
 
     def __init__(
@@ -41,7 +42,7 @@ class AttentionLayer(keras.layers.Layer):
         self.supports_jit = jit_compile is not False
         self.seed = seed
         if self._dropout > 0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self._add_generator(seed)
 
     @property
     def num_heads(self) -> int:
@@ -82,13 +83,14 @@ class AttentionLayer(keras.layers.Layer):
         self, name: str, rank: int, bound: int, output: Shape, **kwargs: Any
     ) -> Any:
         """Makes the dense layer `name`; see `projection_arguments`."""
-        dense = keras.layers.EinsumDense(
-            **projection_arguments(rank, bound, output, self._projections.use_bias),
-            **self._projections.projection_kwargs(),
-            dtype=self.dtype_policy,
-            name=name,
-            **kwargs,
-        )
+        with whole():
+            dense = keras.layers.EinsumDense(
+                **projection_arguments(rank, bound, output, self._projections.use_bias),
+                **self._projections.projection_kwargs(),
+                dtype=self.dtype_policy,
+                name=name,
+                **kwargs,
+            )
         # It maps each position by itself, so a mask means the same after it.
         dense.supports_masking = True
         return dense
@@ -112,7 +114,7 @@ class AttentionLayer(keras.layers.Layer):
             key,
             value,
             mask,
-            self.seed_generator.next() if dropout > 0 else None,
+            self._draw_seed() if dropout > 0 else None,
             jit_compile=self._jit_compile,
             layout=(*query.shape[-2:], value.shape[-1]),
             axes=axes,

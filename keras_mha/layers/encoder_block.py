@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.residual_norm import ResidualNorm, clone_layer
+from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.typing import Shape, Tensor
 
@@ -34,7 +35,7 @@ _RESIDUAL_ARGUMENTS = (
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class TransformerEncoderBlock(keras.layers.Layer):
+class TransformerEncoderBlock(SeededLayer):
     """Self-attention and a feed-forward network, each in a `ResidualNorm`.
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; with the
@@ -135,43 +136,44 @@ class TransformerEncoderBlock(keras.layers.Layer):
             "epsilon": epsilon,
             "dtype": self.dtype_policy,
         }
-        attention = MultiHeadSelfAttention(
-            num_heads,
-            key_dim,
-            dropout=dropout if attention_dropout is None else attention_dropout,
-            jit_compile=jit_compile,
-            seed=seeds[0],
-            name="self_attention",
-            **dense,
-        )
-        network = FeedForward(
-            hidden_dim,
-            activation,
-            gated,
-            dropout,
-            seed=seeds[1],
-            name="network",
-            **dense,
-        )
-        second = (
-            clone_layer(normalization)
-            if isinstance(normalization, keras.layers.Layer)
-            else normalization
-        )
-        self.attention = ResidualNorm(
-            attention,
-            normalization=normalization,
-            seed=seeds[2],
-            name="attention",
-            **residual,
-        )
-        self.feed_forward = ResidualNorm(
-            network,
-            normalization=second,
-            seed=seeds[3],
-            name="feed_forward",
-            **residual,
-        )
+        with whole():
+            attention = MultiHeadSelfAttention(
+                num_heads,
+                key_dim,
+                dropout=dropout if attention_dropout is None else attention_dropout,
+                jit_compile=jit_compile,
+                seed=seeds[0],
+                name="self_attention",
+                **dense,
+            )
+            network = FeedForward(
+                hidden_dim,
+                activation,
+                gated,
+                dropout,
+                seed=seeds[1],
+                name="network",
+                **dense,
+            )
+            second = (
+                clone_layer(normalization)
+                if isinstance(normalization, keras.layers.Layer)
+                else normalization
+            )
+            self.attention = ResidualNorm(
+                attention,
+                normalization=normalization,
+                seed=seeds[2],
+                name="attention",
+                **residual,
+            )
+            self.feed_forward = ResidualNorm(
+                network,
+                normalization=second,
+                seed=seeds[3],
+                name="feed_forward",
+                **residual,
+            )
 
     @override
     def get_config(self) -> dict[str, Any]:

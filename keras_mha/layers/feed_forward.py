@@ -10,11 +10,12 @@ from typing_extensions import override
 from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.projections import clone_initializer
+from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class FeedForward(keras.layers.Layer):
+class FeedForward(SeededLayer):
     """Two dense layers with an activation between them, optionally gated.
 
     Plain: `W2 act(W1 x)`. Gated: `W2 (act(Wg x) * (W1 x))`; with `"silu"` this is
@@ -85,7 +86,7 @@ class FeedForward(keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.seed = seed
         if self.dropout > 0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self._add_generator(seed)
 
     @override
     def get_config(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class FeedForward(keras.layers.Layer):
         else:
             hidden = self.activation(hidden)
         if training and self.dropout > 0:
-            hidden = dropout(hidden, self.dropout, self.seed_generator.next())
+            hidden = dropout(hidden, self.dropout, self._draw_seed())
         return self.output_dense(hidden)
 
     @override
@@ -132,15 +133,16 @@ class FeedForward(keras.layers.Layer):
         return (*input_shape[:-1], self.output_dim or input_shape[-1])
 
     def _dense(self, units: int | None, name: str) -> Any:
-        dense = keras.layers.Dense(
-            units,
-            use_bias=self.use_bias,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            bias_initializer=clone_initializer(self.bias_initializer),
-            kernel_regularizer=self.kernel_regularizer,
-            bias_regularizer=self.bias_regularizer,
-            dtype=self.dtype_policy,
-            name=name,
-        )
+        with whole():
+            dense = keras.layers.Dense(
+                units,
+                use_bias=self.use_bias,
+                kernel_initializer=clone_initializer(self.kernel_initializer),
+                bias_initializer=clone_initializer(self.bias_initializer),
+                kernel_regularizer=self.kernel_regularizer,
+                bias_regularizer=self.bias_regularizer,
+                dtype=self.dtype_policy,
+                name=name,
+            )
         dense.supports_masking = True
         return dense

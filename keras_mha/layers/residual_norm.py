@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
+from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
 
 _PLACEMENTS = ("pre", "post", "sandwich")
@@ -19,7 +20,7 @@ _EPSILON = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class ResidualNorm(keras.layers.Layer):
+class ResidualNorm(SeededLayer):
     """Adds a layer's outputs to its inputs, and normalizes.
 
     With the sublayer `f`, the normalization `n` and the branch's scaling and
@@ -125,9 +126,12 @@ class ResidualNorm(keras.layers.Layer):
         self.seed = seed
         self._named_norm = normalization if isinstance(normalization, str) else None
         self.norm = self._normalization(normalization)
-        self.output_norm = clone_layer(self.norm) if placement == "sandwich" else None
+        with whole():
+            self.output_norm = (
+                clone_layer(self.norm) if placement == "sandwich" else None
+            )
         if self.dropout > 0 or self.stochastic_depth > 0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self._add_generator(seed)
 
     @override
     def get_config(self) -> dict[str, Any]:
@@ -180,7 +184,9 @@ class ResidualNorm(keras.layers.Layer):
         mask = get_keras_mask(inputs)
         if mask is not None:
             set_keras_mask(branch, mask)
-        outputs = self.sublayer(branch, *args, **kwargs)
+        # Told, not left to Keras' call context: that is gone by the time when
+        # `keras.RematScope` computes this call again.
+        outputs = self.sublayer(branch, *args, training=training, **kwargs)
         first, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
         self._check_shape(inputs, first)
         if self.output_norm is not None:
@@ -223,19 +229,20 @@ class ResidualNorm(keras.layers.Layer):
                 f"`normalization` must be one of {sorted(named)} or a layer. "
                 f"Received: normalization={normalization!r}"
             )
-        layer = named[normalization](epsilon=self.epsilon, dtype=self.dtype_policy)
+        with whole():
+            layer = named[normalization](epsilon=self.epsilon, dtype=self.dtype_policy)
         # Keras' RMSNormalization does not say so, but maps each position by itself.
         layer.supports_masking = True
         return layer
 
     def _scale(self, branch: Tensor, training: bool) -> Tensor:
         if training and self.dropout > 0:
-            branch = dropout(branch, self.dropout, self.seed_generator.next())
+            branch = dropout(branch, self.dropout, self._draw_seed())
         if self.layer_scale is not None or self.rezero:
             branch = branch * ops.cast(self.scale, branch.dtype)
         if training and self.stochastic_depth > 0:
             shape = (ops.shape(branch)[0], *([1] * (len(branch.shape) - 1)))
-            seed = self.seed_generator.next()
+            seed = self._draw_seed()
             branch = dropout(branch, self.stochastic_depth, seed, noise_shape=shape)
         return branch
 

@@ -16,6 +16,7 @@ from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.keras_mask import get_keras_mask
 from keras_mha.layers.projections import ProjectionOptions
+from keras_mha.layers.seeded_layer import whole
 from keras_mha.typing import Shape, Tensor
 
 
@@ -174,15 +175,16 @@ class MultiHeadSelfAttention(AttentionLayer):
         width = input_shape[-1]
         key_dim = self._key_dim or self._divide(width)
         value_dim = self._value_dim or key_dim
-        self.qkv_dense = FusedProjection(
-            self._num_heads,
-            key_dim,
-            value_dim,
-            use_bias=self._projections.use_bias,
-            **self._projections.projection_kwargs(),
-            dtype=self.dtype_policy,
-            name="qkv",
-        )
+        with whole():
+            self.qkv_dense = FusedProjection(
+                self._num_heads,
+                key_dim,
+                value_dim,
+                use_bias=self._projections.use_bias,
+                **self._projections.projection_kwargs(),
+                dtype=self.dtype_policy,
+                name="qkv",
+            )
         self.qkv_dense.supports_masking = True
         self.qkv_dense.build(input_shape)
         self.output_dense = self._projection(
