@@ -22,8 +22,9 @@ class SeededLayer(keras.layers.Layer):
     There a layer's call runs twice, once forward and once more when its gradient
     is needed. Drawing a seed each time would give the gradient of another dropout
     than the one that was applied, so the second run is given the seeds of the
-    first. Keyword arguments and masks, which TensorFlow loses there, are kept. Sublayers are made inside `whole()`: the layer is
-    computed again as one, not each part of it once more by itself.
+    first. Keyword arguments and masks, which TensorFlow loses there, are kept.
+    Sublayers are made inside `whole()`: the layer is computed again as one, not
+    each part of it once more by itself.
     """
 
     def _add_generator(self, seed: int | None) -> None:
@@ -44,7 +45,7 @@ class SeededLayer(keras.layers.Layer):
         def call(*args: Any, **kwargs: Any) -> Any:
             arguments = (args, kwargs)
             leaves = keras.tree.flatten(arguments)
-            places = [i for i, leaf in enumerate(leaves) if keras.ops.is_tensor(leaf)]
+            places = [i for i, leaf in enumerate(leaves) if _is_floating(leaf)]
             seeds: list[Tensor] = []
             output_masks: list[Tensor | None] = []
 
@@ -59,8 +60,8 @@ class SeededLayer(keras.layers.Layer):
                 output_masks[:] = map(get_keras_mask, keras.tree.flatten(outputs))
                 return outputs
 
-            # TensorFlow takes tensors alone, by position, and returns copies of
-            # them, without the masks that they carry.
+            # TensorFlow takes floating tensors alone, by position, and hands on
+            # copies without the masks that they carry.
             tensors = [leaves[place] for place in places]
             outputs = rematerialize(replayed, *tensors)(*tensors)
             flat = keras.tree.flatten(outputs)
@@ -69,6 +70,12 @@ class SeededLayer(keras.layers.Layer):
             return outputs
 
         return call
+
+
+def _is_floating(leaf: Any) -> bool:
+    return keras.ops.is_tensor(leaf) and "float" in keras.backend.standardize_dtype(
+        leaf.dtype
+    )
 
 
 def whole() -> AbstractContextManager[Any]:
