@@ -63,6 +63,7 @@ class AttentionLayer(SeededLayer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
+            **self._dtype_config(),
             "num_heads": self._num_heads,
             "dropout": self._dropout,
             "output_shape": self._output_shape,

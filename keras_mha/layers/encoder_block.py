@@ -182,6 +182,7 @@ class TransformerEncoderBlock(SeededLayer):
         network = self.feed_forward.sublayer.get_config()
         return {
             **super().get_config(),
+            **self._dtype_config(),
             **{name: attention[name] for name in _ATTENTION_ARGUMENTS},
             **{name: network[name] for name in _NETWORK_ARGUMENTS},
             **{name: residual[name] for name in _RESIDUAL_ARGUMENTS},

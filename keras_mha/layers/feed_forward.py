@@ -93,6 +93,7 @@ class FeedForward(SeededLayer):
         initializers, regularizers = keras.initializers, keras.regularizers
         return {
             **super().get_config(),
+            **self._dtype_config(),
             "hidden_dim": self.hidden_dim,
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
