@@ -72,5 +72,4 @@ def dropout(
     shape = ops.shape(inputs) if noise_shape is None else noise_shape
     drawn = keras.random.randint(shape, 0, _RANGE, seed=_DrawnSeed(seed))
     kept = drawn >= round(rate * _RANGE)
-    scaled = inputs * ops.cast(1.0 / (1.0 - rate), inputs.dtype)
-    return ops.where(kept, scaled, ops.zeros_like(inputs))
+    return ops.where(kept, inputs * (1.0 / (1.0 - rate)), ops.zeros_like(inputs))

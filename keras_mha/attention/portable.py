@@ -19,6 +19,7 @@ import math
 from keras import ops
 
 from keras_mha.attention.masks import Mask, materialize
+from keras_mha.attention.reference import softmax
 from keras_mha.typing import Tensor
 
 _HIDDEN = 1e4  # float16 ends at 65504
@@ -59,7 +60,7 @@ def attend(
     query = ops.transpose(query, (0, 2, 1, 3))
     key = ops.transpose(key, (0, 2, 3, 1))
     value = ops.transpose(value, (0, 2, 1, 3))
-    query = query * ops.cast(1.0 / math.sqrt(query.shape[-1]), dtype)
+    query = query * (1.0 / math.sqrt(query.shape[-1]))
 
     scores = ops.matmul(query, key)
     # A padded query would hide every key of its row; its row is cleared below.
@@ -68,7 +69,7 @@ def attend(
     )
     if visible is not None:
         scores = scores + (ops.cast(visible, dtype) - 1.0) * _HIDDEN
-    probabilities = ops.softmax(scores, axis=-1)
+    probabilities = softmax(scores)
     if mask.query_padding is not None:
         rows = ops.cast(mask.query_padding, dtype)
         probabilities = probabilities * ops.reshape(

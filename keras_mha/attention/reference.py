@@ -67,7 +67,7 @@ def attend(
     query = ops.transpose(ops.cast(query, wide), (0, 2, 1, 3))
     key = ops.transpose(ops.cast(key, wide), (0, 2, 3, 1))
     value = ops.transpose(value, (0, 2, 1, 3))
-    query = query * ops.cast(1.0 / math.sqrt(query.shape[-1]), wide)
+    query = query * (1.0 / math.sqrt(query.shape[-1]))
 
     visible = materialize(mask, ops.shape(query)[2], ops.shape(key)[3])
     if visible is not None:
@@ -82,10 +82,28 @@ def attend(
     if visible is not None:
         # finite: a row of -inf alone would turn into NaN before it is zeroed
         scores = ops.where(visible, scores, float(np.finfo(wide).min))
-    probabilities = ops.softmax(scores, axis=-1)
+    probabilities = softmax(scores)
     if visible is not None:
         probabilities = ops.where(visible, probabilities, ops.zeros_like(probabilities))
     probabilities = ops.cast(probabilities, dtype)
     kept = apply_dropout(probabilities, dropout, seed) if dropout > 0 else probabilities
     mixed = ops.matmul(kept, value)
     return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis, which may have one element.
+
+    Keras warns of that case, because elsewhere it is a slip; here it is a sequence
+    of one key.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.attention.reference import softmax
+    >>> np.asarray(softmax(np.array([[7.0], [-7.0]]))).tolist()
+    [[1.0], [1.0]]
+    """
+    if scores.shape[-1] == 1:
+        return ops.exp(scores - scores)  # NaN stays NaN
+    return ops.softmax(scores, axis=-1)
