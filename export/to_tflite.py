@@ -1,0 +1,86 @@
+r"""Writes a saved Keras model as TFLite files of fixed length, and checks them.
+
+Example:
+    python export/to_tflite.py dist/sentiment/model.keras dist/sentiment \
+        --samples ids.npy --sequence-lengths 64 128
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", type=Path, help="the model, a .keras file that takes integer ids"
+    )
+    parser.add_argument("directory", type=Path, help="where the model_<S>.tflite go")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        required=True,
+        help="ids to check with: an .npy file of shape (n, T), padded with 0",
+    )
+    parser.add_argument(
+        "--sequence-lengths",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="S",
+        help="one file for each of these lengths (default: 128)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="rows in a call (default: 1)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest absolute difference allowed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--signature-name",
+        default="serving_default",
+        help="the signature's name (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--report", type=Path, help="also write the report here, as .json or .md"
+    )
+    arguments = parser.parse_args()
+    if arguments.report and arguments.report.suffix not in (".json", ".md"):
+        parser.error("--report must end in .json or .md")
+    return arguments
+
+
+def main() -> None:
+    """Exports, prints the report, and writes it where asked."""
+    arguments = parse_arguments()
+    # After the arguments are known to be right: these take seconds.
+    import keras
+
+    import keras_mha.text  # noqa: F401  (registers the layers that models hold)
+    from keras_mha.export import export_tflite, load_samples
+
+    model: Any = keras.saving.load_model(arguments.model)
+    report = export_tflite(
+        model,
+        arguments.directory,
+        samples=load_samples(arguments.samples),
+        sequence_lengths=arguments.sequence_lengths,
+        batch_size=arguments.batch_size,
+        tolerance=arguments.tolerance,
+        signature_name=arguments.signature_name,
+    )
+    if arguments.report:
+        report.write(arguments.report)
+    print(report.to_markdown())
+
+
+if __name__ == "__main__":
+    main()

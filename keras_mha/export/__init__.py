@@ -1,0 +1,28 @@
+"""Models as files for other runtimes, each checked by value before it is published."""
+
+from keras_mha.export.parity import ParityError, VerificationError
+from keras_mha.export.report import (
+    ExportReport,
+    Parity,
+    SavedModelReport,
+    TensorInfo,
+    TFLiteFile,
+    TFLiteReport,
+)
+from keras_mha.export.samples import load_samples
+from keras_mha.export.saved_model import export_saved_model
+from keras_mha.export.tflite import export_tflite
+
+__all__ = [
+    "ExportReport",
+    "Parity",
+    "ParityError",
+    "SavedModelReport",
+    "TFLiteFile",
+    "TFLiteReport",
+    "TensorInfo",
+    "VerificationError",
+    "export_saved_model",
+    "export_tflite",
+    "load_samples",
+]

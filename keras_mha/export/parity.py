@@ -1,0 +1,125 @@
+"""Comparison by value of what a model answers with what its exported file answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keras_mha.export.report import Parity
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class VerificationError(RuntimeError):
+    """An exported file could not be run in its fresh process; nothing was left."""
+
+
+class ParityError(VerificationError):
+    """An exported file answers differently from its model; nothing was left."""
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Refuses a tolerance that nothing could be compared with.
+
+    Raises:
+        ValueError: If it is negative or not a number.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must be at least 0. Received: {tolerance}")
+
+
+def check_parity(
+    expected: Sequence[Arrays],
+    actual: Sequence[Arrays],
+    *,
+    tolerance: float,
+    samples: int,
+    runtime: str,
+    runtime_version: str,
+) -> Parity:
+    """Compares the answers run by run.
+
+    Args:
+        expected: The model's outputs by name, for each run.
+        actual: The exported file's, in the same order.
+        tolerance: Largest absolute difference allowed.
+        samples: Number of distinct rows in the runs; reported.
+        runtime: What ran the file; reported.
+        runtime_version: Its version; reported.
+
+    Returns:
+        The largest differences over all runs. The relative one is taken over the
+        elements whose expected value is not zero.
+
+    Raises:
+        ParityError: If a name, shape or type differs, or a value by more than
+            `tolerance`. Not-a-number equals only itself, as infinity does; integers,
+            booleans and strings must be equal.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.export.parity import check_parity
+    >>> half = [{"p": np.array([0.5])}]
+    >>> off = [{"p": np.array([0.5625])}]
+    >>> facts = dict(samples=1, runtime="by hand", runtime_version="1")
+    >>> parity = check_parity(half, off, tolerance=0.1, **facts)
+    >>> parity.max_absolute_difference, parity.max_relative_difference
+    (0.0625, 0.125)
+    """
+    if len(actual) != len(expected):
+        raise ParityError(f"{len(actual)} runs were answered, not {len(expected)}.")
+    absolute = relative = 0.0
+    worst = ""
+    for wanted, got in zip(expected, actual, strict=True):
+        if set(wanted) != set(got):
+            raise ParityError(
+                f"The model has the outputs {sorted(wanted)}, "
+                f"the exported file {sorted(got)}."
+            )
+        for name in wanted:
+            one = _difference(name, wanted[name], got[name])
+            if one[0] > absolute:
+                absolute, worst = one[0], name
+            relative = max(relative, one[1])
+    if absolute > tolerance:
+        raise ParityError(
+            f"Output {worst!r} of the exported file differs from the model's by "
+            f"{absolute:.3g}; the tolerance is {tolerance:.3g} (in {runtime} "
+            f"{runtime_version}, {samples} samples). Nothing was written."
+        )
+    return Parity(
+        max_absolute_difference=absolute,
+        max_relative_difference=relative,
+        tolerance=tolerance,
+        samples=samples,
+        batch_sizes=tuple(sorted({_rows(run) for run in expected})),
+        runtime=runtime,
+        runtime_version=runtime_version,
+    )
+
+
+def _rows(run: Arrays) -> int:
+    return next(iter(run.values())).shape[0]
+
+
+def _difference(name: str, wanted: np.ndarray, got: np.ndarray) -> tuple[float, float]:
+    """The largest absolute and the largest relative difference of two arrays."""
+    if (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
+        raise ParityError(
+            f"Output {name!r} of the exported file is {got.dtype} {got.shape}; "
+            f"the model's is {wanted.dtype} {wanted.shape}."
+        )
+    if wanted.dtype.kind != "f":
+        different = float(np.any(wanted != got))
+        return different * np.inf if different else 0.0, different
+    exact, other = wanted.astype(np.float64), got.astype(np.float64)
+    same = (exact == other) | (np.isnan(exact) & np.isnan(other))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(exact - other))
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    divisor = np.where((exact == 0) | ~np.isfinite(exact), np.inf, np.abs(exact))
+    with np.errstate(invalid="ignore"):
+        share = np.nan_to_num(gap / divisor, nan=0.0, posinf=np.inf)
+    return float(np.max(gap, initial=0.0)), float(np.max(share, initial=0.0))

@@ -1,0 +1,244 @@
+"""Export to a TensorFlow SavedModel for TF Serving."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+
+from keras_mha.export.compiled_marks import strip_compiled_marks
+from keras_mha.export.endpoint import describe, tensor_infos
+from keras_mha.export.files import (
+    highest_version,
+    publish_directory,
+    size_of,
+    staging,
+)
+from keras_mha.export.fresh_process import run_in_fresh_process
+from keras_mha.export.parity import check_parity, check_tolerance
+from keras_mha.export.report import SavedModelReport, TensorInfo
+from keras_mha.export.warmup import MAX_RECORDS, read_warmup, write_warmup
+
+
+def export_saved_model(
+    model: keras.Model,
+    directory: str | Path,
+    *,
+    samples: Any,
+    version: int | None = None,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+    output_names: Sequence[str] | None = None,
+    warmup: int = 16,
+    timeout: float = 600.0,
+) -> SavedModelReport:
+    """Writes `model` as a SavedModel at `<directory>/<version>/`, and checks it.
+
+    The signature `serving_default` (and Keras' `serve`) takes every input under its
+    own name, with a free batch dimension, and gives every output under its own.
+    Marks that ask for XLA are removed, since TF Serving disables it, and the first
+    samples become warm-up requests.
+
+    What was written is loaded in a fresh process that cannot import `keras_mha`, and
+    its values are compared with the model's, for all samples at once and row by row
+    for those of the warm-up. On Linux the loader is TensorFlow's C++ one with XLA
+    disabled, which TF Serving is built on; elsewhere Python's.
+
+    Everything happens under a name beside `<directory>/<version>/` that is no number;
+    only a checked version is renamed. After an error nothing is left.
+
+    Args:
+        model: Any Keras model on the TensorFlow backend, built; string inputs and
+            several inputs included. Inputs of a subclassed model are free in their
+            batch dimension alone, and have the samples' shapes otherwise.
+        directory: Where the versions are; made if absent.
+        samples: What one would hand to `model.predict`: an array, a list of strings,
+            a tensor, a dictionary by input name. Run as one batch: some dozen rows
+            are enough.
+        version: Number of the version; default one more than the highest there is.
+        overwrite: Whether an existing version may be replaced. The old one is
+            renamed away first: for an instant a server sees neither.
+        tolerance: Largest absolute difference allowed in any output. The default
+            suits float32 probabilities (measured: under 1e-6); those of half precision
+            need about 1e-2 (measured: 4e-3).
+        output_names: Names for the outputs, in the order of `keras.tree.flatten`.
+            Default: the keys of a dictionary output, else the names of the layers
+            that a Functional or Sequential model ends in, else `output_0`, ...
+        warmup: Number of samples that become warm-up requests of one row each, at
+            most 1000; 0 writes none.
+        timeout: Seconds that the check may take.
+
+    Returns:
+        What was written, and how far its values are from the model's.
+
+    Raises:
+        FileExistsError: If the version exists and `overwrite` is False.
+        ParityError: If a value differs by more than `tolerance`.
+        VerificationError: If the file does not run in the fresh process.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or an input a name that no
+            signature can carry.
+
+    Example:
+
+    >>> import tempfile
+    >>> import keras, numpy as np
+    >>> from keras_mha.export import export_saved_model
+    >>> model = keras.Sequential([
+    ...     keras.Input((3,), name="features"),
+    ...     keras.layers.Dense(2, activation="softmax", name="probabilities"),
+    ... ])
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     report = export_saved_model(model, directory, samples=np.ones((5, 3)))
+    >>> report.version, report.inputs[0].name, report.outputs[0].name
+    (1, 'features', 'probabilities')
+    >>> report.parity.batch_sizes, report.parity.max_absolute_difference < 1e-5
+    ((1, 5), True)
+    """
+    directory = Path(directory)
+    if not isinstance(warmup, int) or not 0 <= warmup <= MAX_RECORDS:
+        raise ValueError(
+            f"`warmup` must be an integer from 0 to {MAX_RECORDS}. Received: {warmup}"
+        )
+    check_tolerance(tolerance)
+    final = directory / str(_check_version(version, directory))
+    if final.exists() and not overwrite:
+        raise FileExistsError(
+            f"{final} exists; pass `overwrite=True` or another `version`."
+        )
+    endpoint, arrays = describe(model, samples, output_names)
+    rows = len(next(iter(arrays.values())))
+
+    with staging(directory) as staged:
+        path = staged / "model"
+        endpoint.write(path, endpoint.inputs)
+        marks = strip_compiled_marks(path)
+        singles = [_row(arrays, i) for i in range(min(rows, max(warmup, 1)))]
+        if warmup:
+            write_warmup(path, singles)
+            singles = read_warmup(path)
+        cases = [arrays, *singles]
+        signature, operations = _read_graph(path)
+        answers, facts = _run(path, cases, signature, operations, timeout)
+        parity = check_parity(
+            [endpoint.answer(case) for case in cases],
+            answers,
+            tolerance=tolerance,
+            samples=rows,
+            runtime=facts["runtime"],
+            runtime_version=facts["version"],
+        )
+        size = size_of(path)
+        publish_directory(path, final, overwrite=overwrite)
+
+    return SavedModelReport(
+        model=model.name,
+        parameters=model.count_params(),
+        keras=keras.__version__,
+        tensorflow=tf.__version__,
+        blocked=facts["blocked"],
+        path=str(final),
+        version=int(final.name),
+        size_bytes=size,
+        inputs=tensor_infos(endpoint.inputs),
+        outputs=_outputs(signature),
+        warmup_records=len(singles) if warmup else 0,
+        compiled_marks_removed=marks,
+        custom_operations=tuple(facts["custom_operations"]),
+        parity=parity,
+    )
+
+
+def _check_version(version: int | None, directory: Path) -> int:
+    if version is None:
+        return highest_version(directory) + 1
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise TypeError(f"`version` must be an integer or None. Received: {version!r}")
+    if version < 0:
+        raise ValueError(f"`version` must not be negative. Received: {version}")
+    return version
+
+
+def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    return {name: array[i : i + 1] for name, array in arrays.items()}
+
+
+def _read_graph(path: Path) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
+    """The serving signature, and the names of all operations in the file."""
+    content = (path / "saved_model.pb").read_bytes()
+    meta_graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
+    graph = meta_graph.graph_def
+    functions = {function.signature.name for function in graph.library.function}
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    operations = sorted({node.op for node in nodes} - functions)
+    return meta_graph.signature_def["serving_default"], operations
+
+
+def _outputs(signature: meta_graph_pb2.SignatureDef) -> tuple[TensorInfo, ...]:
+    specs: dict[str, Any] = {
+        name: tf.TensorSpec(info.tensor_shape, info.dtype)  # pyright: ignore[reportArgumentType]
+        for name, info in sorted(signature.outputs.items())
+    }
+    return tensor_infos(specs)
+
+
+def _run(
+    path: Path,
+    cases: Sequence[Mapping[str, np.ndarray]],
+    signature: meta_graph_pb2.SignatureDef,
+    operations: list[str],
+    timeout: float,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    options: dict[str, Any] = {
+        "operations": operations,
+        "operation_libraries": _operation_libraries(),
+    }
+    libraries = _tensorflow_libraries()
+    if libraries:
+        return run_in_fresh_process(
+            "cpp_loader",
+            path,
+            cases,
+            blocked=("keras_mha", "keras", "tensorflow"),
+            options=options
+            | {
+                "inputs": {n: info.name for n, info in signature.inputs.items()},
+                "outputs": {n: info.name for n, info in signature.outputs.items()},
+                "tensorflow_libraries": libraries,
+            },
+            timeout=timeout,
+        )
+    return run_in_fresh_process(
+        "python_loader",
+        path,
+        cases,
+        blocked=("keras_mha",),  # tensorflow itself looks for keras
+        options=options | {"outputs": list(signature.outputs)},
+        timeout=timeout,
+    )
+
+
+def _tensorflow_libraries() -> list[str]:
+    """The shared libraries with the C API, in loading order; none but on Linux."""
+    if sys.platform != "linux":
+        return []
+    folder = Path(tf.sysconfig.get_lib())
+    names = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")
+    paths = [folder / name for name in names]
+    return [str(path) for path in paths] if all(p.exists() for p in paths) else []
+
+
+def _operation_libraries() -> list[str]:
+    """The shared libraries of tensorflow-text, found without importing it."""
+    spec = importlib.util.find_spec("tensorflow_text")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parent / "python" / "ops"
+    return sorted(str(path) for path in folder.glob("*.so"))

@@ -1,0 +1,1 @@
+"""A package, because some distributions install a top-level `tests` of their own."""

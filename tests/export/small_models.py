@@ -1,0 +1,72 @@
+"""Small models with random non-zero weights, biases included, for the export tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mha.text import WordpieceTokenizer
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "##ly", "movie", "a"]
+TEXTS = ["good movie", "a badly bad movie", "\u00dcber GOOD \U0001f3ac", "", "bad\0bad"]
+
+
+def randomize(model: keras.Model, seed: int = 7) -> keras.Model:
+    """Gives every weight a random value: biases start as zeros."""
+    generator = np.random.default_rng(seed)
+    for weight in model.weights:
+        weight.assign(generator.normal(scale=0.5, size=weight.shape))
+    return model
+
+
+def dense_model() -> keras.Model:
+    """Features (B, 3) to probabilities (B, 2)."""
+    return randomize(
+        keras.Sequential(
+            [
+                keras.Input((3,), name="features"),
+                keras.layers.Dense(5, activation="gelu"),
+                keras.layers.Dense(2, activation="softmax", name="probabilities"),
+            ]
+        )
+    )
+
+
+def features(rows: int = 5) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(rows, 3)).astype("float32")
+
+
+def ids_model(**kwargs: Any) -> keras.Model:
+    """Ids (B, T) to probabilities (B, 3), of stock layers."""
+    ids = keras.Input((None,), dtype="int32", name="ids", **kwargs)
+    vectors = keras.layers.Embedding(11, 6, mask_zero=True)(ids)
+    attended = keras.layers.MultiHeadAttention(2, 5)(vectors, vectors)
+    pooled = keras.layers.GlobalAveragePooling1D()(attended)
+    head = keras.layers.Dense(3, activation="softmax", name="probabilities")
+    return randomize(keras.Model(ids, head(pooled)))
+
+
+class CompiledSoftmax(keras.layers.Layer):
+    """Softmax inside a function that must be compiled by XLA."""
+
+    def call(self, inputs: Any) -> Any:
+        compiled = tf.function(tf.nn.softmax, jit_compile=True, autograph=False)
+        return compiled(inputs)
+
+
+def compiled_model() -> keras.Model:
+    inputs = keras.Input((3,), name="features")
+    hidden = keras.layers.Dense(5)(inputs)
+    return randomize(keras.Model(inputs, CompiledSoftmax(name="probabilities")(hidden)))
+
+
+def text_model() -> keras.Model:
+    """Strings (B,) to probabilities (B, 3)."""
+    texts = keras.Input((), dtype="string", name="text")
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=6)
+    classify = ids_model()
+    probabilities = keras.layers.Identity(name="probabilities")
+    return keras.Model(texts, probabilities(classify(tokenizer(texts))))

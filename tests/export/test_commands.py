@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from keras_mha.export import load_samples
+from tests.export import small_models
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "export" / command), *map(str, arguments)],
+        cwd=ROOT,
+        # The checkout need not be installed.
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_to_saved_model(tmp_path: Path) -> None:
+    small_models.text_model().save(tmp_path / "model.keras")
+    (tmp_path / "texts.txt").write_text("\n".join(small_models.TEXTS), "utf-8")
+    done = run(
+        "to_saved_model.py",
+        tmp_path / "model.keras",
+        tmp_path / "served",
+        *("--samples", tmp_path / "texts.txt"),
+        *("--version", 7, "--warmup", 2, "--output-names", "p"),
+        *("--report", tmp_path / "report.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("## SavedModelReport\n")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["version"], report["warmup_records"]) == (7, 2)
+    assert (report["inputs"][0]["name"], report["outputs"][0]["name"]) == ("text", "p")
+    assert report["parity"]["samples"] == len(small_models.TEXTS)
+    assert (tmp_path / "served" / "7" / "saved_model.pb").exists()
+
+
+def test_to_tflite(tmp_path: Path) -> None:
+    small_models.ids_model().save(tmp_path / "model.keras")
+    np.save(tmp_path / "ids.npy", np.array([[3, 1, 4], [1, 5, 0]]))
+    done = run(
+        "to_tflite.py",
+        tmp_path / "model.keras",
+        tmp_path,
+        *("--samples", tmp_path / "ids.npy", "--sequence-lengths", 5, 7),
+        *("--batch-size", 2, "--signature-name", "classify"),
+        *("--report", tmp_path / "report.md"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.md").read_text() == done.stdout
+    assert "| signature_name | classify |" in done.stdout
+    assert {"model_5.tflite", "model_7.tflite"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["to_saved_model.py", "to_tflite.py"])
+def test_a_report_of_another_kind_is_refused_before_the_work(command: str) -> None:
+    done = run(command, "a.keras", "out", "--samples", "x.npy", "--report", "r.txt")
+    assert done.returncode == 2
+    assert "--report must end in .json or .md" in done.stderr
+
+
+def test_samples_are_read_by_extension(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\u00fc\u2028b\nc\n\n".encode())
+    assert load_samples(tmp_path / "a.txt") == ["\u00fc\u2028b", "c", ""]
+    np.savez(tmp_path / "a.npz", x=np.arange(3), text=np.array(["a", "bc"]))
+    arrays = load_samples(tmp_path / "a.npz")
+    assert arrays["x"].tolist() == [0, 1, 2]
+    assert arrays["text"].tolist() == ["a", "bc"]
+    np.save(tmp_path / "o.npy", np.array([{}], object))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        load_samples(tmp_path / "o.npy")
+    with pytest.raises(ValueError, match=r"must end in .txt, .npy or .npz"):
+        load_samples(tmp_path / "a.csv")

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+
+import keras_mha
+from keras_mha.export import ParityError, VerificationError, export_tflite
+from keras_mha.export import tflite as module
+from keras_mha.export.flatbuffer import Contents
+from tests.export import small_models
+from tests.export.small_models import ids_model
+
+ROWS = [[3, 1, 4, 1, 5], [9, 2, 6], [10], [8, 9, 7, 9], [3, 2, 3, 8, 4]]
+
+
+def padded(length: int) -> np.ndarray:
+    return np.array([row + [0] * (length - len(row)) for row in ROWS], "int32")
+
+
+def interpreter(path: str | Path) -> Any:
+    return Interpreter(model_path=str(path))
+
+
+def left_in(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir()) if directory.exists() else []
+
+
+# Values.
+
+
+def test_values_and_report(tmp_path: Path) -> None:
+    model = ids_model()
+    report = export_tflite(
+        model,
+        tmp_path,
+        sequence_lengths=(7, 13),
+        batch_size=2,
+        samples=ROWS,
+        signature_name="classify",
+    )
+    assert left_in(tmp_path) == ["model_13.tflite", "model_7.tflite"]
+    assert report.signature_name == "classify"
+    assert {"keras_mha", "keras", "tensorflow"} <= set(report.blocked)
+    for file, length in zip(report.files, (7, 13), strict=True):
+        assert file.path == str(tmp_path / f"model_{length}.tflite")
+        assert (file.sequence_length, file.batch_size) == (length, 2)
+        assert file.size_bytes == Path(file.path).stat().st_size
+        (given,), (got,) = file.inputs, file.outputs
+        assert (given.name, given.dtype, given.shape) == ("ids", "int32", (2, length))
+        assert (got.name, got.dtype, got.shape) == ("probabilities", "float32", (2, 3))
+        parity = file.parity
+        assert (parity.samples, parity.batch_sizes) == (5, (2,))
+        assert parity.runtime == "LiteRT interpreter, CPU"
+        assert 0 <= parity.max_absolute_difference <= 1e-6
+
+        loaded = interpreter(file.path)
+        assert list(loaded.get_signature_list()) == ["classify"]
+        classify = loaded.get_signature_runner("classify")
+        wanted = model.predict(padded(length), verbose=0)
+        assert np.ptp(wanted, axis=0).max() > 0.1
+        for i in (0, 1, 3):
+            got = classify(ids=padded(length)[i : i + 2])["probabilities"]
+            np.testing.assert_allclose(got, wanted[i : i + 2], atol=1e-6)
+
+
+def test_the_file_holds_builtin_operations_of_fixed_shape(tmp_path: Path) -> None:
+    (file,) = export_tflite(
+        ids_model(), tmp_path, sequence_lengths=[7], samples=ROWS
+    ).files
+    loaded = interpreter(file.path)
+    for tensor in loaded.get_tensor_details():
+        assert -1 not in tensor["shape_signature"]
+    # The runtime counts the same, before its delegate takes parts over.
+    plain = Interpreter(
+        model_path=file.path,
+        experimental_op_resolver_type=_without_delegates(),
+    )
+    names = [op["op_name"] for op in plain._get_ops_details()]
+    assert file.operators == {name: names.count(name) for name in names}
+    assert list(file.operators.values()) == sorted(
+        file.operators.values(), reverse=True
+    )
+    assert file.delegate_partitions is not None
+    assert file.delegate_partitions >= 1
+
+
+def _without_delegates() -> Any:
+    from ai_edge_litert.interpreter import OpResolverType
+
+    return OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+
+
+def test_int64_ids_are_taken_as_int32(tmp_path: Path) -> None:
+    ids = keras.Input((None,), dtype="int64", name="ids")
+    model = keras.Model(ids, keras.layers.Embedding(11, 3)(ids))
+    report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
+    assert report.files[0].inputs[0].dtype == "int32"
+
+
+def encoder(**kwargs: Any) -> keras.Model:
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras_mha.TokenAndPositionEmbedding(11, 13, 10)(ids)
+    hidden = keras_mha.TransformerEncoderBlock(2, 14)(hidden)
+    hidden = keras_mha.MultiHeadSelfAttention(2, 3, **kwargs)(hidden)
+    head = keras.layers.Dense(3, activation="softmax", name="probabilities")
+    model = keras.Model(ids, head(keras.layers.GlobalAveragePooling1D()(hidden)))
+    return small_models.randomize(model)
+
+
+@pytest.mark.parametrize("jit_compile", ["auto", True])
+def test_our_layers_are_traced_in_their_portable_form(
+    tmp_path: Path, jit_compile: bool | str
+) -> None:
+    model = encoder(jit_compile=jit_compile)
+    report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
+    (file,) = report.files
+    assert file.parity.max_absolute_difference <= 1e-6
+    # The reference selects by mask; the one selection left is the pooling's.
+    assert file.operators.get("SELECT_V2", 0) <= 1
+    assert file.operators["BATCH_MATMUL"] == 4
+    from keras_mha.attention.api import current_implementation
+
+    assert current_implementation() == "reference"
+
+
+# What is refused.
+
+
+def test_a_perturbed_weight_is_caught_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ids_model()
+    convert = module._convert
+
+    def convert_and_perturb(graph: Path, signature_name: str) -> bytes:
+        content = convert(graph, signature_name)
+        if graph.name == "model_13":
+            model.layers[-1].bias.assign_add([1e-3, 0.0, 0.0])
+        return content
+
+    monkeypatch.setattr(module, "_convert", convert_and_perturb)
+    old = tmp_path / "model_7.tflite"
+    old.write_bytes(b"old")
+    with pytest.raises(ParityError, match="'probabilities' .* LiteRT"):
+        export_tflite(model, tmp_path, sequence_lengths=(7, 13), samples=ROWS)
+    # The file of length 7 was right, but none is published before all are.
+    assert left_in(tmp_path) == ["model_7.tflite"]
+    assert old.read_bytes() == b"old"
+
+
+def test_a_damaged_file_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = module._convert
+
+    def convert_and_damage(graph: Path, signature_name: str) -> bytes:
+        content = bytearray(convert(graph, signature_name))
+        content[len(content) // 2 :: 7] = bytes(len(content[len(content) // 2 :: 7]))
+        return bytes(content)
+
+    monkeypatch.setattr(module, "_convert", convert_and_damage)
+    monkeypatch.setattr(module, "read_contents", lambda _: Contents({}, (), ()))
+    with pytest.raises(VerificationError, match=r"litert on model_7\.tflite"):
+        export_tflite(
+            ids_model(), tmp_path / "out", sequence_lengths=(7,), samples=ROWS
+        )
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "step", ["_convert", "read_contents", "run_in_fresh_process", "check_parity"]
+)
+def test_an_interruption_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_tflite(
+            ids_model(), tmp_path / "out", sequence_lengths=(7,), samples=ROWS
+        )
+    assert left_in(tmp_path) == []
+
+
+def test_operations_that_are_not_built_in_are_named(tmp_path: Path) -> None:
+    class Rare(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            x = tf.cast(inputs, "float32")
+            return tf.math.betainc(x, x, x) + tf.math.bessel_i0(x)
+
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    model = keras.Model(ids, Rare()(ids))
+    with pytest.raises(ValueError, match=r"has not built in: \['tf.Bes.*tf.Betainc'\]"):
+        export_tflite(model, tmp_path / "out", sequence_lengths=(7,), samples=ROWS)
+    assert left_in(tmp_path) == []
+
+
+def test_sizes_known_at_run_time_alone_are_refused(tmp_path: Path) -> None:
+    class Ragged(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            return tf.cast(tf.where(inputs > 0), "float32")
+
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    model = keras.Model(ids, Ragged()(ids))
+    with pytest.raises(ValueError, match="does not convert.*tensors of free shape"):
+        export_tflite(model, tmp_path / "out", sequence_lengths=(7,), samples=ROWS)
+
+
+def test_a_text_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Pass the part of the model after its token"):
+        export_tflite(small_models.text_model(), tmp_path, samples=small_models.TEXTS)
+
+
+def test_a_model_without_ids_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one integer input .* features: float32"):
+        export_tflite(small_models.dense_model(), tmp_path, samples=ROWS)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    kinds = keras.Input((None,), dtype="int32", name="kinds")
+    with pytest.raises(ValueError, match=r"one integer input .*ids: .*kinds: "):
+        export_tflite(keras.Model([ids, kinds], ids + kinds), tmp_path, samples=ROWS)
+
+
+def test_half_precision_is_refused(tmp_path: Path) -> None:
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    inner = keras.Sequential([keras.layers.Embedding(11, 3, dtype="mixed_bfloat16")])
+    model = keras.Model(ids, inner(ids))
+    text = "must compute in float32.*'embedding.*' with compute_dtype='bfloat16'"
+    with pytest.raises(ValueError, match=text):
+        export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"sequence_lengths": (7, 4)},
+            "must not be longer.*a row of 5 ids for the length 4",
+        ),
+        ({"sequence_lengths": ()}, r"`sequence_lengths` must be positive.*\(\)"),
+        ({"sequence_lengths": (0,)}, r"`sequence_lengths` must be positive.*\(0,\)"),
+        ({"tolerance": -1e-5}, "`tolerance` must be at least 0. Received: -1e-05"),
+        ({"batch_size": 0}, r"`batch_size` must be positive.*\[0\]"),
+        ({"samples": [[0.5, 1.0]]}, r"rows of integer ids.*float64"),
+        ({"samples": []}, "one or more rows of integer ids"),
+        ({"samples": [[[1, 2]]]}, r"rows of integer ids.*\(1, 2\)"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=re.compile(text, re.DOTALL)):
+        export_tflite(
+            ids_model(),
+            tmp_path / "out",
+            **({"samples": ROWS, "sequence_lengths": (7,)} | arguments),
+        )
+    assert left_in(tmp_path) == []
+
+
+def test_a_missing_runtime_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"pip install 'keras-mha\[tflite\]'"):
+        export_tflite(ids_model(), tmp_path, samples=ROWS)
