@@ -1,0 +1,73 @@
+# Every command makes .venv and installs what it needs first; the second run skips that.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+RUN := $(VENV)/bin
+DEV := $(VENV)/.installed-dev
+EXAMPLES := $(VENV)/.installed-examples
+# A Python to make .venv with; the first fitting one is taken when not given.
+PYTHON ?=
+WORKERS ?= 2
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+.PHONY: help
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: sentiment
+sentiment: $(EXAMPLES) ## Train the sentiment example; results in dist/sentiment
+	$(RUN)/python examples/sentiment/train.py --output dist/sentiment
+
+.PHONY: test
+test: $(DEV) ## Run the default tests
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: test-slow
+test-slow: $(DEV) ## Run the slow tests
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+.PHONY: check
+check: $(DEV) ## Check format, lint, types and import direction
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/pyright
+	$(RUN)/python -m pytest -q tests/test_architecture.py
+
+.PHONY: format
+format: $(DEV) ## Format the code and apply the linter's safe fixes
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+.PHONY: smoke-wheel
+smoke-wheel: $(DEV) ## Build the wheel and try it outside the checkout
+	$(RUN)/python .ci/smoke_wheel.py
+
+.PHONY: clean
+clean: ## Remove what was built; .venv stays (delete it by hand)
+	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# One stamp for each extra. It is older than pyproject.toml after an edit there, and then
+# the installation is brought up to date.
+$(VENV)/.installed-%: pyproject.toml | $(RUN)/pip
+	@echo "Installing keras-mha[$*] into $(VENV): some minutes the first time"
+	$(RUN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(RUN)/pip:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if "$$python" -c '$(FITS)' 2>/dev/null; then \
+			echo "$$python -m venv $(VENV)"; \
+			exec "$$python" -m venv $(VENV); \
+		fi; \
+	done; \
+	echo "No Python found in: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)." \
+		"This needs Python 3.11, 3.12 or 3.13 with venv" \
+		"(on Debian: the package python3-venv); name it with PYTHON=..." >&2; \
+	exit 1

@@ -1,0 +1,95 @@
+"""The documents hold: their code runs, their links lead to files, versions agree."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import keras_mha
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "export/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language, each moved to the line it stands on."""
+    return [
+        "\n" * text.count("\n", 0, block.start(2)) + block.group(2)
+        for block in FENCED.finditer(text)
+        if block.group(1) == language
+    ]
+
+
+def run_blocks(text: str, name: str) -> dict[str, Any]:
+    """Runs the Python blocks of a document one after the other, in one namespace."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in code_blocks(text, "python"):
+        exec(compile(block, name, "exec"), namespace)  # noqa: S102 - our own text.
+    return namespace
+
+
+def dead_links(text: str, folder: Path) -> list[str]:
+    """The relative links of a document that lead to no file."""
+    prose = FENCED.sub("", text)
+    targets = {target.split("#")[0] for target in LINK.findall(prose)}
+    return sorted(
+        target
+        for target in targets
+        if target and "://" not in target and not (folder / target).exists()
+    )
+
+
+def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert code_blocks(text, "python")
+    monkeypatch.chdir(tmp_path)
+    run_blocks(text, "README.md")
+
+
+@pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_lead_to_files(path: Path) -> None:
+    assert not dead_links(path.read_text(encoding="utf-8"), path.parent)
+
+
+def test_the_make_commands_of_the_documents_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+        assert named <= targets, path.name
+
+
+def test_versions_agree() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.findall(r"^## \[([^\]]+)\]", changelog, re.MULTILINE)[0]
+    assert newest == keras_mha.__version__ == version("keras-mha")
+
+
+# The checks themselves can fail.
+
+
+def test_blocks_share_a_namespace_and_keep_their_lines() -> None:
+    text = "# A\n```python\nx = 1\n```\n```sh\nno python\n```\n\n```python\n{}\n```"
+    assert run_blocks(text.format("y = x + 1"), "text")["y"] == 2
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_blocks(text.format("x / 0"), "text")
+    assert raised.traceback[-1].lineno + 1 == 10
+
+
+def test_dead_links_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "here.md").touch()
+    text = "[a](here.md#part) [b](gone.md) [c](https://example.org/x) [d](#part)"
+    assert dead_links(text, tmp_path) == ["gone.md"]
