@@ -27,7 +27,7 @@ def resolve_axes(axes: int | Sequence[int] | None, rank: int) -> tuple[int, ...]
 
     Raises:
         ValueError: If an axis is the batch's or the features', out of range, or
-            named twice.
+            named twice, or if there is none.
 
     Example:
 
@@ -36,8 +36,9 @@ def resolve_axes(axes: int | Sequence[int] | None, rank: int) -> tuple[int, ...]
     ((2,), (1, 2))
     """
     if axes is None:
-        return tuple(range(1, rank - 1))
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+        given = tuple(range(1, rank - 1))
+    else:
+        given = (axes,) if isinstance(axes, int) else tuple(axes)
     resolved = tuple(axis + rank if axis < 0 else axis for axis in given)
     inner = all(0 < axis < rank - 1 for axis in resolved)
     if not resolved or not inner or len(set(resolved)) < len(resolved):
@@ -57,6 +58,9 @@ def score_shape(
 ) -> tuple[int | None, ...]:
     """Static shape of the scores, `(B, ..., N, T..., S...)`, from input shapes.
 
+    Raises:
+        ValueError: If queries and keys differ in an axis that does not attend.
+
     Example:
 
     >>> from keras_mha.attention.axes import score_shape
@@ -64,6 +68,13 @@ def score_shape(
     (2, 7, 3, 5)
     """
     free = _free_axes(len(query_shape) - 1, axes)
+    pairs = [(query_shape[axis], key_shape[axis]) for axis in free]
+    if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+        raise ValueError(
+            f"`query` and `key` must agree in the axes {free}, which do not attend. "
+            f"Received: query of shape {tuple(query_shape)} and key of shape "
+            f"{tuple(key_shape)}"
+        )
     return (
         *(query_shape[axis] for axis in free),
         num_heads,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from keras import backend, ops
+from keras import KerasTensor, backend, ops
 
 from keras_mha.typing import Shape, Tensor
 
@@ -38,6 +38,13 @@ class Mask(NamedTuple):
     is_causal: bool = False
     sliding_window: int | None = None
 
+    @property
+    def structure(self) -> tuple[bool | int | None, ...]:
+        """What stays from batch to batch: which tensors there are, and the rest."""
+        tensors = (self.query_padding, self.key_padding, self.pairs)
+        given = (tensor is not None for tensor in tensors)
+        return (*given, self.is_causal, self.sliding_window)
+
 
 def as_boolean(mask: Tensor, name: str) -> Tensor:
     """Returns `mask` as a boolean tensor, refusing floating ones.
@@ -56,7 +63,8 @@ def as_boolean(mask: Tensor, name: str) -> Tensor:
     >>> np.asarray(as_boolean(np.array([2, 0]), "mask")).tolist()
     [True, False]
     """
-    mask = ops.convert_to_tensor(mask)
+    if not isinstance(mask, KerasTensor):
+        mask = ops.convert_to_tensor(mask)
     dtype = backend.standardize_dtype(mask.dtype)
     if "float" in dtype:
         raise TypeError(
@@ -66,6 +74,36 @@ def as_boolean(mask: Tensor, name: str) -> Tensor:
             f"`{name} > threshold` instead."
         )
     return mask if dtype == "bool" else ops.not_equal(mask, 0)
+
+
+def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
+    """Returns a padding mask as a boolean tensor, if it fits its inputs.
+
+    Args:
+        mask: Boolean or integer, `(B, T)`, or `None`. For inputs of more dimensions
+            it may have as many of their leading ones.
+        inputs: Static shape of the inputs, `(B, T, ..., D)`.
+        name: The argument's name, for the error text.
+
+    Raises:
+        TypeError: If `mask` is floating.
+        ValueError: If it has not the leading dimensions of the inputs, two or more.
+    """
+    if mask is None:
+        return None
+    mask = as_boolean(mask, name)
+    received = tuple(mask.shape)
+    leading = tuple(inputs)[: len(received)]
+    fits = 2 <= len(received) < len(inputs) and all(
+        None in pair or pair[0] == pair[1]
+        for pair in zip(received, leading, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must have the leading dimensions (B, T) of its inputs, whose "
+            f"shape is {tuple(inputs)}. Received: {name} of shape {received}"
+        )
+    return mask
 
 
 def intersect(*masks: Tensor | None) -> Tensor | None:
@@ -86,7 +124,9 @@ def intersect(*masks: Tensor | None) -> Tensor | None:
     return merged
 
 
-def expand_pairs(mask: Tensor, score_shape: Shape, attention_rank: int) -> Tensor:
+def as_pairs(
+    mask: Tensor | None, score_shape: Shape, attention_rank: int
+) -> Tensor | None:
     """Gives an attention mask the rank of the scores, as Keras does.
 
     Missing dimensions are inserted just before the attention dimensions: with one
@@ -94,14 +134,19 @@ def expand_pairs(mask: Tensor, score_shape: Shape, attention_rank: int) -> Tenso
     `(B, 1, T, S)`.
 
     Args:
-        mask: Boolean mask of rank `2 * attention_rank` up to the scores' rank.
+        mask: Boolean or integer mask of rank `2 * attention_rank` up to the scores'
+            rank, or `None`.
         score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
         attention_rank: Number of attention axes.
 
     Raises:
+        TypeError: If `mask` is floating.
         ValueError: If the rank is out of range, or a dimension is neither 1 nor
             the scores'.
     """
+    if mask is None:
+        return None
+    mask = as_boolean(mask, "attention_mask")
     rank, received = len(score_shape), tuple(mask.shape)
     if not 2 * attention_rank <= len(received) <= rank:
         raise ValueError(

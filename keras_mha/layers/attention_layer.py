@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 from typing_extensions import override
 
 from keras_mha.attention import api
@@ -13,7 +12,12 @@ from keras_mha.attention.dropout import check_rate
 from keras_mha.attention.masks import Mask
 from keras_mha.layers import compiled
 from keras_mha.layers.arguments import check_output_shape, check_positive
-from keras_mha.layers.projections import ProjectionOptions, projection_arguments
+from keras_mha.layers.dtype_config import dtype_config
+from keras_mha.layers.projections import (
+    Projection,
+    ProjectionOptions,
+    projection_arguments,
+)
 from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
 
@@ -63,7 +67,7 @@ class AttentionLayer(SeededLayer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            **self._dtype_config(),
+            **dtype_config(self),
             "num_heads": self._num_heads,
             "dropout": self._dropout,
             "output_shape": self._output_shape,
@@ -85,16 +89,13 @@ class AttentionLayer(SeededLayer):
     ) -> Any:
         """Makes the dense layer `name`; see `projection_arguments`."""
         with whole():
-            dense = keras.layers.EinsumDense(
+            return Projection(
                 **projection_arguments(rank, bound, output, self._projections.use_bias),
                 **self._projections.projection_kwargs(),
                 dtype=self.dtype_policy,
                 name=name,
                 **kwargs,
             )
-        # It maps each position by itself, so a mask means the same after it.
-        dense.supports_masking = True
-        return dense
 
     def _attend(
         self,
@@ -117,7 +118,7 @@ class AttentionLayer(SeededLayer):
             mask,
             self._draw_seed() if dropout > 0 else None,
             jit_compile=self._jit_compile,
-            layout=(*query.shape[-2:], value.shape[-1]),
+            layout=(*query.shape[-2:], value.shape[-1], mask.structure),
             axes=axes,
             dropout=dropout,
             return_scores=return_scores,

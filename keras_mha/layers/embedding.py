@@ -9,6 +9,7 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.layers.arguments import check_positive
+from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.typing import Shape, Tensor
 
@@ -80,6 +81,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
+            **dtype_config(self),
             "vocabulary_size": self.vocabulary_size,
             "sequence_length": self.sequence_length,
             "embedding_dim": self.embedding_dim,
@@ -100,13 +102,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
 
     @override
     def call(self, inputs: Tensor) -> Tensor:
-        length = inputs.shape[1]
-        if length is not None and length > self.sequence_length:
-            raise ValueError(
-                "`inputs` must not be longer than `sequence_length`. Received: "
-                f"inputs of shape {tuple(inputs.shape)} and "
-                f"sequence_length={self.sequence_length}"
-            )
+        self._check_length(inputs)
         positions = ops.cast(self.position_embedding, self.compute_dtype)
         return self.token_embedding(inputs) + positions[: ops.shape(inputs)[1]]
 
@@ -118,9 +114,19 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
 
     @override
     def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
+        self._check_length(inputs)
         shape = self.compute_output_shape(inputs.shape)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     @override
     def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
         return (*input_shape, self.embedding_dim)
+
+    def _check_length(self, inputs: Tensor) -> None:
+        length = inputs.shape[1]
+        if length is not None and length > self.sequence_length:
+            raise ValueError(
+                "`inputs` must not be longer than `sequence_length`. Received: "
+                f"inputs of shape {tuple(inputs.shape)} and "
+                f"sequence_length={self.sequence_length}"
+            )

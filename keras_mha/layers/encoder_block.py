@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from typing_extensions import override
 
+from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.residual_norm import ResidualNorm, clone_layer
 from keras_mha.layers.seeded_layer import SeededLayer, whole
@@ -182,7 +183,7 @@ class TransformerEncoderBlock(SeededLayer):
         network = self.feed_forward.sublayer.get_config()
         return {
             **super().get_config(),
-            **self._dtype_config(),
+            **dtype_config(self),
             **{name: attention[name] for name in _ATTENTION_ARGUMENTS},
             **{name: network[name] for name in _NETWORK_ARGUMENTS},
             **{name: residual[name] for name in _RESIDUAL_ARGUMENTS},

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.arguments import check_optional, check_positive
+from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
@@ -93,7 +94,7 @@ class FeedForward(SeededLayer):
         initializers, regularizers = keras.initializers, keras.regularizers
         return {
             **super().get_config(),
-            **self._dtype_config(),
+            **dtype_config(self),
             "hidden_dim": self.hidden_dim,
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,

@@ -10,13 +10,17 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.layers.arguments import check_positive
-from keras_mha.layers.projections import clone_initializer, projection_arguments
+from keras_mha.layers.projections import (
+    Projection,
+    clone_initializer,
+    projection_arguments,
+)
 from keras_mha.typing import Shape, Tensor
 
 PARTS = ("query", "key", "value")
 
 
-class FusedProjection(keras.layers.EinsumDense):
+class FusedProjection(Projection):
     """Projects inputs to the heads' queries, keys and values in one product.
 
     The kernel is `(D, N, 2 H + V)`: each head's query, key and value columns lie
@@ -145,7 +149,6 @@ class FusedProjection(keras.layers.EinsumDense):
         Raises:
             ValueError: If the kernel is adapted and `mode` is not "int8".
         """
-        del type_check  # Keras' guard against subclasses it does not know
         if self._adapted:
             if mode != "int8":
                 raise ValueError(
@@ -154,21 +157,21 @@ class FusedProjection(keras.layers.EinsumDense):
                 )
             self._kernel.assign(self._merged_kernel())
             self._reset_factors()
-        super().quantize(mode, type_check=False, config=config)
+        super().quantize(mode, type_check=type_check, config=config)
 
     @override
     def save_own_variables(self, store: Any) -> None:
-        super().save_own_variables(store)
         if not self._adapted:
+            super().save_own_variables(store)
             return
-        merged = self._merged_kernel()
+        values = {"kernel": self._merged_kernel()}
         if self.quantization_mode == "int8":
-            merged, scale = keras.quantizers.abs_max_quantize(
-                merged, axis=0, to_numpy=True
+            values["kernel"], scale = keras.quantizers.abs_max_quantize(
+                values["kernel"], axis=0, to_numpy=True
             )
-            place = self._saved_names().index("kernel_scale")
-            store[str(place)] = ops.reshape(scale, self.kernel_scale.shape)
-        store["0"] = merged
+            values["kernel_scale"] = ops.reshape(scale, self.kernel_scale.shape)
+        for place, name in enumerate(self._saved_names()):
+            store[str(place)] = values[name] if name in values else getattr(self, name)
 
     @override
     def load_own_variables(self, store: Any) -> None:

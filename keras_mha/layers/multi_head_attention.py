@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from keras_mha.attention.api import clear_padding
 from keras_mha.attention.axes import resolve_axes, score_shape
-from keras_mha.attention.masks import Mask, as_boolean, expand_pairs, intersect
+from keras_mha.attention.masks import Mask, as_padding, as_pairs, intersect
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.keras_mask import set_keras_mask
@@ -266,14 +266,13 @@ class MultiHeadAttention(AttentionLayer):
         use_causal_mask: bool = False,
     ) -> Tensor:
         key = value if key is None else key
-        query_padding = _boolean(query_mask, "query_mask")
+        query_padding = as_padding(query_mask, query.shape, "query_mask")
         key_padding = intersect(
-            _boolean(value_mask, "value_mask"), _boolean(key_mask, "key_mask")
+            as_padding(value_mask, value.shape, "value_mask"),
+            as_padding(key_mask, key.shape, "key_mask"),
         )
-        pairs = _boolean(attention_mask, "attention_mask")
-        if pairs is not None:
-            shape = self._score_shape(query.shape, key.shape)
-            pairs = expand_pairs(pairs, shape, len(self._axes))
+        shape = self._score_shape(query.shape, key.shape)
+        pairs = as_pairs(attention_mask, shape, len(self._axes))
         query = clear_padding(query, query_padding)
         mixed, scores = self._attend(
             self._query_dense(query),
@@ -293,8 +292,8 @@ class MultiHeadAttention(AttentionLayer):
         if self._use_gate:
             mixed = ops.multiply(mixed, self._gate_dense(query))
         outputs = self._output_dense(mixed)
-        if query_mask is not None:
-            set_keras_mask(outputs, query_mask)
+        if query_padding is not None:
+            set_keras_mask(outputs, query_padding)
         return (outputs, scores) if return_attention_scores else outputs
 
     @override
@@ -326,20 +325,18 @@ class MultiHeadAttention(AttentionLayer):
         outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if query_mask is not None:
             set_keras_mask(outputs, query_mask)
+        scores = self._score_shape(query.shape, key_shape)
+        # raises now rather than in the first run
+        as_pairs(attention_mask, scores, len(self._axes))
         if not return_attention_scores:
             return outputs
-        shape = self._score_shape(query.shape, key_shape)
-        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
 
     def _score_shape(
         self, query_shape: Shape, key_shape: Shape
     ) -> tuple[int | None, ...]:
         axes = resolve_axes(self._attention_axes, len(query_shape))
         return score_shape(query_shape, key_shape, self._num_heads, axes)
-
-
-def _boolean(mask: Tensor | None, name: str) -> Tensor | None:
-    return None if mask is None else as_boolean(mask, name)
 
 
 def _check_keys(value_shape: Shape, key_shape: Shape | None) -> Shape:

@@ -6,8 +6,10 @@ import string
 from typing import Any
 
 import keras
+from keras import ops
+from typing_extensions import override
 
-from keras_mha.typing import Shape
+from keras_mha.typing import Shape, Tensor
 
 
 class ProjectionOptions:
@@ -67,6 +69,34 @@ class ProjectionOptions:
             "kernel_constraint": self.kernel_constraint,
             "bias_constraint": self.bias_constraint,
         }
+
+
+class Projection(keras.layers.EinsumDense):
+    """An `EinsumDense` whose bias is right for sizes of one, and that quantizes.
+
+    On TensorFlow `keras.ops.add`, with which Keras adds the bias, drops dimensions of
+    size one, and then takes a bias `(N, 1)` for one of the time axis where T = N.
+    """
+
+    def __init__(self, equation: str, **kwargs: Any) -> None:
+        super().__init__(equation, **kwargs)
+        # It maps each position by itself, so a mask means the same after it.
+        self.supports_masking = True
+
+    @override
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        del training  # nothing differs; Keras passes it to every `EinsumDense`
+        outputs: Tensor = ops.einsum(self.equation, inputs, self.kernel)
+        if self.bias is not None:
+            outputs = outputs + ops.convert_to_tensor(self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    @override
+    def quantize(
+        self, mode: Any = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        del type_check  # Keras' guard against subclasses that it does not know
+        super().quantize(mode, type_check=False, config=config)
 
 
 def clone_initializer(initializer: Any) -> Any:

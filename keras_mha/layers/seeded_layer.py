@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -36,27 +35,6 @@ class SeededLayer(keras.layers.Layer):
         draw = _draw.get()
         generator = self.seed_generator
         return generator.next() if draw is None else draw(generator)
-
-    def _dtype_config(self) -> dict[str, Any]:
-        """The entry `dtype` of a config, sublayers' quantization in it.
-
-        Without it a quantized layer would be saved with quantized weights and be
-        made anew with float ones, which cannot take them.
-        """
-        policies = keras.dtype_policies
-        policy = self.dtype_policy
-        quantized = [
-            layer
-            for layer in self._flatten_layers(include_self=False)
-            if layer.quantization_mode is not None
-        ]
-        if quantized and not isinstance(policy, policies.DTypePolicyMap):
-            policy = policies.DTypePolicyMap(default_policy=policy.name)
-            for layer in quantized:
-                # Keys are patterns; what is above this layer may differ next time.
-                below = self.name + layer.path.removeprefix(self.path)
-                policy[rf"(.*/)?{re.escape(below)}"] = layer.dtype_policy
-        return {"dtype": policies.serialize(policy)}
 
     @override
     def rematerialized_call(

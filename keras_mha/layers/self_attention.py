@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from keras_mha.attention.api import clear_padding
 from keras_mha.attention.axes import score_shape
-from keras_mha.attention.masks import Mask, as_boolean, expand_pairs
+from keras_mha.attention.masks import Mask, as_padding, as_pairs
 from keras_mha.layers.arguments import check_optional
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.fused_projection import FusedProjection
@@ -185,7 +185,6 @@ class MultiHeadSelfAttention(AttentionLayer):
                 dtype=self.dtype_policy,
                 name="qkv",
             )
-        self.qkv_dense.supports_masking = True
         self.qkv_dense.build(input_shape)
         self.output_dense = self._projection(
             "attention_output", 4, 2, self._output_shape or (width,)
@@ -206,11 +205,8 @@ class MultiHeadSelfAttention(AttentionLayer):
         if mask is None:
             # Keras fills `mask` only where `inputs` is the only tensor argument.
             mask = get_keras_mask(inputs)
-        padding = None if mask is None else as_boolean(mask, "mask")
-        pairs = None
-        if attention_mask is not None:
-            shape = self._score_shape(inputs.shape)
-            pairs = expand_pairs(as_boolean(attention_mask, "attention_mask"), shape, 1)
+        padding = as_padding(mask, inputs.shape, "mask")
+        pairs = as_pairs(attention_mask, self._score_shape(inputs.shape), 1)
         inputs = clear_padding(inputs, padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
         mixed, scores = self._attend(
@@ -238,13 +234,13 @@ class MultiHeadSelfAttention(AttentionLayer):
         return_attention_scores: bool = False,
         training: bool | None = None,
     ) -> Any:
-        outputs = keras.KerasTensor(
-            self.compute_output_shape(inputs.shape), dtype=self.compute_dtype
-        )
+        shape = self.compute_output_shape(inputs.shape)
+        outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        scores = self._score_shape(inputs.shape)
+        as_pairs(attention_mask, scores, 1)  # raises now rather than in the first run
         if not return_attention_scores:
             return outputs
-        shape = self._score_shape(inputs.shape)
-        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
 
     def enable_lora(
         self,

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from keras_mha import (
+    FeedForward,
+    MultiHeadSelfAttention,
+    ResidualNorm,
+    TransformerEncoderBlock,
+)
+from tests.layers.helpers import (
+    PADDING,
+    PAIRS_3,
+    PAIRS_4,
+    B,
+    D,
+    H,
+    N,
+    T,
+    assert_equal,
+    differentiate,
+    made,
+    normal,
+)
+
+HIDDEN = 17
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "post": {"placement": "post", "activation": "relu"},
+    "sandwich_rms": {"placement": "sandwich", "normalization": "rms", "epsilon": 0.01},
+    "swiglu": {"gated": True, "activation": "silu", "use_bias": False},
+    "layer_scale": {"layer_scale": 0.3},
+    "rezero": {"rezero": True},
+}
+CALL: dict[str, Any] = {
+    "mask": PADDING,
+    "attention_mask": PAIRS_3,
+    "use_causal_mask": True,
+}
+
+
+def block(**options: Any) -> TransformerEncoderBlock:
+    return made(TransformerEncoderBlock(N, HIDDEN, **{"key_dim": H, **options}))
+
+
+def parts(layer: TransformerEncoderBlock, **options: Any) -> list[ResidualNorm]:
+    """The two halves, built from public layers and given the block's weights."""
+    network = {
+        name: options.pop(name)
+        for name in ("activation", "gated", "use_bias")
+        if name in options
+    }
+    use_bias = network.get("use_bias", True)
+    halves = [
+        ResidualNorm(MultiHeadSelfAttention(N, H, use_bias=use_bias), **options),
+        ResidualNorm(FeedForward(HIDDEN, **network), **options),
+    ]
+    for half, source in zip(halves, (layer.attention, layer.feed_forward), strict=True):
+        half.build((B, T, D))
+        half.set_weights(source.get_weights())
+    return halves
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_block_is_its_parts_composed(options: str) -> None:
+    layer, inputs = block(**OPTIONS[options]), normal(B, T, D)
+    attention, network = parts(layer, **OPTIONS[options])
+    assert len(layer.weights) == len(attention.weights) + len(network.weights)
+    outputs, scores = layer(inputs, return_attention_scores=True, **CALL)
+    mixed, expected_scores = attention(inputs, return_attention_scores=True, **CALL)
+    np.testing.assert_allclose(outputs, network(mixed), atol=1e-5)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    np.testing.assert_allclose(layer(inputs, **CALL), outputs, atol=1e-6)
+    assert outputs.shape == layer.compute_output_shape(inputs.shape) == (B, T, D)
+    assert np.abs(outputs - layer(inputs)).max() > 0.01
+
+
+def test_key_dim_defaults_to_an_even_share() -> None:
+    layer = TransformerEncoderBlock(3, HIDDEN)
+    layer.build((B, T, 15))
+    assert tuple(layer.attention.sublayer.qkv_dense.kernel.shape) == (15, 3, 15)
+
+
+def test_a_normalization_layer_given_is_cloned_for_each_place() -> None:
+    norm = keras.layers.LayerNormalization(epsilon=0.01)
+    layer = block(normalization=norm, placement="sandwich")
+    norms = [
+        norm
+        for half in (layer.attention, layer.feed_forward)
+        for norm in (half.norm, half.output_norm)
+    ]
+    assert len({id(each) for each in norms}) == 4
+    assert {each.epsilon for each in norms} == {0.01}
+    named = block(normalization="layer", epsilon=0.01, placement="sandwich")
+    np.testing.assert_allclose(
+        layer(normal(B, T, D)), named(normal(B, T, D)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pairs", [None, PAIRS_4], ids=["none", "rank_4"])
+@pytest.mark.parametrize("mode", ["eager", "functional", "stacked"])
+def test_masks_are_read_from_the_inputs(mode: str, pairs: np.ndarray | None) -> None:
+    layer, second, masking = block(), block(), keras.layers.Masking()
+    inputs = np.where(PADDING[..., None], normal(B, T, D), 0).astype("float32")
+    expected = layer(inputs, mask=PADDING, attention_mask=pairs)
+    assert np.abs(expected - layer(inputs, attention_mask=pairs))[PADDING].max() > 0.01
+    if mode == "eager":
+        outputs = layer(masking(inputs), attention_mask=pairs)
+        np.testing.assert_array_equal(outputs._keras_mask, PADDING)
+    elif mode == "functional":
+        symbolic = keras.Input((None, D))
+        made_outputs = layer(masking(symbolic), attention_mask=pairs)
+        outputs = keras.Model(symbolic, made_outputs)(inputs)
+    else:
+        expected = second(expected, mask=PADDING, attention_mask=pairs)
+        first = layer(masking(inputs), attention_mask=pairs)
+        outputs = second(first, attention_mask=pairs)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_padding_changes_no_real_position(placement: str) -> None:
+    layer, inputs = block(placement=placement), normal(B, T, D)
+    poisoned = np.where(PADDING[..., None], inputs, np.float32(np.nan))
+    outputs = np.asarray(layer(poisoned, mask=PADDING))
+    expected = np.asarray(layer(inputs, mask=PADDING))
+    np.testing.assert_allclose(outputs[PADDING], expected[PADDING], atol=1e-5)
+
+
+def test_symbolic_shapes() -> None:
+    layer, inputs = block(), keras.Input((None, D))
+    outputs, scores = layer(inputs, return_attention_scores=True)
+    assert outputs.shape == (None, None, D)
+    assert scores.shape == (None, N, None, None)
+    values = keras.Model(inputs, [outputs, scores])(normal(B, T, D))
+    assert [each.shape for each in values] == [(B, T, D), (B, N, T, T)]
+    assert layer(inputs, mask=None, attention_mask=None).shape == (None, None, D)
+
+
+# Dropout.
+
+
+def dropouts(layer: TransformerEncoderBlock) -> dict[str, float]:
+    return {
+        "residual": layer.attention.dropout,
+        "second_residual": layer.feed_forward.dropout,
+        "attention": layer.attention.sublayer.dropout,
+        "network": layer.feed_forward.sublayer.dropout,
+        "depth": layer.attention.stochastic_depth,
+        "second_depth": layer.feed_forward.stochastic_depth,
+    }
+
+
+def test_where_each_dropout_goes() -> None:
+    assert dropouts(block(dropout=0.3, stochastic_depth=0.2)) == {
+        "residual": 0.3,
+        "second_residual": 0.3,
+        "attention": 0.3,
+        "network": 0.3,
+        "depth": 0.2,
+        "second_depth": 0.2,
+    }
+    assert dropouts(block(dropout=0.3, attention_dropout=0.0))["attention"] == 0.0
+    assert dropouts(block(attention_dropout=0.1)) == {
+        **dict.fromkeys(dropouts(block()), 0.0),
+        "attention": 0.1,
+    }
+
+
+def test_the_seed_decides_and_inference_drops_nothing() -> None:
+    inputs, options = normal(B, T, D), {"dropout": 0.3, "stochastic_depth": 0.2}
+    layer, twin, other = (block(seed=seed, **options) for seed in (3, 3, 4))
+    first, second = (np.asarray(layer(inputs, training=True)) for _ in range(2))
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(first, twin(inputs, training=True))
+    assert not np.allclose(first, other(inputs, training=True))
+    np.testing.assert_allclose(layer(inputs), block()(inputs), atol=1e-6)
+    seeds = [
+        each.seed
+        for half in (layer.attention, layer.feed_forward)
+        for each in (half, half.sublayer)
+    ]
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("jit_compile", [True, "auto"])
+@pytest.mark.parametrize("call", ["eager", "graph"])
+def test_rematerialized_dropout_has_the_gradients_of_the_one_applied(
+    call: str, jit_compile: bool | str
+) -> None:
+    options = {"dropout": 0.3, "stochastic_depth": 0.2, "seed": 3}
+
+    def result(layer: TransformerEncoderBlock) -> Any:
+        def run(x: Any) -> Any:
+            return layer(x, training=True, **CALL)
+
+        return differentiate(
+            tf.function(run) if call == "graph" else run,
+            normal(B, T, D),
+            layer.trainable_weights,
+        )
+
+    expected = result(block(**options))
+    with keras.RematScope(mode="full"):
+        layer = block(jit_compile=jit_compile, **options)
+    assert_equal(result(layer), expected)
+
+
+# Precision and XLA.
+
+
+@pytest.mark.parametrize(
+    ("policy", "tolerance"), [("mixed_float16", 0.02), ("mixed_bfloat16", 0.15)]
+)
+def test_mixed_precision(policy: str, tolerance: float) -> None:
+    layer, mixed = block(), block(dtype=policy)
+    outputs, scores = mixed(normal(B, T, D), return_attention_scores=True, **CALL)
+    assert outputs.dtype == scores.dtype == policy[6:]
+    assert {weight.dtype for weight in mixed.weights} == {"float32"}
+    expected = layer(normal(B, T, D), **CALL)
+    error = np.abs(ops.cast(outputs, "float32") - expected).max()
+    assert 0 < error < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("jit_compile", [True, "auto", False])
+def test_jit_compile_reaches_the_attention(jit_compile: bool | str) -> None:
+    layer = block(jit_compile=jit_compile)
+    assert layer.attention.sublayer.jit_compile == jit_compile
+    np.testing.assert_allclose(
+        layer(normal(B, T, D), **CALL), block()(normal(B, T, D), **CALL), atol=1e-5
+    )
+    model = keras.Sequential([keras.Input((T, D)), layer])
+    assert all(each.supports_jit for each in model._flatten_layers()) is (
+        jit_compile is not False
+    )
+
+
+def test_int8_of_the_whole_block_is_close() -> None:
+    layer, inputs = block(), normal(B, T, D)
+    expected = np.asarray(layer(inputs))
+    model = keras.Sequential([keras.Input((T, D)), layer])
+    with pytest.warns(UserWarning, match="does not have a `quantize` method"):
+        model.quantize("int8")
+    outputs = np.asarray(model(inputs))
+    error = np.abs(outputs - expected).max()
+    assert 0 < error < 0.05 * np.abs(expected).max()
+    kernels = [weight.dtype for weight in layer.weights if weight.name == "kernel"]
+    assert kernels == ["int8"] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 0}, "`num_heads`, expected a positive integer.*num_heads=0"),
+        ({"hidden_dim": 0}, "`hidden_dim`, expected a positive .*hidden_dim=0"),
+        ({"key_dim": 0}, "`key_dim`, expected a positive integer.*key_dim=0"),
+        ({"placement": "before"}, "`placement` must be one of .*'before'"),
+        ({"normalization": "batch"}, "`normalization` must be one of .*'batch'"),
+        ({"dropout": 1.0}, "`dropout` must be .*dropout=1.0"),
+        ({"attention_dropout": 1.0}, "`(attention_)?dropout` must be .*dropout=1.0"),
+        ({"stochastic_depth": 2}, "`stochastic_depth` must be .*stochastic_depth=2"),
+        ({"layer_scale": 0.1, "rezero": True}, "`layer_scale` and `rezero`"),
+        ({"jit_compile": "yes"}, "`jit_compile` must be .*'yes'"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_their_domain(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerEncoderBlock(**{"num_heads": N, "hidden_dim": HIDDEN, **options})

@@ -1,0 +1,383 @@
+"""Configurations and files: nothing is lost, and what was saved once loads for ever."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha import (
+    FeedForward,
+    MultiHeadAttention,
+    MultiHeadSelfAttention,
+    ResidualNorm,
+    TokenAndPositionEmbedding,
+    TransformerEncoderBlock,
+)
+from tests.layers.helpers import PADDING, B, D, H, N, T, V, normal, randomize
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+VOCABULARY, LONGEST, HIDDEN = 19, 11, 17
+IDS = np.where(PADDING, np.random.default_rng(1).integers(1, VOCABULARY, (B, T)), 0)
+
+# Every constructor argument but those without a default, at another value than it.
+DENSE = {
+    "kernel_initializer": "he_normal",
+    "bias_initializer": "ones",
+    "kernel_regularizer": "l2",
+    "bias_regularizer": "l1",
+}
+ATTENTION = {
+    **DENSE,
+    "value_dim": V,
+    "dropout": 0.3,
+    "use_bias": False,
+    "output_shape": (3, 5),
+    "activity_regularizer": "l1",
+    "kernel_constraint": "non_neg",
+    "bias_constraint": "max_norm",
+    "jit_compile": True,
+    "seed": 7,
+}
+RESIDUAL = {
+    "placement": "sandwich",
+    "normalization": "rms",
+    "dropout": 0.3,
+    "stochastic_depth": 0.2,
+    "layer_scale": 0.5,
+    "epsilon": 0.01,
+    "seed": 7,
+}
+# Arguments that exclude each other are in separate cases of one class.
+CASES: list[tuple[type[keras.layers.Layer], tuple[Any, ...], dict[str, Any]]] = [
+    (MultiHeadSelfAttention, (N,), {**ATTENTION, "key_dim": H}),
+    (
+        MultiHeadAttention,
+        (N, H),
+        {
+            **ATTENTION,
+            "attention_axes": (1,),
+            "sliding_window": 3,
+            "flash_attention": False,
+            "use_gate": True,
+        },
+    ),
+    (
+        FeedForward,
+        (HIDDEN,),
+        {
+            **DENSE,
+            "activation": "silu",
+            "gated": True,
+            "dropout": 0.3,
+            "output_dim": 5,
+            "use_bias": False,
+            "seed": 7,
+        },
+    ),
+    (ResidualNorm, (keras.layers.Dense(D),), RESIDUAL),
+    (
+        ResidualNorm,
+        (MultiHeadSelfAttention(N, H, dropout=0.2, seed=3),),
+        {"normalization": keras.layers.LayerNormalization(axis=[-1]), "rezero": True},
+    ),
+    (
+        TransformerEncoderBlock,
+        (N, HIDDEN),
+        {
+            **RESIDUAL,
+            "key_dim": H,
+            "activation": "silu",
+            "gated": True,
+            "attention_dropout": 0.1,
+            "use_bias": False,
+            "kernel_initializer": "he_normal",
+            "kernel_regularizer": "l2",
+            "jit_compile": False,
+        },
+    ),
+    (
+        TransformerEncoderBlock,
+        (N, HIDDEN),
+        {
+            "key_dim": H,
+            "normalization": keras.layers.RMSNormalization(axis=[-1]),
+            "rezero": True,
+        },
+    ),
+    (
+        TokenAndPositionEmbedding,
+        (VOCABULARY, LONGEST, D),
+        {"mask_zero": False, "embeddings_initializer": "he_normal"},
+    ),
+]
+PUBLIC = [
+    each
+    for each in vars(keras_mha).values()
+    if isinstance(each, type) and issubclass(each, keras.layers.Layer)
+]
+each_case = pytest.mark.parametrize(
+    ("layer_class", "required", "options"),
+    CASES,
+    ids=[f"{case[0].__name__}-{place}" for place, case in enumerate(CASES)],
+)
+
+
+def arguments(layer_class: type) -> dict[str, Any]:
+    """The constructor's arguments and their defaults."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(layer_class).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+
+
+def model_of(layer: keras.layers.Layer) -> keras.Model:
+    """A Functional model around any of the layers, for `data_for(layer)`."""
+    if isinstance(layer, TokenAndPositionEmbedding):
+        inputs = keras.Input((None,), dtype="int32")
+        return keras.Model(inputs, layer(inputs))
+    inputs = keras.Input((None, D))
+    if isinstance(layer, MultiHeadAttention):
+        return keras.Model(inputs, layer(inputs, inputs))
+    return keras.Model(inputs, layer(inputs))
+
+
+def data_for(layer: keras.layers.Layer) -> np.ndarray:
+    return IDS if isinstance(layer, TokenAndPositionEmbedding) else normal(B, T, D)
+
+
+def plain_config(layer: keras.layers.Layer) -> dict[str, Any]:
+    """A configuration without what belongs to one build of one object."""
+    config = keras.saving.serialize_keras_object(layer)["config"]
+    return without_builds(config)
+
+
+def without_builds(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            name: without_builds(value)
+            for name, value in config.items()
+            if name not in ("build_config", "shared_object_id")
+        }
+    if isinstance(config, list | tuple):
+        return [without_builds(each) for each in config]
+    return config
+
+
+def test_every_public_layer_and_argument_has_a_case() -> None:
+    assert {case[0] for case in CASES} == set(PUBLIC)
+    for layer_class in PUBLIC:
+        covered = {
+            name
+            for case in CASES
+            if case[0] is layer_class
+            for name in (*case[2], *list(arguments(layer_class))[: len(case[1])])
+        }
+        assert covered == set(arguments(layer_class))
+
+
+@each_case
+def test_the_config_holds_every_argument(
+    layer_class: Any, required: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    default = layer_class(*required).get_config()
+    config = layer_class(*required, **options).get_config()
+    assert set(arguments(layer_class)) <= set(config)
+    for name in options:
+        assert config[name] != default[name], name
+    named = layer_class(*required, name="mine", trainable=False, dtype="float64")
+    assert named.get_config()["name"] == "mine"
+    assert named.get_config()["trainable"] is False
+    assert named.get_config()["dtype"]["config"]["name"] == "float64"
+
+
+@each_case
+def test_a_layer_is_made_again_from_its_config(
+    layer_class: Any, required: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    for chosen in ({}, options):
+        layer = layer_class(*required, **chosen, dtype="mixed_bfloat16")
+        again = layer_class.from_config(layer.get_config())
+        assert plain_config(again) == plain_config(layer)
+
+
+@each_case
+def test_build_changes_no_argument(
+    layer_class: Any, required: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    for chosen in ({}, options):
+        if layer_class in (MultiHeadSelfAttention, TransformerEncoderBlock):
+            chosen = {"key_dim": None, **chosen}  # noqa: PLW2901
+        layer = layer_class(*required, **chosen)
+        names = [name for name in arguments(layer_class) if hasattr(layer, name)]
+        config = plain_config(layer)
+        attributes = {name: getattr(layer, name) for name in names}
+        shape = data_for(layer).shape
+        if chosen.get("key_dim", 1) is None:
+            shape = (*shape[:-1], N * H)
+        cross = layer_class is MultiHeadAttention
+        layer.build(*([shape, shape] if cross else [shape]))
+        assert plain_config(layer) == config
+        for name, value in attributes.items():
+            assert getattr(layer, name) is value, name
+
+
+@each_case
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_files_bring_back_config_and_outputs(
+    layer_class: Any,
+    required: tuple[Any, ...],
+    options: dict[str, Any],
+    suffix: str,
+    tmp_path: Path,
+) -> None:
+    layer = fresh(layer_class, required, options)
+    model, inputs = model_of(layer), data_for(layer)
+    untrained = np.asarray(model(inputs))
+    randomize(model)
+    expected, path = np.asarray(model(inputs)), tmp_path / f"saved{suffix}"
+    assert np.abs(expected - untrained).max() > 1e-3
+    if suffix == ".keras":
+        model.save(path)
+        loaded: Any = keras.saving.load_model(path)
+        assert plain_config(loaded.layers[-1]) == plain_config(layer)
+    else:
+        model.save_weights(path)
+        loaded = model_of(fresh(layer_class, required, options))
+        assert np.abs(loaded(inputs) - expected).max() > 1e-3
+        loaded.load_weights(path)
+    np.testing.assert_array_equal(loaded(inputs), expected)
+    assert type(loaded.layers[-1]) is layer_class
+
+
+def fresh(
+    layer_class: Any, required: tuple[Any, ...], options: dict[str, Any]
+) -> keras.layers.Layer:
+    """A layer of a case that shares no sublayer with other tests."""
+    return layer_class.from_config(layer_class(*required, **options).get_config())
+
+
+@pytest.mark.parametrize("layer_class", PUBLIC)
+def test_registered_names(layer_class: Any) -> None:
+    name = f"keras_mha>{layer_class.__name__}"
+    assert keras.saving.get_registered_name(layer_class) == name
+    assert keras.saving.get_registered_object(name) is layer_class
+
+
+# Kinds of models.
+
+
+@keras.saving.register_keras_serializable(package="keras_mha_tests")
+class Classifier(keras.Model):
+    """A subclassed model that makes its layers itself."""
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+        self.embedding = TokenAndPositionEmbedding(VOCABULARY, LONGEST, width)
+        self.blocks = [TransformerEncoderBlock(2, HIDDEN) for _ in range(2)]
+        self.attention = MultiHeadAttention(2, 3)
+        self.head = ResidualNorm(FeedForward(HIDDEN))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "width": self.width}
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        x = self.embedding(inputs)
+        for block in self.blocks:
+            x = block(x, training=training)
+        return self.head(self.attention(x, x), training=training)
+
+
+def model_kinds(kind: str, dropout: float = 0.1) -> keras.Model:
+    if kind == "subclassed":
+        model: keras.Model = Classifier(8)
+        model(IDS)
+        return model
+    layers: list[Any] = [
+        TokenAndPositionEmbedding(VOCABULARY, LONGEST, 8),
+        TransformerEncoderBlock(2, HIDDEN, dropout=dropout),
+        ResidualNorm(MultiHeadSelfAttention(2), "sandwich"),
+        FeedForward(HIDDEN, gated=True),
+    ]
+    if kind == "sequential":
+        return keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
+    inputs = keras.Input((None,), dtype="int32")
+    outputs = inputs
+    for layer in layers:
+        outputs = layer(outputs)
+    if kind == "shared":
+        outputs = layers[2](layers[1](outputs))
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize("kind", ["sequential", "functional", "shared", "subclassed"])
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_models_of_each_kind(kind: str, suffix: str, tmp_path: Path) -> None:
+    model, path = model_kinds(kind), tmp_path / f"model{suffix}"
+    randomize(model)
+    expected = np.asarray(model(IDS))
+    if suffix == ".keras":
+        model.save(path)
+        loaded: Any = keras.saving.load_model(path)
+    else:
+        model.save_weights(path)
+        loaded = model_kinds(kind)
+        loaded.load_weights(path)
+    np.testing.assert_allclose(loaded(IDS), expected, atol=1e-6)
+    assert len(loaded.weights) == len(model.weights)
+
+
+def test_training_goes_on_after_loading(tmp_path: Path) -> None:
+    # Without dropout: Keras saves no state of random generators.
+    model = model_kinds("functional", dropout=0.0)
+    model.compile("adam", "mse", jit_compile=False)
+    targets = normal(B, T, 8)
+    model.fit(IDS, targets, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    losses = [
+        each.fit(IDS, targets, epochs=2, shuffle=False, verbose=0).history["loss"]
+        for each in (model, loaded)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("kind", ["sequential", "functional", "shared"])
+def test_quantized_models_are_saved_and_loaded(kind: str, tmp_path: Path) -> None:
+    model = model_kinds(kind)
+    randomize(model)
+    before = np.asarray(model(IDS))
+    model.quantize("int8")
+    expected = np.asarray(model(IDS))
+    assert np.abs(expected - before).max() > 1e-4
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    assert [w.dtype for w in loaded.weights] == [w.dtype for w in model.weights]
+    np.testing.assert_allclose(loaded(IDS), expected, atol=1e-5)
+
+
+# Files of earlier versions.
+
+
+@pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.keras")), ids=lambda p: p.stem)
+def test_files_of_every_version_load(path: Path) -> None:
+    saved = np.load(path.with_suffix(".npz"))
+    model: Any = keras.saving.load_model(path)
+    np.testing.assert_allclose(model(saved["ids"]), saved["outputs"], atol=1e-5)
+
+
+def test_there_is_a_file_with_every_layer() -> None:
+    paths = list(FIXTURES.glob("*.keras"))
+    assert paths
+    assert all(path.stat().st_size < 200_000 for path in paths)
+    model: Any = keras.saving.load_model(max(paths))
+    held = {type(layer) for layer in model._flatten_layers()}
+    assert set(PUBLIC) <= held

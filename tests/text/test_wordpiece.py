@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_mha.text import WordpieceTokenizer, learn_wordpiece_vocabulary
+
+VOCABULARY = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]"),
+    *("a", "fine", "film", "##s", "!", "[", "]", "pad", "É", "e", "cafe"),
+]
+ID = {token: i for i, token in enumerate(VOCABULARY)}
+
+
+def ids(*tokens: str) -> list[int]:
+    return [ID[token] for token in tokens]
+
+
+def rows(tokenizer: WordpieceTokenizer, texts: list[Any]) -> list[list[int]]:
+    return tokenizer(tf.constant(texts)).numpy().tolist()
+
+
+def test_words_pieces_and_padding() -> None:
+    tokenizer = WordpieceTokenizer(VOCABULARY)
+    assert rows(tokenizer, ["A fine film!", "films", "unheard films"]) == [
+        ids("[CLS]", "a", "fine", "film", "!", "[SEP]"),
+        [*ids("[CLS]", "film", "##s", "[SEP]"), 0, 0],
+        [*ids("[CLS]", "[UNK]", "film", "##s", "[SEP]"), 0],
+    ]
+    assert tokenizer(tf.constant(["a"])).dtype == tf.int32
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ()),
+        (" \t\n ", ()),
+        ("a\x00a\x07 a", ("a", "a", "a")),
+        (b"\xff\xfe a", ("[UNK]", "a")),
+        (b"\xe4\xb8", ("[UNK]",)),
+        ("\N{GRINNING FACE} a", ("[UNK]", "a")),
+        ("[PAD] a", ("[", "pad", "]", "a")),
+        ("a " * 3, ("a", "a", "a")),
+        ("x" * 1000, ("[UNK]",)),
+        ("CAF\N{LATIN CAPITAL LETTER E WITH ACUTE}", ("cafe",)),
+    ],
+)
+def test_odd_texts(text: str | bytes, expected: tuple[str, ...]) -> None:
+    assert rows(WordpieceTokenizer(VOCABULARY), [text]) == [
+        ids("[CLS]", *expected, "[SEP]")
+    ]
+
+
+def test_case_and_accents_stay_when_asked() -> None:
+    tokenizer = WordpieceTokenizer(VOCABULARY, lowercase=False)
+    assert rows(tokenizer, ["É FILM film"]) == [
+        ids("[CLS]", "É", "[UNK]", "film", "[SEP]")
+    ]
+
+
+@given(
+    texts=st.lists(st.text(max_size=40) | st.binary(max_size=40), max_size=5),
+    max_length=st.integers(2, 11),
+    pad_to=st.none() | st.integers(1, 11),
+)
+@settings(max_examples=60)
+def test_every_row_is_framed_and_padded(
+    texts: list[str | bytes], max_length: int, pad_to: int | None
+) -> None:
+    if pad_to is not None and pad_to > max_length:
+        pad_to = max_length
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=max_length, pad_to=pad_to)
+    found = tokenizer(tf.constant(texts, tf.string)).numpy()
+    lengths = (found != 0).sum(1)
+    longest = max(lengths, default=2)
+    rounded = longest if pad_to is None else -(-longest // pad_to) * pad_to
+    assert found.shape == (len(texts), min(rounded, max_length))
+    for row, length in zip(found, lengths, strict=True):
+        assert row[0] == ID["[CLS]"]
+        assert row[length - 1] == ID["[SEP]"]
+        # Neither padding nor a frame inside the text.
+        assert not np.isin(row[1 : length - 1], ids("[PAD]", "[CLS]", "[SEP]")).any()
+        assert not row[length:].any()
+
+
+def test_a_long_text_loses_its_end() -> None:
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=5)
+    assert rows(tokenizer, ["fine fine a film film", "a"]) == [
+        ids("[CLS]", "fine", "fine", "a", "[SEP]"),
+        [*ids("[CLS]", "a", "[SEP]"), 0, 0],
+    ]
+
+
+def test_columns_lists_and_arrays_are_the_same() -> None:
+    tokenizer = WordpieceTokenizer(VOCABULARY)
+    texts = ["a film", "fine"]
+    expected = rows(tokenizer, texts)
+    for form in (texts, np.array(texts), np.array(texts, object), [[t] for t in texts]):
+        assert np.array_equal(tokenizer(form), expected)
+    column = tf.constant([[t] for t in texts])
+    assert np.array_equal(tokenizer(column), expected)
+
+
+def test_no_texts_give_no_rows() -> None:
+    assert tokenizer_shape(pad_to=None) == (0, 2)
+    assert tokenizer_shape(pad_to=7) == (0, 7)
+
+
+def tokenizer_shape(pad_to: int | None) -> tuple[int, ...]:
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=7, pad_to=pad_to)
+    return tuple(tokenizer(tf.zeros((0,), tf.string)).shape)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize(("pad_to", "length"), [(None, None), (5, None), (11, 11)])
+def test_in_a_model(
+    shape: tuple[int, ...], pad_to: int | None, length: int | None, tmp_path: Path
+) -> None:
+    inputs = keras.Input(shape, dtype="string", name="texts")
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=11, pad_to=pad_to)
+    outputs = tokenizer(inputs)
+    assert outputs.shape == (None, length)
+    assert outputs.dtype == "int32"
+    model = keras.Model(inputs, outputs)
+    model.compile(jit_compile="auto")
+    assert model.jit_compile is False
+    texts = tf.reshape(tf.constant(["a film", "fine films!", ""]), (3, *shape))
+    expected = tokenizer(texts).numpy()
+    assert np.array_equal(model.predict(texts, verbose=0), expected)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert np.array_equal(loaded.predict(texts, verbose=0), expected)
+
+
+def test_in_a_dataset_and_made_in_its_graph() -> None:
+    tokenizer = WordpieceTokenizer(VOCABULARY)
+    dataset = tf.data.Dataset.from_tensor_slices(["a film", "fine"]).batch(2)
+    (found,) = dataset.map(tokenizer)
+    assert found.numpy().tolist() == rows(tokenizer, ["a film", "fine"])
+
+    made: list[WordpieceTokenizer] = []
+
+    def make(texts: tf.Tensor) -> tf.Tensor:
+        made.append(WordpieceTokenizer(VOCABULARY))
+        return made[-1](texts)
+
+    (found,) = dataset.map(make)
+    # Outside of that graph too.
+    assert found.numpy().tolist() == rows(made[0], ["a film", "fine"])
+
+
+def test_configuration_round_trip() -> None:
+    tokenizer = WordpieceTokenizer(
+        VOCABULARY, max_length=13, lowercase=False, pad_to=3, name="cut"
+    )
+    config = tokenizer.get_config()
+    assert config["vocabulary"] == VOCABULARY
+    assert (config["max_length"], config["lowercase"], config["pad_to"]) == (13, 0, 3)
+    clone = WordpieceTokenizer.from_config(config)
+    assert clone.get_config() == config
+    assert clone.get_vocabulary() == VOCABULARY
+    serialized = keras.saving.serialize_keras_object(tokenizer)
+    assert serialized["registered_name"] == "keras_mha>WordpieceTokenizer"
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_vocabulary_from_a_file(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "vocab.txt"
+    separator = end or "\n"
+    path.write_bytes((separator.join(VOCABULARY) + end).encode())
+    for form in (path, str(path)):
+        assert WordpieceTokenizer(form).get_vocabulary() == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_length": 1}, ValueError, "`max_length` must be an integer of at least"),
+        ({"max_length": 2.5}, ValueError, "Received: max_length=2.5"),
+        ({"pad_to": 0}, ValueError, "`pad_to` must be an integer of at least 1"),
+        (
+            {"max_length": 7, "pad_to": 8},
+            ValueError,
+            "Received: pad_to=8 and max_length=7",
+        ),
+        ({"vocabulary": VOCABULARY[1:]}, ValueError, r"Missing: \['\[PAD\]'\]"),
+        ({"vocabulary": ["a", *VOCABULARY]}, ValueError, r"twice: \['a'\]"),
+        ({"vocabulary": ["b", *VOCABULARY]}, ValueError, "Received first: 'b'"),
+        ({"vocabulary": [*VOCABULARY, ""]}, ValueError, "empty token"),
+        ({"vocabulary": [*VOCABULARY, 5]}, TypeError, "Received: 5 of type int"),
+    ],
+)
+def test_refused_arguments(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        WordpieceTokenizer(**{"vocabulary": VOCABULARY, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (tf.constant([1, 2]), TypeError, "`inputs` must be strings. Received: int32"),
+        (tf.constant("a"), ValueError, r"\(B,\) or \(B, 1\). Received: \(\)"),
+        (tf.constant([["a", "b"]]), ValueError, r"Received: \(1, 2\)"),
+    ],
+)
+def test_refused_inputs(
+    inputs: tf.Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        WordpieceTokenizer(VOCABULARY)(inputs)
+
+
+TEXTS = [
+    "The film films what films film: a fine film.",
+    "Finer films than this film are fine, and this is the finest!",
+    "\N{GRINNING FACE} \xe9t\xe9 film \u4e2d\u6587",
+]
+
+
+def test_the_learned_vocabulary_covers_its_texts() -> None:
+    vocabulary = learn_wordpiece_vocabulary(TEXTS, 150)
+    assert vocabulary[:4] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    assert len(set(vocabulary)) == len(vocabulary) <= 150
+    assert {"film", "fine", "##s", "e"} <= set(vocabulary)
+    found = WordpieceTokenizer(vocabulary)(tf.constant(TEXTS)).numpy()
+    assert not (found == vocabulary.index("[UNK]")).any()
+
+
+def test_the_learned_vocabulary_keeps_to_its_size() -> None:
+    full = learn_wordpiece_vocabulary(TEXTS, 10_000)
+    essential = [t for t in full[4:] if len(t.removeprefix("##")) == 1]
+    for size in range(4 + len(essential), len(full) + 1):
+        vocabulary = learn_wordpiece_vocabulary(TEXTS, size)
+        assert len(vocabulary) <= size
+        assert set(essential) <= set(vocabulary)
+    with pytest.raises(ValueError, match="`vocabulary_size` must leave room"):
+        learn_wordpiece_vocabulary(TEXTS, 3 + len(essential))
+
+
+def test_rare_pieces_are_left_out() -> None:
+    texts = ["often often often", "seldom"]
+    assert "seldom" in learn_wordpiece_vocabulary(texts, 99, min_count=1)
+    vocabulary = learn_wordpiece_vocabulary(texts, 99, min_count=2)
+    assert "often" in vocabulary
+    assert "seldom" not in vocabulary
+
+
+def test_case_is_learned_when_asked() -> None:
+    texts = ["Film Film Film"]
+    assert "film" in learn_wordpiece_vocabulary(texts, 40)
+    assert "Film" in learn_wordpiece_vocabulary(texts, 40, lowercase=False)
+
+
+def test_learning_does_not_depend_on_the_hash_seed() -> None:
+    program = (
+        "from keras_mha.text import learn_wordpiece_vocabulary as learn\n"
+        f"print(*learn({TEXTS!r}, 120), sep='|')"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"},
+            cwd=Path(__file__).resolve().parents[2],
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "error", "message"),
+    [
+        ("one text", 50, TypeError, "Received: one of type str"),
+        ([], 50, ValueError, "at least one word"),
+        (["", "  "], 50, ValueError, "at least one word"),
+        (TEXTS, 0, ValueError, "`vocabulary_size` must be an integer of at least 1"),
+    ],
+)
+def test_refused_texts(
+    texts: Any, size: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        learn_wordpiece_vocabulary(texts, size)
+
+
+def test_without_tensorflow_text_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
+    with pytest.raises(ImportError, match=r"keras-mha\[text\]"):
+        WordpieceTokenizer(VOCABULARY)
+    with pytest.raises(ImportError, match=r"keras-mha\[text\]"):
+        learn_wordpiece_vocabulary(["a"], 50)
