@@ -71,7 +71,8 @@ class ResidualNorm(SeededLayer):
     Raises:
         ValueError: If an argument is out of its domain, two exclude each other, or
             the sublayer's output has another shape than its input.
-        TypeError: If `sublayer` or `normalization` is not a layer.
+        TypeError: If `sublayer` or `normalization` is not a layer, or
+            `layer_scale` is not a number.
 
     Example:
 
@@ -109,6 +110,15 @@ class ResidualNorm(SeededLayer):
             raise ValueError(
                 f"`placement` must be one of {_PLACEMENTS}. "
                 f"Received: placement={placement!r}"
+            )
+        if layer_scale is not None and not isinstance(layer_scale, int | float):
+            raise TypeError(
+                "`layer_scale` must be a number or None. "
+                f"Received: layer_scale={layer_scale!r}"
+            )
+        if not isinstance(epsilon, int | float) or epsilon <= 0:
+            raise ValueError(
+                f"`epsilon` must be a positive number. Received: epsilon={epsilon}"
             )
         if layer_scale is not None and rezero:
             raise ValueError(

@@ -12,8 +12,8 @@ import tensorflow as tf
 from keras_mha.attention.masks import (
     Mask,
     as_boolean,
-    clear_padding,
     as_pairs,
+    clear_padding,
     intersect,
     materialize,
 )

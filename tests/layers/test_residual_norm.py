@@ -437,6 +437,8 @@ def test_mixed_precision(placement: str) -> None:
         ({"normalization": None}, TypeError, "`normalization` must be .*=None"),
         ({"dropout": 1.0}, ValueError, "0 <= dropout < 1. Received: dropout=1.0"),
         ({"stochastic_depth": -1}, ValueError, "0 <= stochastic_depth < 1.*=-1"),
+        ({"layer_scale": "x"}, TypeError, "`layer_scale` must be a number .*='x'"),
+        ({"epsilon": -1.0}, ValueError, "`epsilon` must be a positive .*epsilon=-1.0"),
         (
             {"layer_scale": 0.1, "rezero": True},
             ValueError,
