@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -381,7 +382,7 @@ def test_batches_keep_the_order(example: dict[str, ModuleType]) -> None:
 
 
 def test_the_committee_is_its_members_mean(
-    example: dict[str, ModuleType], trained: Any
+    example: dict[str, ModuleType], trained: Any, tmp_path: Path
 ) -> None:
     import tensorflow as tf
 
@@ -399,6 +400,13 @@ def test_the_committee_is_its_members_mean(
     found = of_texts.predict(tf.constant(texts.tolist()), verbose=0)
     assert np.allclose(found, expected, atol=1e-6)
     assert of_texts.output_names == of_ids.output_names == ["probabilities"]
+    # A saved file holds no optimizers.
+    of_texts.save_weights(tmp_path / "model.weights.h5")
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        names: list[str] = []
+        file.visit(names.append)
+    assert names
+    assert not [name for name in names if "optimizer" in name]
 
 
 def test_attention_is_that_of_the_first_block(
