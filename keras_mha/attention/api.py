@@ -45,10 +45,7 @@ def implementation_scope(name: str) -> Iterator[None]:
     ...     current_implementation()
     'portable'
     """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"`name` must be one of {sorted(IMPLEMENTATIONS)}. Received: name={name!r}"
-        )
+    _check_implementation(name, "name")
     token = _implementation.set(name)
     try:
         yield
@@ -61,7 +58,7 @@ def current_implementation() -> str:
     return _implementation.get()
 
 
-def clear_padding(inputs: Tensor, padding: Tensor | None) -> Tensor:
+def prepare_inputs(inputs: Tensor, padding: Tensor | None) -> Tensor:
     """Clears padded positions of `inputs`, where the implementation needs it.
 
     See `keras_mha.attention.masks.clear_padding`. Portable's padding is finite by
@@ -106,7 +103,7 @@ def attend(
 
     Raises:
         ValueError: If a causal mask or a window is asked for over several axes,
-            which have no single order.
+            `dropout > 0` has no seed, or there is no such implementation.
 
     Example:
 
@@ -118,12 +115,11 @@ def attend(
     >>> tuple(mixed.shape), tuple(scores.shape)
     ((2, 3, 5, 7), (2, 5, 3, 3))
     """
-    if len(axes) > 1 and (mask.is_causal or mask.sliding_window is not None):
+    check_order(mask, axes)
+    _check_implementation(implementation, "implementation")
+    if dropout > 0 and seed is None:
         raise ValueError(
-            "`use_causal_mask` and `sliding_window` need a single attention axis: "
-            "several have no one order of positions. "
-            f"Received: attention_axes={axes}, use_causal_mask={mask.is_causal}, "
-            f"sliding_window={mask.sliding_window}"
+            f"`dropout` above 0 needs a `seed`. Received: dropout={dropout}, seed=None"
         )
     mixed, scores = IMPLEMENTATIONS[implementation](
         fold_heads(query, axes),
@@ -141,6 +137,29 @@ def attend(
     if not return_scores:
         return mixed, None
     return mixed, unfold_scores(scores, query, key, axes)
+
+
+def check_order(mask: masks.Mask, axes: tuple[int, ...]) -> None:
+    """Refuses what depends on the order of positions, over several axes.
+
+    Raises:
+        ValueError: If `mask` is causal or has a window and `axes` has no one order.
+    """
+    if len(axes) > 1 and (mask.is_causal or mask.sliding_window is not None):
+        raise ValueError(
+            "`use_causal_mask` and `sliding_window` need a single attention axis: "
+            "several have no one order of positions. "
+            f"Received: attention_axes={axes}, use_causal_mask={mask.is_causal}, "
+            f"sliding_window={mask.sliding_window}"
+        )
+
+
+def _check_implementation(name: str, argument: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"`{argument}` must be one of {sorted(IMPLEMENTATIONS)}. "
+            f"Received: {argument}={name!r}"
+        )
 
 
 def _map(function: Callable[..., Tensor], mask: Tensor | None, *rest: Any) -> Any:

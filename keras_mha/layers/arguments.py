@@ -1,8 +1,13 @@
-"""Checks of constructor arguments that several layers share."""
+"""Checks of constructor arguments that several layers share.
+
+As in Keras, an argument of a wrong type raises ValueError too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def check_positive(value: object, name: str) -> int:
@@ -26,6 +31,31 @@ def check_optional(value: object, name: str) -> int | None:
         ValueError: Otherwise.
     """
     return None if value is None else check_positive(value, name)
+
+
+def check_number(value: Any, name: str) -> float:
+    """Returns `value` if it is a positive, finite number.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(
+            f"`{name}` must be a positive, finite number. Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_seed(seed: object) -> int | None:
+    """Returns `seed` if it is an integer or `None`.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"`seed` must be an integer or None. Received: seed={seed!r}")
+    return seed
 
 
 def check_output_shape(

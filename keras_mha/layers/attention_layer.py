@@ -11,7 +11,11 @@ from keras_mha.attention import api
 from keras_mha.attention.dropout import check_rate
 from keras_mha.attention.masks import Mask
 from keras_mha.layers import compiled
-from keras_mha.layers.arguments import check_output_shape, check_positive
+from keras_mha.layers.arguments import (
+    check_output_shape,
+    check_positive,
+    check_seed,
+)
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import (
     Projection,
@@ -44,7 +48,7 @@ class AttentionLayer(SeededLayer):
         self._projections = projections
         self._jit_compile = compiled.check_jit_compile(jit_compile)
         self.supports_jit = jit_compile is not False
-        self.seed = seed
+        self.seed = check_seed(seed)
         if self._dropout > 0:
             self._add_generator(seed)
 
@@ -57,6 +61,11 @@ class AttentionLayer(SeededLayer):
     def dropout(self) -> float:
         """Share of the attention probabilities dropped in training."""
         return self._dropout
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether the projections have biases."""
+        return self._projections.use_bias
 
     @property
     def jit_compile(self) -> bool | str:

@@ -67,6 +67,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
         self.mask_zero = mask_zero
         self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
+        self.input_spec = keras.layers.InputSpec(ndim=2)
         # Ids are not cast to the layer's floating dtype.
         self.autocast = False
         self.token_embedding = keras.layers.Embedding(
@@ -103,8 +104,11 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
     @override
     def call(self, inputs: Tensor) -> Tensor:
         self._check_length(inputs)
-        positions = ops.cast(self.position_embedding, self.compute_dtype)
-        return self.token_embedding(inputs) + positions[: ops.shape(inputs)[1]]
+        length = ops.shape(inputs)[1]
+        positions = ops.cast(self.position_embedding, self.compute_dtype)[:length]
+        # Too few positions fail here, where a sum could broadcast a single one.
+        positions = ops.reshape(positions, (length, self.embedding_dim))
+        return self.token_embedding(inputs) + positions
 
     @override
     def compute_mask(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 from typing_extensions import override
 
+from keras_mha.attention.dropout import check_rate
+from keras_mha.layers.arguments import check_seed
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.residual_norm import ResidualNorm, clone_layer
@@ -119,9 +122,12 @@ class TransformerEncoderBlock(SeededLayer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self._attention_dropout = attention_dropout
-        self.seed = seed
-        # One seed would make dropouts of one shape fall on the same positions.
-        seeds = [None if seed is None else seed + place for place in range(4)]
+        if attention_dropout is None:
+            attention_dropout = check_rate(dropout, "dropout")
+        else:
+            check_rate(attention_dropout, "attention_dropout")
+        self.seed = check_seed(seed)
+        seeds = _derive_seeds(seed, 4)
         dense: dict[str, Any] = {
             "use_bias": use_bias,
             "kernel_initializer": kernel_initializer,
@@ -141,7 +147,7 @@ class TransformerEncoderBlock(SeededLayer):
             attention = MultiHeadSelfAttention(
                 num_heads,
                 key_dim,
-                dropout=dropout if attention_dropout is None else attention_dropout,
+                dropout=attention_dropout,
                 jit_compile=jit_compile,
                 seed=seeds[0],
                 name="self_attention",
@@ -234,3 +240,14 @@ class TransformerEncoderBlock(SeededLayer):
     @override
     def compute_output_spec(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.attention.compute_output_spec(inputs, *args, **kwargs)
+
+
+def _derive_seeds(seed: int | None, count: int) -> list[int | None]:
+    """Different seeds out of one, also between blocks of neighbouring seeds.
+
+    With one seed, dropouts of one shape would fall on the same positions.
+    """
+    if seed is None:
+        return [None] * count
+    states = np.random.SeedSequence(seed % 2**32).generate_state(count)
+    return [int(state) % 2**31 for state in states]

@@ -8,7 +8,7 @@ import keras
 from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
-from keras_mha.layers.arguments import check_optional, check_positive
+from keras_mha.layers.arguments import check_optional, check_positive, check_seed
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.layers.seeded_layer import SeededLayer, whole
@@ -85,7 +85,7 @@ class FeedForward(SeededLayer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.seed = seed
+        self.seed = check_seed(seed)
         if self.dropout > 0:
             self._add_generator(seed)
 

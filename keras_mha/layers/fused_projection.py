@@ -9,7 +9,7 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.layers.arguments import check_positive
+from keras_mha.layers.arguments import check_number, check_positive
 from keras_mha.layers.projections import (
     Projection,
     clone_initializer,
@@ -78,15 +78,20 @@ class FusedProjection(Projection):
         key_dim = self._sizes[0]
         return ops.split(projected, (key_dim, 2 * key_dim), axis=-1)
 
-    def enable_low_rank(
-        self, rank: int, targets: Sequence[str], alpha: float | None
+    @override
+    def enable_lora(
+        self,
+        rank: int,
+        targets: Sequence[str] = ("query", "value"),
+        lora_alpha: float | None = None,
     ) -> None:
         """Freezes the kernel and adds low-rank factors to the parts in `targets`.
 
         Args:
             rank: Columns of `A`, rows of `B`.
             targets: Names out of "query", "key" and "value".
-            alpha: Numerator of the scaling `alpha / rank`. `None` means `rank`.
+            lora_alpha: Numerator of the scaling `lora_alpha / rank`, positive.
+                Defaults to `rank`.
 
         Raises:
             ValueError: If an argument is out of its domain, the layer is not
@@ -94,6 +99,8 @@ class FusedProjection(Projection):
                 quantized in another way than int8.
         """
         check_positive(rank, "rank")
+        if lora_alpha is not None:
+            check_number(lora_alpha, "lora_alpha")
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
         unknown = [target for target in targets if target not in PARTS]
         if not targets or unknown or len(set(targets)) < len(targets):
@@ -138,7 +145,7 @@ class FusedProjection(Projection):
         self._kernel.trainable = False
         self._tracker.lock()
         self._adapted = targets
-        self._scaling = (rank if alpha is None else alpha) / rank
+        self._scaling = 1.0 if lora_alpha is None else lora_alpha / rank
 
     @override
     def quantize(

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.attention.api import clear_padding
+from keras_mha.attention.api import check_order, prepare_inputs
 from keras_mha.attention.axes import resolve_axes, score_shape
 from keras_mha.attention.masks import Mask, as_padding, as_pairs, intersect
 from keras_mha.layers.arguments import check_optional, check_positive
@@ -150,14 +150,14 @@ class MultiHeadAttention(AttentionLayer):
             dropout=dropout,
             output_shape=output_shape,
             projections=ProjectionOptions(
-                use_bias,
-                kernel_initializer,
-                bias_initializer,
-                kernel_regularizer,
-                bias_regularizer,
-                activity_regularizer,
-                kernel_constraint,
-                bias_constraint,
+                use_bias=use_bias,
+                kernel_initializer=kernel_initializer,
+                bias_initializer=bias_initializer,
+                kernel_regularizer=kernel_regularizer,
+                bias_regularizer=bias_regularizer,
+                activity_regularizer=activity_regularizer,
+                kernel_constraint=kernel_constraint,
+                bias_constraint=bias_constraint,
             ),
             jit_compile=jit_compile,
             seed=seed,
@@ -179,11 +179,6 @@ class MultiHeadAttention(AttentionLayer):
     def value_dim(self) -> int:
         """V, the head size of values."""
         return self._value_dim or self._key_dim
-
-    @property
-    def use_bias(self) -> bool:
-        """Whether the projections have biases."""
-        return self._projections.use_bias
 
     @property
     def attention_axes(self) -> tuple[int, ...] | None:
@@ -229,7 +224,7 @@ class MultiHeadAttention(AttentionLayer):
         value_shape: Shape,
         key_shape: Shape | None = None,
     ) -> None:
-        key_shape = _check_keys(value_shape, key_shape)
+        key_shape = _check_keys(query_shape, value_shape, key_shape)
         rank = len(query_shape)
         self._axes = resolve_axes(self._attention_axes, rank)
         # The order of creation is that of Keras' `weights`.
@@ -266,25 +261,22 @@ class MultiHeadAttention(AttentionLayer):
         use_causal_mask: bool = False,
     ) -> Tensor:
         key = value if key is None else key
-        query_padding = as_padding(query_mask, query.shape, "query_mask")
-        key_padding = intersect(
-            as_padding(value_mask, value.shape, "value_mask"),
-            as_padding(key_mask, key.shape, "key_mask"),
+        mask = self._mask(
+            query,
+            value,
+            key,
+            query_mask,
+            value_mask,
+            key_mask,
+            attention_mask,
+            use_causal_mask,
         )
-        shape = self._score_shape(query.shape, key.shape)
-        pairs = as_pairs(attention_mask, shape, len(self._axes))
-        query = clear_padding(query, query_padding)
+        query = prepare_inputs(query, mask.query_padding)
         mixed, scores = self._attend(
             self._query_dense(query),
-            self._key_dense(clear_padding(key, key_padding)),
-            self._value_dense(clear_padding(value, key_padding)),
-            Mask(
-                query_padding,
-                key_padding,
-                pairs,
-                bool(use_causal_mask),
-                self._sliding_window,
-            ),
+            self._key_dense(prepare_inputs(key, mask.key_padding)),
+            self._value_dense(prepare_inputs(value, mask.key_padding)),
+            mask,
             axes=self._axes,
             training=training,
             return_scores=return_attention_scores,
@@ -292,8 +284,8 @@ class MultiHeadAttention(AttentionLayer):
         if self._use_gate:
             mixed = ops.multiply(mixed, self._gate_dense(query))
         outputs = self._output_dense(mixed)
-        if query_padding is not None:
-            set_keras_mask(outputs, query_padding)
+        if mask.query_padding is not None:
+            set_keras_mask(outputs, mask.query_padding)
         return (outputs, scores) if return_attention_scores else outputs
 
     @override
@@ -303,7 +295,7 @@ class MultiHeadAttention(AttentionLayer):
         value_shape: Shape,
         key_shape: Shape | None = None,
     ) -> tuple[int | None, ...]:
-        _check_keys(value_shape, key_shape)
+        _check_keys(query_shape, value_shape, key_shape)
         return (*query_shape[:-1], *(self._output_shape or query_shape[-1:]))
 
     @override
@@ -320,17 +312,53 @@ class MultiHeadAttention(AttentionLayer):
         training: bool | None = None,
         use_causal_mask: bool = False,
     ) -> Any:
-        key_shape = value.shape if key is None else key.shape
-        shape = self.compute_output_shape(query.shape, value.shape, key_shape)
+        key = value if key is None else key
+        # What is wrong raises now rather than in the first run.
+        mask = self._mask(
+            query,
+            value,
+            key,
+            query_mask,
+            value_mask,
+            key_mask,
+            attention_mask,
+            use_causal_mask,
+        )
+        shape = self.compute_output_shape(query.shape, value.shape, key.shape)
         outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
-        if query_mask is not None:
-            set_keras_mask(outputs, query_mask)
-        scores = self._score_shape(query.shape, key_shape)
-        # raises now rather than in the first run
-        as_pairs(attention_mask, scores, len(self._axes))
+        if mask.query_padding is not None:
+            set_keras_mask(outputs, mask.query_padding)
         if not return_attention_scores:
             return outputs
-        return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
+        shape = self._score_shape(query.shape, key.shape)
+        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def _mask(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key: Tensor,
+        query_mask: Tensor | None,
+        value_mask: Tensor | None,
+        key_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        use_causal_mask: bool,
+    ) -> Mask:
+        """Brings all masks together, and checks them and the inputs' shapes."""
+        _check_keys(query.shape, value.shape, key.shape)
+        shape = self._score_shape(query.shape, key.shape)
+        mask = Mask(
+            as_padding(query_mask, query.shape, "query_mask"),
+            intersect(
+                as_padding(value_mask, value.shape, "value_mask"),
+                as_padding(key_mask, key.shape, "key_mask"),
+            ),
+            as_pairs(attention_mask, shape, len(self._axes)),
+            bool(use_causal_mask),
+            self._sliding_window,
+        )
+        check_order(mask, self._axes)
+        return mask
 
     def _score_shape(
         self, query_shape: Shape, key_shape: Shape
@@ -339,9 +367,16 @@ class MultiHeadAttention(AttentionLayer):
         return score_shape(query_shape, key_shape, self._num_heads, axes)
 
 
-def _check_keys(value_shape: Shape, key_shape: Shape | None) -> Shape:
+def _check_keys(
+    query_shape: Shape, value_shape: Shape, key_shape: Shape | None
+) -> Shape:
     """Returns the keys' shape, which must be the values' but for the features."""
     key_shape = value_shape if key_shape is None else key_shape
+    if len(query_shape) != len(value_shape):
+        raise ValueError(
+            "`query` and `value` must have as many dimensions. Received: "
+            f"query_shape={query_shape} and value_shape={value_shape}"
+        )
     if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
         raise ValueError(
             "All dimensions of `value` and `key`, except the last one, must be equal. "

@@ -16,12 +16,13 @@ class ProjectionOptions:
     """Initializers, regularizers and constraints of an attention layer's kernels.
 
     Holds them as objects, hands each projection its own copy of the initializers
-    (one instance shared by two kernels would give both the same values), and
-    serializes them for `get_config`.
+    (one unseeded instance shared by two kernels would give both the same values),
+    and serializes them for `get_config`.
     """
 
     def __init__(
         self,
+        *,
         use_bias: bool,
         kernel_initializer: Any,
         bias_initializer: Any,
@@ -96,6 +97,12 @@ class Projection(keras.layers.EinsumDense):
         self, mode: Any = None, type_check: bool = True, config: Any = None
     ) -> None:
         del type_check  # Keras' guard against subclasses that it does not know
+        if self.bias is not None and 1 in self.bias.shape[1:]:
+            raise ValueError(
+                "Keras adds the bias of a quantized projection wrongly where a size is "
+                "one; use `use_bias=False` or leave it in float. Received: projection "
+                f"'{self.name}' with a bias of shape {tuple(self.bias.shape)}"
+            )
         super().quantize(mode, type_check=False, config=config)
 
 

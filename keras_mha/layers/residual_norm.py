@@ -11,6 +11,7 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
+from keras_mha.layers.arguments import check_number, check_seed
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
@@ -33,7 +34,8 @@ class ResidualNorm(SeededLayer):
     The layer is called as the sublayer is: every argument after the inputs is
     handed on by name. The mask that the inputs carry reaches the sublayer and the
     outputs. Of several outputs the first joins the residual; the others are
-    returned as they are.
+    returned as they are. What stands in padding must be finite where the block is
+    trained: normalizations and position-wise sublayers see it.
 
     Sources: He et al. 2016, "Deep residual learning" (residual); Vaswani et al.
     2017 (post); Xiong et al. 2020, "On layer normalization in the transformer
@@ -71,8 +73,7 @@ class ResidualNorm(SeededLayer):
     Raises:
         ValueError: If an argument is out of its domain, two exclude each other, or
             the sublayer's output has another shape than its input.
-        TypeError: If `sublayer` or `normalization` is not a layer, or
-            `layer_scale` is not a number.
+        TypeError: If `sublayer` or `normalization` is not a layer.
 
     Example:
 
@@ -111,15 +112,9 @@ class ResidualNorm(SeededLayer):
                 f"`placement` must be one of {_PLACEMENTS}. "
                 f"Received: placement={placement!r}"
             )
-        if layer_scale is not None and not isinstance(layer_scale, int | float):
-            raise TypeError(
-                "`layer_scale` must be a number or None. "
-                f"Received: layer_scale={layer_scale!r}"
-            )
-        if not isinstance(epsilon, int | float) or epsilon <= 0:
-            raise ValueError(
-                f"`epsilon` must be a positive number. Received: epsilon={epsilon}"
-            )
+        if layer_scale is not None:
+            check_number(layer_scale, "layer_scale")
+        check_number(epsilon, "epsilon")
         if layer_scale is not None and rezero:
             raise ValueError(
                 "`layer_scale` and `rezero` are two scalings of the same branch; "
@@ -133,7 +128,7 @@ class ResidualNorm(SeededLayer):
         self.layer_scale = layer_scale
         self.rezero = rezero
         self.epsilon = epsilon
-        self.seed = seed
+        self.seed = check_seed(seed)
         self._named_norm = normalization if isinstance(normalization, str) else None
         self.norm = self._normalization(normalization)
         with whole():
@@ -188,22 +183,25 @@ class ResidualNorm(SeededLayer):
     def call(
         self, inputs: Tensor, *args: Any, training: bool | None = None, **kwargs: Any
     ) -> Tensor:
+        # Sublayers are told `training`. Left to Keras' call context they would not
+        # know it when `keras.RematScope` computes this call again.
         branch = inputs
         if self.placement != "post":
-            branch = self.norm(inputs)
+            branch = self.norm(inputs, training=training)
         mask = get_keras_mask(inputs)
         if mask is not None:
             set_keras_mask(branch, mask)
-        # Told, not left to Keras' call context: that is gone by the time when
-        # `keras.RematScope` computes this call again.
         outputs = self.sublayer(branch, *args, training=training, **kwargs)
         first, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
         self._check_shape(inputs, first)
+        output_mask = get_keras_mask(first)
         if self.output_norm is not None:
-            first = self.output_norm(first)
+            first = self.output_norm(first, training=training)
         joined = inputs + self._scale(first, bool(training))
         if self.placement == "post":
-            joined = self.norm(joined)
+            joined = self.norm(joined, training=training)
+        if output_mask is not None:
+            set_keras_mask(joined, output_mask)
         return (joined, *others) if others else joined
 
     @override

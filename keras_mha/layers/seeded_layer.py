@@ -40,6 +40,12 @@ class SeededLayer(keras.layers.Layer):
     def rematerialized_call(
         self, layer_call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Callable[..., Any]:
+        if any(x.activity_regularizer is not None for x in self._flatten_layers()):
+            raise ValueError(
+                "Under `keras.RematScope` the loss of an activity regularizer would "
+                f"have no gradient. Received: layer '{self.name}' with an "
+                "`activity_regularizer`"
+            )
         rematerialize = super().rematerialized_call
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -94,7 +100,7 @@ def _replay(seeds: list[Tensor]) -> Iterator[None]:
     left = iter(tuple(seeds))
 
     def draw(generator: Any) -> Tensor:
-        for seed in left:
+        if (seed := next(left, None)) is not None:
             return seed
         seeds.append(generator.next() if outer is None else outer(generator))
         return seeds[-1]

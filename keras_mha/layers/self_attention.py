@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from typing_extensions import override
 
-from keras_mha.attention.api import clear_padding
+from keras_mha.attention.api import prepare_inputs
 from keras_mha.attention.axes import score_shape
 from keras_mha.attention.masks import Mask, as_padding, as_pairs
 from keras_mha.layers.arguments import check_optional
@@ -40,7 +40,8 @@ class MultiHeadSelfAttention(AttentionLayer):
     XLA. `jit_compile=True` compiles the attention between the projections (scaling,
     scores, masks, softmax, dropout, mixing) with XLA wherever the layer is called,
     on the TensorFlow backend; each projection is one matrix product and stays
-    outside, where Keras' LoRA, quantization and regularizers see it. `False` keeps
+    outside, where Keras' LoRA, quantization and regularizers see it. XLA compiles once
+    for each new shape, so pad lengths to a multiple, of 16 say. `False` keeps
     any model that holds the layer from being compiled (`supports_jit=False`).
     `"auto"` compiles nothing by itself and leaves `model.compile` its choice. It
     is so because XLA is slower here on a CPU: {measured}. On a GPU, where
@@ -135,14 +136,14 @@ class MultiHeadSelfAttention(AttentionLayer):
             dropout=dropout,
             output_shape=output_shape,
             projections=ProjectionOptions(
-                use_bias,
-                kernel_initializer,
-                bias_initializer,
-                kernel_regularizer,
-                bias_regularizer,
-                activity_regularizer,
-                kernel_constraint,
-                bias_constraint,
+                use_bias=use_bias,
+                kernel_initializer=kernel_initializer,
+                bias_initializer=bias_initializer,
+                kernel_regularizer=kernel_regularizer,
+                bias_regularizer=bias_regularizer,
+                activity_regularizer=activity_regularizer,
+                kernel_constraint=kernel_constraint,
+                bias_constraint=bias_constraint,
             ),
             jit_compile=jit_compile,
             seed=seed,
@@ -205,15 +206,14 @@ class MultiHeadSelfAttention(AttentionLayer):
         if mask is None:
             # Keras fills `mask` only where `inputs` is the only tensor argument.
             mask = get_keras_mask(inputs)
-        padding = as_padding(mask, inputs.shape, "mask")
-        pairs = as_pairs(attention_mask, self._score_shape(inputs.shape), 1)
-        inputs = clear_padding(inputs, padding)
+        restrictions = self._mask(inputs, mask, attention_mask, use_causal_mask)
+        inputs = prepare_inputs(inputs, restrictions.query_padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
         mixed, scores = self._attend(
             query,
             key,
             value,
-            Mask(padding, padding, pairs, bool(use_causal_mask)),
+            restrictions,
             training=training,
             return_scores=return_attention_scores,
         )
@@ -234,10 +234,11 @@ class MultiHeadSelfAttention(AttentionLayer):
         return_attention_scores: bool = False,
         training: bool | None = None,
     ) -> Any:
+        # What is wrong raises now rather than in the first run.
+        self._mask(inputs, mask, attention_mask, use_causal_mask)
         shape = self.compute_output_shape(inputs.shape)
         outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
         scores = self._score_shape(inputs.shape)
-        as_pairs(attention_mask, scores, 1)  # raises now rather than in the first run
         if not return_attention_scores:
             return outputs
         return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
@@ -279,7 +280,19 @@ class MultiHeadSelfAttention(AttentionLayer):
         """
         if not self.built:
             raise ValueError("`enable_lora` needs a built layer: call it first.")
-        self.qkv_dense.enable_low_rank(rank, targets, lora_alpha)
+        self.qkv_dense.enable_lora(rank, targets, lora_alpha)
+
+    def _mask(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        attention_mask: Tensor | None,
+        use_causal_mask: bool,
+    ) -> Mask:
+        """Brings all masks together, and checks them."""
+        padding = as_padding(mask, inputs.shape, "mask")
+        pairs = as_pairs(attention_mask, self._score_shape(inputs.shape), 1)
+        return Mask(padding, padding, pairs, bool(use_causal_mask))
 
     def _divide(self, width: int | None) -> int:
         if width is None or width % self._num_heads:

@@ -10,9 +10,9 @@ import keras_mha
 from keras_mha.attention import masks
 from keras_mha.attention.api import (
     attend,
-    clear_padding,
     current_implementation,
     implementation_scope,
+    prepare_inputs,
 )
 from keras_mha.attention.masks import Mask
 from tests import reference as oracle
@@ -90,10 +90,10 @@ def test_padding_is_cleared_for_the_reference_alone() -> None:
     inputs = draw(*QUERY_PADDING.shape, 11)
     expected = numbers(masks.clear_padding(inputs, QUERY_PADDING))
     np.testing.assert_array_equal(
-        numbers(clear_padding(inputs, QUERY_PADDING)), expected
+        numbers(prepare_inputs(inputs, QUERY_PADDING)), expected
     )
     with implementation_scope("portable"):
-        assert clear_padding(inputs, QUERY_PADDING) is inputs
+        assert prepare_inputs(inputs, QUERY_PADDING) is inputs
 
 
 def test_the_layers_follow_the_scope() -> None:
@@ -109,3 +109,17 @@ def test_the_layers_follow_the_scope() -> None:
         finite = numbers(layer(query, value, value_mask=KEY_PADDING))
     assert np.all(np.isnan(spread))
     np.testing.assert_allclose(finite, clean, atol=1e-5)
+
+
+def test_dropout_needs_a_seed() -> None:
+    heads = np.zeros((2, 3, 5, 7), "float32")
+    with pytest.raises(ValueError, match="needs a `seed`. Received: dropout=0.5"):
+        attend(heads, heads, heads, Mask(), dropout=0.5)
+
+
+def test_attend_refuses_unknown_implementations() -> None:
+    heads = np.zeros((2, 3, 5, 7), "float32")
+    with pytest.raises(
+        ValueError, match=r"\['portable', 'reference'\].*implementation='flash'"
+    ):
+        attend(heads, heads, heads, Mask(), implementation="flash")

@@ -273,3 +273,24 @@ def test_int8_of_the_whole_block_is_close() -> None:
 def test_arguments_out_of_their_domain(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformerEncoderBlock(**{"num_heads": N, "hidden_dim": HIDDEN, **options})
+
+
+def test_blocks_of_neighbouring_seeds_draw_differently() -> None:
+    states = []
+    for seed in range(3):
+        block = TransformerEncoderBlock(2, 5, dropout=0.1, seed=seed)
+        for layer in (block.attention, block.feed_forward):
+            states += [layer.seed_generator, layer.sublayer.seed_generator]
+    assert len({tuple(np.asarray(one.state).tolist()) for one in states}) == len(states)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_dropout": 2}, "`attention_dropout` must be .*attention_dropout=2"),
+        ({"seed": "a"}, "`seed` must be an integer or None. Received: seed='a'"),
+    ],
+)
+def test_errors_name_the_argument(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerEncoderBlock(2, 5, **options)

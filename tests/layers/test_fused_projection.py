@@ -446,3 +446,32 @@ def check_quantized_files(model: keras.Model, folder: Path) -> None:
     again.layers[-1].enable_lora(RANK)
     again.load_weights(folder / "model.weights.h5")
     np.testing.assert_allclose(again(inputs), loaded(inputs), atol=1e-6)
+
+
+def test_a_projection_adapted_on_its_own_keeps_its_factors(tmp_path: Path) -> None:
+    # As a loop over a model's layers does that adapts whatever can be.
+    layer = attention()
+    layer.qkv_dense.enable_lora(RANK)
+    set_factors(layer)
+    model = model_of(layer)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    inputs = normal(2, T, D)
+    np.testing.assert_allclose(loaded(inputs), model(inputs), atol=1e-5)
+    with pytest.raises(ValueError, match="works once a layer"):
+        layer.enable_lora(RANK)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), "x", True])
+def test_unusable_alphas_are_refused(alpha: Any) -> None:
+    with pytest.raises(ValueError, match="`lora_alpha` must be a positive, finite"):
+        attention().enable_lora(RANK, lora_alpha=alpha)
+
+
+@pytest.mark.parametrize("options", [{"key_dim": 1}, {"output_shape": (5, 1)}])
+def test_sizes_of_one_are_not_quantized(options: dict[str, Any]) -> None:
+    # Keras would add their biases along another axis.
+    layer = MultiHeadAttention(**{"num_heads": 5, "key_dim": H, **options})
+    layer(normal(2, 5, D), normal(2, 5, D))
+    with pytest.raises(ValueError, match="use_bias=False.*bias of shape .*, 1"):
+        layer.quantize("int8")

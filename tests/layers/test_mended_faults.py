@@ -8,6 +8,8 @@ Letters: B batch, T query length, S key length, N heads, H head size, D width.
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mha import MultiHeadAttention
+from keras_mha import MultiHeadAttention, MultiHeadSelfAttention
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from tests import reference as oracle
 from tests.attention.cases import numbers, pairs
@@ -294,3 +296,122 @@ def test_10_our_rank_4_mask_combines_with_padding(batch: int, num_heads: int) ->
     np.testing.assert_allclose(found, expected(layer, visible), atol=1e-5)
     without = numbers(layer(*heads_inputs(mask=True)))
     assert np.abs(numbers(found) - without).max() > 1e-2
+
+
+# 11. A floating mask, which other libraries add to the scores, means its opposite.
+
+
+ADDITIVE = np.where(np.tril(np.ones((T, S), bool)), 0.0, -1e9).astype("float32")
+
+
+@seen_in_keras
+def test_11_keras_reads_an_additive_mask_as_its_opposite() -> None:
+    layer = layer_of(Stock)
+    _, scores = layer(
+        *heads_inputs(), attention_mask=ADDITIVE, return_attention_scores=True
+    )
+    hidden = np.broadcast_to(ADDITIVE != 0, scores.shape)
+    assert np.all(numbers(scores)[hidden][:5] > 0)
+    assert np.all(numbers(scores)[:, :, 0, 0] == 0)
+
+
+def test_11_ours_refuse_it() -> None:
+    with pytest.raises(TypeError, match="`attention_mask`.*an additive mask"):
+        layer_of(MultiHeadAttention)(*heads_inputs(), attention_mask=ADDITIVE)
+
+
+# 12. NaN in padding.
+
+
+def poisoned_gradients(layer_class: Any) -> list[np.ndarray]:
+    """Outputs at real positions, and the weights' gradients, with NaN in padding."""
+    layer = layer_of(layer_class)
+    query, value = map(numbers, heads_inputs())
+    query[~QUERY_MASK], value[~VALUE_MASK] = np.nan, np.nan
+    query, value = tf.constant(query), tf.constant(value)
+    with tf.GradientTape() as tape:
+        outputs = layer(query, value, query_mask=QUERY_MASK, value_mask=VALUE_MASK)
+        real = tf.boolean_mask(outputs, QUERY_MASK)
+        loss = tf.reduce_sum(real**2)
+    return [numbers(real), *map(numbers, tape.gradient(loss, layer.trainable_weights))]
+
+
+@seen_in_keras
+def test_12_keras_nan_in_padding_spreads() -> None:
+    outputs, *gradients = poisoned_gradients(Stock)
+    assert np.all(np.isnan(outputs))
+    assert any(np.any(np.isnan(gradient)) for gradient in gradients)
+
+
+def test_12_ours_keep_nan_in_padding_there() -> None:
+    outputs, *gradients = poisoned_gradients(MultiHeadAttention)
+    clean = expected(layer_of(MultiHeadAttention), padding_visible())[QUERY_MASK]
+    np.testing.assert_allclose(outputs, clean, atol=1e-5)
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
+# 13. `keras.RematScope` around a layer, in `fit`.
+
+
+def fit_rematerialized(make: Any) -> keras.Model:
+    inputs = keras.Input((T, D))
+    with keras.RematScope(mode="full"):
+        layer = make()
+        outputs = layer(inputs)
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    model.fit(normal(B, T, D), np.zeros((B, T, D)), verbose=0)
+    return model
+
+
+@seen_in_keras
+def test_13_keras_rematerialized_dense_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="keywords arguments only when eager"):
+        fit_rematerialized(lambda: keras.layers.Dense(D))
+
+
+def test_13_ours_fit_when_rematerialized() -> None:
+    def make() -> keras.layers.Layer:
+        return MultiHeadSelfAttention(N, H, seed=1)
+
+    keras.utils.set_random_seed(0)
+    rematerialized = fit_rematerialized(make)
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((T, D))
+    plain = keras.Model(inputs, make()(inputs))
+    before = [numbers(weight) for weight in plain.weights]
+    plain.compile("sgd", "mse")
+    plain.fit(normal(B, T, D), np.zeros((B, T, D)), verbose=0)
+    for mended, weight, old in zip(
+        rematerialized.weights, plain.weights, before, strict=True
+    ):
+        np.testing.assert_allclose(numbers(mended), numbers(weight), atol=1e-6)
+        assert "key" in weight.path or np.abs(numbers(weight) - old).max() > 0
+
+
+# 14. A model saved after `quantize("int8")`.
+
+
+def quantized(layer_class: Any) -> keras.Model:
+    query, value = keras.Input((T, D)), keras.Input((S, D))
+    model = keras.Model([query, value], layer_class(N, H)(query, value))
+    with warnings.catch_warnings():
+        # Keras warns of every layer without a kernel.
+        warnings.filterwarnings("ignore", "Layer .* does not have a `quantize`")
+        model.quantize("int8")
+    return model
+
+
+@seen_in_keras
+def test_14_keras_quantized_model_does_not_load(tmp_path: Path) -> None:
+    quantized(Stock).save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        keras.saving.load_model(tmp_path / "model.keras")
+
+
+def test_14_our_quantized_model_loads(tmp_path: Path) -> None:
+    model = quantized(MultiHeadAttention)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    inputs = list(map(numbers, heads_inputs()))
+    np.testing.assert_allclose(loaded(inputs), model(inputs), atol=1e-6)

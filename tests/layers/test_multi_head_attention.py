@@ -1227,3 +1227,19 @@ def test_any_call_equals_the_oracle(call: dict[str, Any]) -> None:
     )
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_queries_and_values_of_different_rank_are_refused() -> None:
+    text = "`query` and `value` must have as many dimensions. Received: query_shape="
+    for query, value in ((normal(B, T, DQ), normal(B, 3, S, DV)),):
+        with pytest.raises(ValueError, match=text):
+            MultiHeadAttention(2, 3)(query, value)
+
+
+@pytest.mark.parametrize("name", PADDING)
+def test_symbolic_masks_are_checked_at_once(name: str) -> None:
+    query, value = keras.Input((T, DQ)), keras.Input((S, DV))
+    with pytest.raises(TypeError, match=f"`{name}` must be boolean or integer"):
+        layer_of()(query, value, value, **{name: keras.Input((T,), dtype="float32")})
+    with pytest.raises(ValueError, match=f"`{name}` must have the leading"):
+        layer_of()(query, value, value, **{name: keras.Input((17,), dtype="bool")})

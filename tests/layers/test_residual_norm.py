@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from keras_mha import (
     MultiHeadSelfAttention,
     ResidualNorm,
 )
+from keras_mha.layers.keras_mask import get_keras_mask
 from tests.layers.helpers import (
     PADDING,
     PAIRS_3,
@@ -437,8 +439,10 @@ def test_mixed_precision(placement: str) -> None:
         ({"normalization": None}, TypeError, "`normalization` must be .*=None"),
         ({"dropout": 1.0}, ValueError, "0 <= dropout < 1. Received: dropout=1.0"),
         ({"stochastic_depth": -1}, ValueError, "0 <= stochastic_depth < 1.*=-1"),
-        ({"layer_scale": "x"}, TypeError, "`layer_scale` must be a number .*='x'"),
-        ({"epsilon": -1.0}, ValueError, "`epsilon` must be a positive .*epsilon=-1.0"),
+        ({"layer_scale": "x"}, ValueError, "`layer_scale` must be a pos.*='x'"),
+        ({"layer_scale": float("nan")}, ValueError, "`layer_scale` must be .*=nan"),
+        ({"epsilon": -1.0}, ValueError, "`epsilon` must be a positive.*epsilon=-1.0"),
+        ({"seed": 1.5}, ValueError, "`seed` must be an integer or None.*seed=1.5"),
         (
             {"layer_scale": 0.1, "rezero": True},
             ValueError,
@@ -467,3 +471,39 @@ def test_a_sublayer_that_changes_the_shape_is_refused(sublayer: Any) -> None:
         ValueError, match=rf"first output has the shape.*'{sublayer.name}' .*7, 13\)"
     ):
         ResidualNorm(sublayer)(normal(B, T, D))
+
+
+def test_the_mask_that_a_sublayer_sets_stays_on_the_outputs() -> None:
+    inputs = tf.constant(normal(2, 3, 5))
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
+    for placement in ("pre", "post", "sandwich"):
+        block = ResidualNorm(MultiHeadAttention(2, 3), placement)
+        outputs = block(inputs, inputs, query_mask=mask)
+        np.testing.assert_array_equal(get_keras_mask(outputs), mask)
+
+
+def test_normalizations_train_alike_when_rematerialized() -> None:
+    inputs = tf.constant(normal(7, 3, 5))
+
+    def gradients(scope: Any) -> list[np.ndarray]:
+        keras.utils.set_random_seed(3)
+        with scope:
+            norm = keras.layers.BatchNormalization()
+            block = ResidualNorm(FeedForward(11), "sandwich", norm)
+            block.build(inputs.shape)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(block(inputs, training=True) ** 3)
+        return [np.asarray(g) for g in tape.gradient(loss, block.trainable_weights)]
+
+    plain = gradients(contextlib.nullcontext())
+    again = gradients(keras.RematScope(mode="full"))
+    for one, other in zip(plain, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_activity_regularizers_are_refused_when_rematerialized() -> None:
+    with keras.RematScope(mode="full"):
+        layer = MultiHeadAttention(2, 3, activity_regularizer="l2")
+    inputs = tf.constant(normal(2, 3, 5))
+    with pytest.raises(ValueError, match="`keras.RematScope`.*`activity_regularizer`"):
+        layer(inputs, inputs)
