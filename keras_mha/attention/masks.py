@@ -109,6 +109,8 @@ def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
 def intersect(*masks: Tensor | None) -> Tensor | None:
     """Returns the logical AND of the masks that are given, or `None`.
 
+    One of fewer dimensions than another holds for all of the other's last ones.
+
     Example:
 
     >>> import numpy as np
@@ -117,10 +119,13 @@ def intersect(*masks: Tensor | None) -> Tensor | None:
     >>> np.asarray(both).tolist()
     [True, False]
     """
+    given = [mask for mask in masks if mask is not None]
+    rank = max((len(mask.shape) for mask in given), default=0)
     merged = None
-    for mask in masks:
-        if mask is not None:
-            merged = mask if merged is None else ops.logical_and(merged, mask)
+    for mask in given:
+        missing = tuple(range(len(mask.shape), rank))
+        expanded = ops.expand_dims(mask, axis=missing) if missing else mask
+        merged = expanded if merged is None else ops.logical_and(merged, expanded)
     return merged
 
 

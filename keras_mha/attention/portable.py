@@ -4,9 +4,8 @@ Rank 4 throughout, plain matrix products, an additive mask that fits float16, no
 einsum, no selection, no new axes by indexing. Exporters alone choose it.
 
 Its domain is narrower than the reference's, and there its values are the same:
-finite inputs, padding included; scaled scores under 5e3 in size; for every query
-that is not padding itself, at least one visible key. Outside, NaN spreads and a
-row can put its weight on a hidden key.
+finite inputs, padding included, and scaled scores under 5e3 in size. Outside, NaN
+spreads and a row can put its weight on a hidden key.
 
 Letters: B batch, T query length, S key length, N heads, H head size, V head size
 of the values.
@@ -68,12 +67,17 @@ def attend(
         mask._replace(query_padding=None), ops.shape(query)[2], ops.shape(key)[3]
     )
     if visible is not None:
-        scores = scores + (ops.cast(visible, dtype) - 1.0) * _HIDDEN
+        visible = ops.cast(visible, dtype)
+        scores = scores + (visible - 1.0) * _HIDDEN
     probabilities = softmax(scores)
     if mask.query_padding is not None:
         rows = ops.cast(mask.query_padding, dtype)
         probabilities = probabilities * ops.reshape(
             rows, (-1, 1, ops.shape(query)[2], 1)
         )
+    # In self-attention with padding alone, a query that is none sees itself.
+    sees_itself = mask.pairs is None and mask.key_padding is mask.query_padding
+    if visible is not None and not sees_itself:
+        probabilities = probabilities * ops.max(visible, axis=-1, keepdims=True)
     mixed = ops.matmul(probabilities, value)
     return ops.transpose(mixed, (0, 2, 1, 3)), probabilities

@@ -172,7 +172,9 @@ def _check_names(names: Iterable[str]) -> None:
 def _default_output_names(model: keras.Model) -> Sequence[str] | None:
     if isinstance(model, keras.Sequential):
         return [model.layers[-1].name]
-    return getattr(model, "output_names", None)
+    names = getattr(model, "output_names", None)
+    # A layer with several outputs gives them all its name.
+    return names if names is None or len(set(names)) == len(names) else None
 
 
 def _by_name(samples: Any, specs: Specs) -> dict[str, np.ndarray]:

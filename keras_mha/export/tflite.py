@@ -166,8 +166,8 @@ def _check_precision(model: keras.Model) -> None:
         elif layer.compute_dtype in ("float16", "bfloat16"):
             raise ValueError(
                 "`model` must compute in float32, as TFLite does. Received: layer "
-                f"{layer.name!r} with compute_dtype={layer.compute_dtype!r}. Set its "
-                "`dtype_policy` to 'float32', or load the weights into such a model."
+                f"{layer.name!r} with compute_dtype={layer.compute_dtype!r}. Load "
+                "the weights into a model made with the policy 'float32'."
             )
 
 

@@ -11,6 +11,7 @@ from typing_extensions import override
 from keras_mha.layers.arguments import check_positive
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
+from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.typing import Shape, Tensor
 
 
@@ -100,6 +101,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
             shape=(self.sequence_length, self.embedding_dim),
             initializer=clone_initializer(self.embeddings_initializer),
         )
+        keep_frozen(self)
 
     @override
     def call(self, inputs: Tensor) -> Tensor:

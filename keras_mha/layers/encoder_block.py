@@ -13,7 +13,7 @@ from keras_mha.layers.arguments import check_seed
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.residual_norm import ResidualNorm, clone_layer
-from keras_mha.layers.seeded_layer import SeededLayer, whole
+from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.typing import Shape, Tensor
 
@@ -162,21 +162,16 @@ class TransformerEncoderBlock(SeededLayer):
                 name="network",
                 **dense,
             )
-            second = (
-                clone_layer(normalization)
-                if isinstance(normalization, keras.layers.Layer)
-                else normalization
-            )
             self.attention = ResidualNorm(
                 attention,
-                normalization=normalization,
+                normalization=_own(normalization),
                 seed=seeds[2],
                 name="attention",
                 **residual,
             )
             self.feed_forward = ResidualNorm(
                 network,
-                normalization=second,
+                normalization=_own(normalization),
                 seed=seeds[3],
                 name="feed_forward",
                 **residual,
@@ -200,7 +195,7 @@ class TransformerEncoderBlock(SeededLayer):
     @classmethod
     @override
     def from_config(cls, config: dict[str, Any]) -> TransformerEncoderBlock:
-        if not isinstance(config["normalization"], str):
+        if not isinstance(config.get("normalization", ""), str):
             layer = keras.saving.deserialize_keras_object(config["normalization"])
             config = {**config, "normalization": layer}
         return cls(**config)
@@ -209,6 +204,7 @@ class TransformerEncoderBlock(SeededLayer):
     def build(self, input_shape: Shape) -> None:
         self.attention.build(input_shape)
         self.feed_forward.build(input_shape)
+        keep_frozen(self)
 
     @override
     def call(
@@ -240,6 +236,13 @@ class TransformerEncoderBlock(SeededLayer):
     @override
     def compute_output_spec(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.attention.compute_output_spec(inputs, *args, **kwargs)
+
+
+def _own(normalization: str | keras.layers.Layer) -> str | keras.layers.Layer:
+    """A layer for one place alone, where a layer was given."""
+    if isinstance(normalization, keras.layers.Layer):
+        return clone_layer(normalization, name=normalization.name)
+    return normalization
 
 
 def _derive_seeds(seed: int | None, count: int) -> list[int | None]:

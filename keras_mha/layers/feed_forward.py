@@ -11,7 +11,7 @@ from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.arguments import check_optional, check_positive, check_seed
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
-from keras_mha.layers.seeded_layer import SeededLayer, whole
+from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
 from keras_mha.typing import Shape, Tensor
 
 
@@ -118,6 +118,7 @@ class FeedForward(SeededLayer):
             self.gate_dense.build(input_shape)
         self.output_dense = self._dense(self.output_dim or input_shape[-1], "output")
         self.output_dense.build(hidden_shape)
+        keep_frozen(self)
 
     @override
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:

@@ -259,6 +259,8 @@ class _PartwiseInitializer(keras.initializers.Initializer):
         )
 
     def _of_part(self) -> Any:
+        if not isinstance(self.initializer, keras.initializers.Initializer):
+            return self.initializer  # a plain function
         config = self.initializer.get_config()
         if "input_axes" in config and config["input_axes"] is None:
             # what `keras.layers.EinsumDense` sets since Keras 3.15

@@ -16,6 +16,7 @@ from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.keras_mask import set_keras_mask
 from keras_mha.layers.projections import ProjectionOptions
+from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.typing import Shape, Tensor
 
 
@@ -226,7 +227,7 @@ class MultiHeadAttention(AttentionLayer):
     ) -> None:
         key_shape = _check_keys(query_shape, value_shape, key_shape)
         rank = len(query_shape)
-        self._axes = resolve_axes(self._attention_axes, rank)
+        self._axes(query_shape)  # raises where they do not fit
         # The order of creation is that of Keras' `weights`.
         heads = (self._num_heads, self._key_dim)
         values = (self._num_heads, self.value_dim)
@@ -245,6 +246,7 @@ class MultiHeadAttention(AttentionLayer):
             "attention_output", rank + 1, 2, self._output_shape or (query_shape[-1],)
         )
         self._output_dense.build((*query_shape[:-1], *values))
+        keep_frozen(self)
 
     @override
     def call(
@@ -277,7 +279,7 @@ class MultiHeadAttention(AttentionLayer):
             self._key_dense(prepare_inputs(key, mask.key_padding)),
             self._value_dense(prepare_inputs(value, mask.key_padding)),
             mask,
-            axes=self._axes,
+            axes=self._axes(query.shape),
             training=training,
             return_scores=return_attention_scores,
         )
@@ -353,18 +355,21 @@ class MultiHeadAttention(AttentionLayer):
                 as_padding(value_mask, value.shape, "value_mask"),
                 as_padding(key_mask, key.shape, "key_mask"),
             ),
-            as_pairs(attention_mask, shape, len(self._axes)),
+            as_pairs(attention_mask, shape, len(self._axes(query.shape))),
             bool(use_causal_mask),
             self._sliding_window,
         )
-        check_order(mask, self._axes)
+        check_order(mask, self._axes(query.shape))
         return mask
 
     def _score_shape(
         self, query_shape: Shape, key_shape: Shape
     ) -> tuple[int | None, ...]:
-        axes = resolve_axes(self._attention_axes, len(query_shape))
+        axes = self._axes(query_shape)
         return score_shape(query_shape, key_shape, self._num_heads, axes)
+
+    def _axes(self, query_shape: Shape) -> tuple[int, ...]:
+        return resolve_axes(self._attention_axes, len(query_shape))
 
 
 def _check_keys(

@@ -108,6 +108,8 @@ class Projection(keras.layers.EinsumDense):
 
 def clone_initializer(initializer: Any) -> Any:
     """Returns an initializer of the same configuration that draws for itself."""
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer  # a plain function
     return initializer.__class__.from_config(initializer.get_config())
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.arguments import check_number, check_seed
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
-from keras_mha.layers.seeded_layer import SeededLayer, whole
+from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
 from keras_mha.typing import Shape, Tensor
 
 _PLACEMENTS = ("pre", "post", "sandwich")
@@ -159,7 +159,7 @@ class ResidualNorm(SeededLayer):
     def from_config(cls, config: dict[str, Any]) -> ResidualNorm:
         deserialize = keras.saving.deserialize_keras_object
         config = {**config, "sublayer": deserialize(config["sublayer"])}
-        if not isinstance(config["normalization"], str):
+        if not isinstance(config.get("normalization", ""), str):
             config["normalization"] = deserialize(config["normalization"])
         return cls(**config)
 
@@ -178,6 +178,7 @@ class ResidualNorm(SeededLayer):
                 shape=(input_shape[-1],),
                 initializer=keras.initializers.Constant(self.layer_scale),
             )
+        keep_frozen(self)
 
     @override
     def call(
@@ -268,10 +269,16 @@ class ResidualNorm(SeededLayer):
             )
 
 
-def clone_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """Returns an unbuilt layer of the same configuration under a name of its own."""
-    config = {key: value for key, value in layer.get_config().items() if key != "name"}
-    clone = layer.__class__.from_config(config)
+def clone_layer(
+    layer: keras.layers.Layer, name: str | None = None
+) -> keras.layers.Layer:
+    """Returns an unbuilt layer of the same configuration.
+
+    Args:
+        layer: The layer.
+        name: Name of the clone. Defaults to one of its own.
+    """
+    clone = layer.__class__.from_config({**layer.get_config(), "name": name})
     clone.supports_masking = layer.supports_masking
     return clone
 

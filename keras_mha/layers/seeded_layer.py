@@ -84,6 +84,17 @@ def _is_floating(leaf: Any) -> bool:
     )
 
 
+def keep_frozen(layer: keras.layers.Layer) -> None:
+    """Freezes what `build` has just made, if the layer was made frozen.
+
+    Keras hands `trainable=False` on to the sublayers that there are at that moment.
+    """
+    if not layer.trainable:
+        # TensorFlow skips an assignment of the value that is there.
+        layer.trainable = True
+        layer.trainable = False
+
+
 def whole() -> AbstractContextManager[Any]:
     """Context in which sublayers are made that do not rematerialise themselves."""
     no_mode: Any = None  # Keras takes it, and says "str"

@@ -16,7 +16,7 @@ from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.keras_mask import get_keras_mask
 from keras_mha.layers.projections import ProjectionOptions
-from keras_mha.layers.seeded_layer import whole
+from keras_mha.layers.seeded_layer import keep_frozen, whole
 from keras_mha.typing import Shape, Tensor
 
 
@@ -44,7 +44,9 @@ class MultiHeadSelfAttention(AttentionLayer):
     for each new shape, so pad lengths to a multiple, of 16 say. `False` keeps
     any model that holds the layer from being compiled (`supports_jit=False`).
     `"auto"` compiles nothing by itself and leaves `model.compile` its choice. It
-    is so because XLA is slower here on a CPU: {measured}. On a GPU, where
+    is so because XLA is slower here on a CPU: on a 2-core x86-64 machine it takes 0.95
+    to 1.3 times as long forward, and 1.0 to 1.35 times forward and backward, more the
+    longer the sequence (`benchmarks/xla_boundary.py`). On a GPU, where
     `model.fit` compiles the whole model by default, the attention is compiled with
     it; TensorFlow on a GPU is unmeasured. Op determinism
     (`tf.config.experimental.enable_op_determinism`) turns the boundary off. A
@@ -192,6 +194,7 @@ class MultiHeadSelfAttention(AttentionLayer):
         )
         self.output_dense.build((*input_shape[:-1], self._num_heads, value_dim))
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: width})
+        keep_frozen(self)
 
     @override
     def call(

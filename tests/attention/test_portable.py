@@ -9,7 +9,6 @@ from keras_mha.attention import portable, reference
 from keras_mha.attention.masks import Mask
 from tests import reference as oracle
 from tests.attention.cases import (
-    EMPTY_ROWS,
     FULL_ROWS,
     KEY_PADDING,
     QUERY_PADDING,
@@ -104,10 +103,7 @@ def test_the_stated_domain_is_needed() -> None:
         *cast(nan, "float32"), mask=Mask(key_padding=KEY_PADDING)
     )
     assert np.isnan(numbers(found)).any()
-    for arrays, mask in (
-        (heads(scale=60.0), Mask(key_padding=KEY_PADDING)),
-        (heads(), EMPTY_ROWS["empty rows"]),
-    ):
+    for arrays, mask in ((heads(scale=60.0), Mask(key_padding=KEY_PADDING)),):
         tensors = cast(arrays, "float32")
         found, _ = portable.attend(*tensors, mask=mask)
         assert (
@@ -131,3 +127,21 @@ def test_lengths_of_one(query_length: int, key_length: int) -> None:
 def test_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has no dropout. Received: dropout=0.5"):
         portable.attend(*heads(), mask=Mask(), dropout=0.5, seed=np.array([1, 2]))
+
+
+@pytest.mark.parametrize("field", ["pairs", "key_padding"])
+def test_rows_that_see_no_key_are_zero_here_too(field: str) -> None:
+    draw_normal = np.random.default_rng(7).normal
+    query = draw_normal(size=(2, 5, 3, 7)).astype("float32")
+    key, value = draw_normal(size=(2, 2, 11, 3, 7)).astype("float32")
+    hidden = {
+        "pairs": np.zeros((2, 1, 5, 11), bool) | (np.arange(5) != 2)[:, None],
+        "key_padding": np.array([[True] * 11, [False] * 11]),
+    }
+    mask = Mask(**{field: hidden[field]})
+    for ours, exact in zip(
+        portable.attend(query, key, value, mask),
+        reference.attend(query, key, value, mask),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, exact, atol=1e-6)

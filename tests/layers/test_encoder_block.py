@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -294,3 +295,16 @@ def test_blocks_of_neighbouring_seeds_draw_differently() -> None:
 def test_errors_name_the_argument(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformerEncoderBlock(2, 5, **options)
+
+
+def test_blocks_given_one_normalization_share_nothing(tmp_path: Path) -> None:
+    normalization = keras.layers.RMSNormalization()
+    inputs = hidden = keras.Input((None, 6))
+    for _ in range(3):
+        hidden = TransformerEncoderBlock(2, 5, normalization=normalization)(hidden)
+    model = keras.Model(inputs, hidden)
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(model.weights) == 3 * (4 + 4 + 2) == len(loaded.weights)
+    values = normal(2, 3, 6)
+    np.testing.assert_allclose(loaded(values), model(values), atol=1e-6)

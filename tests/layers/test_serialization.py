@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -381,3 +382,41 @@ def test_there_is_a_file_with_every_layer() -> None:
     model: Any = keras.saving.load_model(max(paths))
     held = {type(layer) for layer in model._flatten_layers()}
     assert set(PUBLIC) <= held
+
+
+FROZEN: dict[str, Callable[..., keras.layers.Layer]] = {
+    "self": lambda **k: keras_mha.MultiHeadSelfAttention(2, **k),
+    "block": lambda **k: keras_mha.TransformerEncoderBlock(2, 5, **k),
+    "network": lambda **k: keras_mha.FeedForward(5, **k),
+    "residual": lambda **k: keras_mha.ResidualNorm(
+        keras.layers.Dense(6), layer_scale=0.1, **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("when", ["made", "built"])
+def test_frozen_layers_stay_frozen(name: str, when: str, tmp_path: Path) -> None:
+    layer = FROZEN[name](trainable=when == "built")
+    inputs = keras.Input((3, 6))
+    model = keras.Model(inputs, layer(inputs))
+    layer.trainable = False
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    for one in (model, loaded):
+        assert not one.trainable_weights
+        assert len(one.weights) > 3
+
+
+def test_a_layer_made_frozen_is_so_before_it_is_told_again() -> None:
+    for make in FROZEN.values():
+        inputs = keras.Input((3, 6))
+        assert not keras.Model(inputs, make(trainable=False)(inputs)).trainable_weights
+
+
+def test_attention_with_keys_and_embeddings_freeze_too() -> None:
+    queries, ids = keras.Input((3, 6)), keras.Input((3,), dtype="int32")
+    attention = keras_mha.MultiHeadAttention(2, 3, trainable=False)
+    embedding = keras_mha.TokenAndPositionEmbedding(7, 3, 6, trainable=False)
+    outputs = attention(queries, embedding(ids))
+    assert not keras.Model([queries, ids], outputs).trainable_weights
