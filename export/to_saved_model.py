@@ -58,6 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.report and arguments.report.suffix not in (".json", ".md"):
         parser.error("--report must end in .json or .md")
+    for path in (arguments.model, arguments.samples):
+        if not Path(path).exists():
+            parser.error(f"{path} does not exist")
     return arguments
 
 

@@ -68,7 +68,8 @@ def export_tflite(
         ParityError: If a value differs by more than `tolerance`.
         VerificationError: If a file does not run in the fresh process.
         TypeError: If an argument has the wrong type.
-        ValueError: If the model is no such model, computes in half precision, needs
+        ValueError: If the model is no such model, is quantized or computes in half
+            precision, needs
             operations that TFLite has not built in, or a sample is longer than one of
             `sequence_lengths`.
 
@@ -135,7 +136,10 @@ def export_tflite(
 
 
 def _check_sizes(argument: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    if not sizes or not all(isinstance(s, int) and s > 0 for s in sizes):
+    whole = isinstance(sizes, Sequence) and all(
+        isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes
+    )
+    if not sizes or not whole:
         raise ValueError(f"`{argument}` must be positive integers. Received: {sizes}")
     return tuple(dict.fromkeys(sizes))
 
@@ -160,10 +164,14 @@ def _check_input(model: keras.Model) -> None:
 
 
 def _check_precision(model: keras.Model) -> None:
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            _check_precision(layer)
-        elif layer.compute_dtype in ("float16", "bfloat16"):
+    for layer in model._flatten_layers(include_self=False):
+        if layer.quantization_mode is not None:
+            raise ValueError(
+                "`model` must not be quantized by Keras, whose form TFLite cannot "
+                f"take. Received: layer {layer.name!r} with quantization mode "
+                f"{layer.quantization_mode!r}"
+            )
+        if layer.compute_dtype in ("float16", "bfloat16"):
             raise ValueError(
                 "`model` must compute in float32, as TFLite does. Received: layer "
                 f"{layer.name!r} with compute_dtype={layer.compute_dtype!r}. Load "

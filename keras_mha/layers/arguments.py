@@ -6,22 +6,24 @@ As in Keras, an argument of a wrong type raises ValueError too.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 
-def check_positive(value: object, name: str) -> int:
+def check_positive(value: Any, name: str) -> int:
     """Returns `value` if it is a positive integer.
 
     Raises:
         ValueError: Otherwise.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value <= 0:
         raise ValueError(
             f"Received an invalid value for argument `{name}`, expected a positive "
-            f"integer. Received: {name}={value}"
+            f"integer. Received: {name}={value!r}"
         )
-    return value
+    return int(value)
 
 
 def check_optional(value: object, name: str) -> int | None:

@@ -71,6 +71,13 @@ def test_a_report_of_another_kind_is_refused_before_the_work(command: str) -> No
     assert "--report must end in .json or .md" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["to_saved_model.py", "to_tflite.py"])
+def test_a_missing_file_is_named_in_one_line(command: str) -> None:
+    done = run(command, "a.keras", "out", "--samples", "x.npy")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("error: a.keras does not exist")
+
+
 def test_samples_are_read_by_extension(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\u00fc\u2028b\nc\n\n".encode())
     assert load_samples(tmp_path / "a.txt") == ["\u00fc\u2028b", "c", ""]

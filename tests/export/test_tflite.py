@@ -271,3 +271,22 @@ def test_a_missing_runtime_names_the_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"pip install 'keras-mha\[tflite\]'"):
         export_tflite(ids_model(), tmp_path, samples=ROWS)
+
+
+def test_models_quantized_by_keras_are_refused(tmp_path: Path) -> None:
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras.layers.Embedding(11, 4, name="table")(ids)
+    pooled = keras.layers.GlobalAveragePooling1D()(hidden)
+    model = keras.Model(ids, keras.layers.Dense(2, name="dense")(pooled))
+    for layer in (model.get_layer("dense"),):
+        layer.quantize("int8")
+    with pytest.raises(ValueError, match="not be quantized.*'dense'.*'int8'"):
+        export_tflite(model, tmp_path, sequence_lengths=(3,), samples=[[1, 2]])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lengths", [8, (), (0,), (True,), "8"])
+def test_lengths_that_are_none_are_refused(lengths: Any, tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="`sequence_lengths` must be positive"):
+        export_tflite(model, tmp_path, sequence_lengths=lengths, samples=[[1]])

@@ -552,7 +552,7 @@ def test_properties() -> None:
 def test_sizes_must_be_positive_integers(name: str, bad: Any) -> None:
     text = (
         rf"Received an invalid value for argument `{name}`, expected a positive "
-        rf"integer.*Received: {name}={bad}"
+        rf"integer.*Received: {name}={bad!r}"
     )
     with pytest.raises(ValueError, match=text):
         MultiHeadAttention(**{"num_heads": N, "key_dim": H, name: bad})
@@ -1243,3 +1243,9 @@ def test_symbolic_masks_are_checked_at_once(name: str) -> None:
         layer_of()(query, value, value, **{name: keras.Input((T,), dtype="float32")})
     with pytest.raises(ValueError, match=f"`{name}` must have the leading"):
         layer_of()(query, value, value, **{name: keras.Input((17,), dtype="bool")})
+
+
+def test_sizes_may_be_numpy_integers() -> None:
+    layer = MultiHeadAttention(np.int64(N), np.int32(H))
+    assert (type(layer.num_heads), type(layer.key_dim)) == (int, int)
+    assert layer(*inputs()).shape == (B, T, DQ)
