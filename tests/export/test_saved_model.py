@@ -417,8 +417,9 @@ def test_float_samples_for_an_integer_input_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_none_or_not_built_is_refused(tmp_path: Path) -> None:
+    wrong: Any = "model"
     with pytest.raises(TypeError, match=r"must be a keras\.Model. Received: 'model'"):
-        export_saved_model("model", tmp_path, samples=features())  # type: ignore
+        export_saved_model(wrong, tmp_path, samples=features())
     model = keras.Sequential([keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="`model` must be built or called once"):
         export_saved_model(model, tmp_path, samples=features())

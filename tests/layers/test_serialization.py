@@ -212,9 +212,10 @@ def test_a_layer_is_made_again_from_its_config(
 def test_build_changes_no_argument(
     layer_class: Any, required: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    for chosen in ({}, options):
+    for given in ({}, options):
+        chosen = dict(given)
         if layer_class in (MultiHeadSelfAttention, TransformerEncoderBlock):
-            chosen = {"key_dim": None, **chosen}  # noqa: PLW2901
+            chosen.setdefault("key_dim", None)
         layer = layer_class(*required, **chosen)
         names = [name for name in arguments(layer_class) if hasattr(layer, name)]
         config = plain_config(layer)
