@@ -519,3 +519,12 @@ def test_the_loader_of_python_compiles_nothing_again(tmp_path: Path) -> None:
     graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
     for node in graph.object_graph_def.nodes:
         assert not node.function.function_spec.jit_compile
+
+
+def test_outputs_of_one_layer_get_names_of_their_own(tmp_path: Path) -> None:
+    inputs = keras.Input((3, 5), name="x")
+    attention = keras_mha.MultiHeadSelfAttention(5)
+    model = keras.Model(inputs, attention(inputs, return_attention_scores=True))
+    samples = np.ones((2, 3, 5), "float32")
+    report = export_saved_model(model, tmp_path, samples=samples)
+    assert [output.name for output in report.outputs] == ["output_0", "output_1"]

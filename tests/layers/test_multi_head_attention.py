@@ -1249,3 +1249,26 @@ def test_sizes_may_be_numpy_integers() -> None:
     layer = MultiHeadAttention(np.int64(N), np.int32(H))
     assert (type(layer.num_heads), type(layer.key_dim)) == (int, int)
     assert layer(*inputs()).shape == (B, T, DQ)
+
+
+def test_padding_masks_of_different_rank_combine() -> None:
+    query = normal(3, 3, 3, DQ)
+    layer = MultiHeadAttention(2, 3, attention_axes=(1, 2))
+    short, full = np.eye(3, dtype=bool), np.ones((3, 3, 3), bool)
+    full[:, :, 2] = False
+    masks = {"value_mask": short, "key_mask": full}
+    expanded = {"value_mask": short[:, :, None] & full, "key_mask": full}
+    np.testing.assert_allclose(
+        layer(query, query, query, **masks),
+        layer(query, query, query, **expanded),
+        atol=1e-6,
+    )
+
+
+def test_initializers_may_be_functions() -> None:
+    def ones(shape: Any, dtype: Any = None) -> Any:
+        return tf.ones(shape, dtype)
+
+    layer = MultiHeadAttention(2, 3, kernel_initializer=ones)
+    layer.build((B, T, DQ), (B, S, DV))
+    assert np.all(numbers(layer.query_dense.kernel) == 1)
