@@ -1,20 +1,46 @@
 """Multi-head attention for Keras: one numerics contract on every path."""
 
+from keras_mha.attention.api import dot_product_attention
+from keras_mha.attention.masks import (
+    CausalMask,
+    PaddingMask,
+    SegmentMask,
+    SlidingWindowMask,
+)
+from keras_mha.attention.packing import (
+    PackedSequences,
+    pack_sequences,
+    unpack_sequences,
+)
+from keras_mha.layers.decoder_block import TransformerDecoderBlock
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.layers.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 from keras_mha.layers.residual_norm import ResidualNorm
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALiBi",
+    "CausalMask",
     "FeedForward",
     "MultiHeadAttention",
     "MultiHeadSelfAttention",
+    "PackedSequences",
+    "PaddingMask",
+    "RelativePositionBias",
     "ResidualNorm",
+    "RotaryEmbedding",
+    "SegmentMask",
+    "SlidingWindowMask",
     "TokenAndPositionEmbedding",
+    "TransformerDecoderBlock",
     "TransformerEncoderBlock",
     "__version__",
+    "dot_product_attention",
+    "pack_sequences",
+    "unpack_sequences",
 ]

@@ -1,18 +1,19 @@
 """The oracle: attention in NumPy float64, slow, straight from the formula.
 
-    softmax(mask(Q K^T / sqrt(H))) V
+    softmax(mask(cap(scale Q K^T) + bias)) V
 
 One query, one head at a time, over the keys that the query may see; a query that
-sees none yields zeros. Nothing here is shared with the package.
+sees none yields zeros. Gradients are written out by hand in the same way. Nothing
+here is shared with the package.
 
-Letters: B batch, T query length, S key length, N heads, H head size of queries and
-keys, V head size of values, D model width.
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H
+head size of queries and keys, V head size of values, D model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,47 +28,188 @@ def visible_pairs(
     pairs: ArrayLike | None = None,
     is_causal: bool = False,
     sliding_window: int | None = None,
+    query_segments: ArrayLike | None = None,
+    key_segments: ArrayLike | None = None,
+    offset: int = 0,
 ) -> Array:
     """Spells out which query sees which key, `(B, N, T, S)` boolean.
 
     The arguments after `shape`, which is (B, N, T, S), are the fields of
     `keras_mha.attention.masks.Mask`.
     """
+    B, _, T, S = shape
+    real_rows, real_columns = (
+        spell_padding(padding, (B, length))
+        for padding, length in ((query_padding, T), (key_padding, S))
+    )
+    rows, columns = (
+        np.broadcast_to(np.zeros(1, int) if ids is None else ids, (B, length))
+        for ids, length in ((query_segments, T), (key_segments, S))
+    )
     visible = np.ones(shape, bool)
     for b, n, t, s in np.ndindex(*shape):
-        if query_padding is not None:
-            visible[b, n, t, s] &= bool(np.asarray(query_padding)[b, t])
-        if key_padding is not None:
-            visible[b, n, t, s] &= bool(np.asarray(key_padding)[b, s])
-        if is_causal:
-            visible[b, n, t, s] &= s <= t
-        if sliding_window is not None:
-            visible[b, n, t, s] &= abs(t - s) < sliding_window
-    return visible if pairs is None else visible & np.asarray(pairs, bool)
+        place = t + int(offset)
+        visible[b, n, t, s] = (
+            real_rows[b, t]
+            and real_columns[b, s]
+            and (not is_causal or s <= place)
+            and (sliding_window is None or abs(place - s) < sliding_window)
+            and rows[b, t] >= 0
+            and rows[b, t] == columns[b, s]
+        )
+    if pairs is None:
+        return visible
+    pairs = np.asarray(pairs, bool)
+    return visible & (pairs[:, None] if pairs.ndim == 3 else pairs)
+
+
+def spell_padding(padding: ArrayLike | None, shape: tuple[int, int]) -> Array:
+    """Padding `(B, T)` or lengths `(B,)` as booleans of `shape`, which is (B, T)."""
+    padding = np.asarray(True if padding is None else padding)
+    if padding.ndim == 1:
+        return np.arange(shape[1]) < padding[:, None]
+    return np.broadcast_to(padding.astype(bool), shape)
+
+
+class Gradients(NamedTuple):
+    """The gradient of every array that attention takes, each of its array's shape."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+    distances: Array | None
+    sinks: Array | None
 
 
 def attend(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, visible: ArrayLike | None = None
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    visible: ArrayLike | None = None,
+    **options: Any,
 ) -> tuple[Array, Array]:
-    """Attention of heads `(B, T, N, H)`, `(B, S, N, H)`, `(B, S, N, V)`.
+    """Attention of heads `(B, T, N, H)`, `(B, S, K, H)`, `(B, S, K, V)`.
 
-    Returns the mixed values `(B, T, N, V)` and the probabilities `(B, N, T, S)`.
+    Options are those of `attend_and_gradients`.
+
+    Returns the mixed values `(B, T, N, V)` and the probabilities `(B, N, T, S)`,
+    before dropout.
+    """
+    return attend_and_gradients(query, key, value, visible, **options)[:2]
+
+
+def attend_and_gradients(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    visible: ArrayLike | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    distances: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    upstream: ArrayLike = 0.0,
+    scores_upstream: ArrayLike = 0.0,
+) -> tuple[Array, Array, Gradients]:
+    """Attention and the gradients of `sum(mixed upstream + scores scores_upstream)`.
+
+    Args:
+        query: `(B, T, N, H)`.
+        key: `(B, S, K, H)`; query head `n` reads head `n // (N / K)`.
+        value: `(B, S, K, V)`, likewise.
+        visible: Which query sees which key; broadcasts to `(B, N, T, S)`.
+        bias: Added to the scores; rank 2 `(T, S)`, 3 `(B, T, S)` or 4, any axis of
+            which may be 1.
+        distances: `(N or 1, T + S - 1)`: added to the score of query `i` and key
+            `j`, the number at `j - i + T - 1`.
+        sinks: `(N,)`: score of one more key, whose value is zero.
+        keep: Factors of the probabilities, `(B, N, T, S)`: zero where dropout hits,
+            `1 / (1 - rate)` elsewhere.
+        scale: Factor of the scores, `1 / sqrt(H)` by default.
+        logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
+        upstream: Broadcasts to `(B, T, N, V)`.
+        scores_upstream: Broadcasts to `(B, N, T, S)`.
     """
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    (B, T, N, H), S = query.shape, key.shape[1]
-    visible = np.broadcast_to(
-        np.asarray(True if visible is None else visible), (B, N, T, S)
-    )
-    mixed, scores = np.zeros((B, T, N, value.shape[-1])), np.zeros((B, N, T, S))
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    pairs = (B, N, T, S)
+    visible = np.broadcast_to(np.asarray(True if visible is None else visible), pairs)
+    keep = np.broadcast_to(np.asarray(1.0 if keep is None else keep), pairs)
+    upstream = np.broadcast_to(upstream, (B, T, N, value.shape[-1]))
+    scores_upstream = np.broadcast_to(scores_upstream, pairs)
+    factor = 1.0 / np.sqrt(H) if scale is None else scale
+    added = np.zeros(pairs)
+    if bias is not None:
+        bias = np.asarray(bias, np.float64)
+        added = added + (bias[:, None] if bias.ndim == 3 else bias)
+    if distances is not None:
+        distances = np.asarray(distances, np.float64)
+        for t, s in np.ndindex(T, S):
+            added[:, :, t, s] += distances[:, s - t + T - 1]
+
+    mixed, scores = np.zeros((B, T, N, value.shape[-1])), np.zeros(pairs)
+    d_query, d_key, d_value = (np.zeros(x.shape) for x in (query, key, value))
+    d_added, d_sinks = np.zeros(pairs), np.zeros(N)
     for b, n, t in np.ndindex(B, N, T):
-        seen = np.flatnonzero(visible[b, n, t])
+        seen, k = np.flatnonzero(visible[b, n, t]), n * K // N
         if seen.size == 0:
             continue
-        logits = key[b, seen, n] @ query[b, t, n] / np.sqrt(H)
-        weights = np.exp(logits - logits.max())
-        scores[b, n, t, seen] = weights / weights.sum()
-        mixed[b, t, n] = scores[b, n, t, seen] @ value[b, seen, n]
-    return mixed, scores
+        logits = factor * (key[b, seen, k] @ query[b, t, n])
+        slope = np.ones(seen.size)
+        if logits_soft_cap is not None:
+            slope = 1.0 - np.tanh(logits / logits_soft_cap) ** 2
+            logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+        logits = logits + added[b, n, t, seen]
+        sink = -np.inf if sinks is None else float(np.asarray(sinks)[n])
+        largest = max(logits.max(), sink)
+        weights, sink = np.exp(logits - largest), np.exp(sink - largest)
+        total = weights.sum() + sink
+        p, p_sink, kept = weights / total, sink / total, keep[b, n, t, seen]
+        scores[b, n, t, seen] = p
+        mixed[b, t, n] = (p * kept) @ value[b, seen, k]
+
+        d_p = kept * (value[b, seen, k] @ upstream[b, t, n])
+        d_p = d_p + scores_upstream[b, n, t, seen]
+        d_logits = p * (d_p - p @ d_p)
+        d_raw = factor * slope * d_logits
+        d_query[b, t, n] = d_raw @ key[b, seen, k]
+        d_key[b, seen, k] += np.outer(d_raw, query[b, t, n])
+        d_value[b, seen, k] += np.outer(p * kept, upstream[b, t, n])
+        d_added[b, n, t, seen] = d_logits
+        d_sinks[n] -= p_sink * (p @ d_p)
+
+    return (
+        mixed,
+        scores,
+        Gradients(
+            d_query,
+            d_key,
+            d_value,
+            None if bias is None else _sum_to(d_added, bias.shape),
+            None if distances is None else _sum_diagonals(d_added, distances.shape),
+            None if sinks is None else d_sinks,
+        ),
+    )
+
+
+def _sum_to(pairs: Array, shape: tuple[int, ...]) -> Array:
+    """Sums a table over the axes along which a bias of `shape` was repeated."""
+    spread = (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
+    spread = (1,) * (4 - len(spread)) + tuple(spread)
+    axes = tuple(axis for axis in range(4) if spread[axis] == 1)
+    return pairs.sum(axis=axes, keepdims=True).reshape(shape)
+
+
+def _sum_diagonals(pairs: Array, shape: tuple[int, ...]) -> Array:
+    """Sums a table over the pairs of each distance."""
+    sums = np.zeros((pairs.shape[1], shape[1]))
+    T, S = pairs.shape[2:]
+    for t, s in np.ndindex(T, S):
+        sums[:, s - t + T - 1] += pairs[:, :, t, s].sum(axis=0)
+    return sums if shape[0] > 1 else sums.sum(axis=0, keepdims=True)
 
 
 def attend_axes(

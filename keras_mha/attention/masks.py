@@ -9,7 +9,8 @@ Letters: B batch, T query length, S key length, N query heads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 from keras import KerasTensor, backend, ops
 
@@ -21,15 +22,33 @@ class Mask(NamedTuple):
 
     Implementations read the fields they can use, so that one which works block
     by block never needs the `(T, S)` table. A query attends to a key where every
-    field allows it.
+    field allows it. Masks compose with `&`; boolean tensors join them the same way.
 
     Attributes:
-        query_padding: Boolean `(B, T)`; False rows attend to nothing.
-        key_padding: Boolean `(B, S)`; False keys are seen by no query.
-        pairs: Boolean, broadcastable to `(B, N, T, S)`, of rank 4.
-        is_causal: Whether query `i` is limited to keys `j <= i`.
+        query_padding: Boolean `(B, T)`; False rows attend to nothing. Or integer
+            lengths `(B,)`.
+        key_padding: Boolean `(B, S)`; False keys are seen by no query. Or integer
+            lengths `(B,)`.
+        pairs: Boolean, broadcastable to `(B, N, T, S)`, of rank 2 to 4.
+        is_causal: Whether query `i` is limited to keys `j <= i + offset`.
         sliding_window: Whether query `i` is limited to keys with
-            `|i - j| < sliding_window`. `None` means no limit.
+            `|i + offset - j| < sliding_window`. `None` means no limit.
+        query_segments: Integers `(B or 1, T)`: which sequence each query is of.
+            It sees the keys of the same sequence; negative ones see nothing.
+        key_segments: Integers `(B or 1, S)`, likewise.
+        offset: How many keys come before the first query, an int or an integer
+            scalar tensor.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> mask = keras_mha.CausalMask() & keras_mha.SlidingWindowMask(2)
+    >>> table = mask & np.array([[True], [True], [False]])
+    >>> np.asarray(keras_mha.attention.masks.materialize(table, 3, 3))[0, 0].astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [0, 0, 0]])
     """
 
     query_padding: Tensor | None = None
@@ -37,13 +56,170 @@ class Mask(NamedTuple):
     pairs: Tensor | None = None
     is_causal: bool = False
     sliding_window: int | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    offset: Any = 0
+
+    # NumPy then leaves `array & mask` to the mask.
+    __array_ufunc__ = None
 
     @property
     def structure(self) -> tuple[bool | int | None, ...]:
         """What stays from batch to batch: which tensors there are, and the rest."""
-        tensors = (self.query_padding, self.key_padding, self.pairs)
-        given = (tensor is not None for tensor in tensors)
-        return (*given, self.is_causal, self.sliding_window)
+        return tuple(
+            field if field is None or isinstance(field, bool | int) else True
+            for field in self
+        )
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether it depends on the order of positions."""
+        return self.is_causal or self.sliding_window is not None
+
+    def __and__(self, other: Any) -> Mask:
+        if not isinstance(other, Mask):
+            other = Mask(pairs=_as_table(other))
+        if self.query_segments is not None and other.query_segments is not None:
+            raise ValueError(
+                "One mask can hold one `SegmentMask`: give each pair of segments an id "
+                "of its own. Received: two masks that both have segments"
+            )
+        segmented = other if self.query_segments is None else self
+        windows = [
+            mask.sliding_window
+            for mask in (self, other)
+            if mask.sliding_window is not None
+        ]
+        return Mask(
+            _meet_padding(self.query_padding, other.query_padding),
+            _meet_padding(self.key_padding, other.key_padding),
+            _meet_pairs(self.pairs, other.pairs),
+            self.is_causal or other.is_causal,
+            min(windows, default=None),
+            segmented.query_segments,
+            segmented.key_segments,
+            _one_offset(self, other),
+        )
+
+    __rand__ = __and__
+
+
+def CausalMask(offset: Any = 0) -> Mask:  # noqa: N802 - names a kind of mask
+    """Query `i` attends to keys `j <= i + offset` only.
+
+    Args:
+        offset: How many keys come before the first query: 0 aligns the first query
+            with the first key. An int or an integer scalar tensor.
+
+    Raises:
+        TypeError: If `offset` is not an integer.
+        ValueError: If it is not a scalar.
+
+    Example:
+
+    >>> import keras_mha
+    >>> keras_mha.CausalMask(offset=2).is_causal
+    True
+    """
+    return Mask(is_causal=True, offset=_as_offset(offset))
+
+
+def SlidingWindowMask(size: int, offset: Any = 0) -> Mask:  # noqa: N802 - as above
+    """Query `i` attends to keys `j` with `|i + offset - j| < size` only.
+
+    Together with `CausalMask`, `0 <= i + offset - j < size`.
+
+    Source: Beltagy et al. 2020, "Longformer: the long-document transformer".
+
+    Args:
+        size: Positions in the window, on either side, the query's own included.
+        offset: How many keys come before the first query.
+
+    Raises:
+        TypeError: If `offset` is not an integer.
+        ValueError: If `size` is not a positive integer, or `offset` not a scalar.
+
+    Example:
+
+    >>> import keras_mha
+    >>> (keras_mha.CausalMask() & keras_mha.SlidingWindowMask(256)).sliding_window
+    256
+    """
+    return Mask(sliding_window=check_window(size, "size"), offset=_as_offset(offset))
+
+
+def SegmentMask(  # noqa: N802 - as above
+    query_ids: Tensor, key_ids: Tensor | None = None
+) -> Mask:
+    """Queries attend to the keys of their own segment only.
+
+    For sequences packed side by side into rows; see `pack_sequences`.
+
+    Args:
+        query_ids: Integers `(T,)` or `(B, T)`. Negative ones are places without a
+            token: they attend to nothing and are seen by nobody.
+        key_ids: Integers `(S,)` or `(B, S)`. Defaults to `query_ids`.
+
+    Raises:
+        TypeError: If the ids are not integers.
+        ValueError: If their rank is neither 1 nor 2.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> from keras_mha.attention.masks import materialize
+    >>> mask = keras_mha.SegmentMask(np.array([0, 0, 1]))
+    >>> np.asarray(materialize(mask, 3, 3))[0, 0].astype(int)
+    array([[1, 1, 0],
+           [1, 1, 0],
+           [0, 0, 1]])
+    """
+    query_ids = _as_ids(query_ids, "query_ids")
+    key_ids = query_ids if key_ids is None else _as_ids(key_ids, "key_ids")
+    return Mask(query_segments=query_ids, key_segments=key_ids)
+
+
+def PaddingMask(  # noqa: N802 - as above
+    key_lengths: Tensor | None = None, query_lengths: Tensor | None = None
+) -> Mask:
+    """Hides what comes after the length of each sequence.
+
+    Args:
+        key_lengths: Integers `(B,)`: keys from there on are seen by no query.
+        query_lengths: Integers `(B,)`: queries from there on attend to nothing.
+
+    Raises:
+        TypeError: If the lengths are not integers.
+        ValueError: If their rank is not 1.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> from keras_mha.attention.masks import materialize
+    >>> mask = keras_mha.PaddingMask(np.array([2, 1]))
+    >>> np.asarray(materialize(mask, 1, 3))[:, 0, 0].astype(int)
+    array([[1, 1, 0],
+           [1, 0, 0]])
+    """
+    return Mask(
+        _as_lengths(query_lengths, "query_lengths"),
+        _as_lengths(key_lengths, "key_lengths"),
+    )
+
+
+def check_window(size: Any, name: str) -> int:
+    """Returns the size of a window if it is a positive integer.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"`{name}` must be a positive integer. Received: {name}={size!r}"
+        )
+    return size
 
 
 def as_boolean(mask: Tensor, name: str) -> Tensor:
@@ -106,6 +282,63 @@ def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
     return mask
 
 
+def as_segments(ids: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
+    """Returns segment ids as int32 `(B, T)`, if they fit their inputs.
+
+    Args:
+        ids: Integers `(B, T)` or `(1, T)`, or `None`.
+        inputs: Static shape of the inputs, `(B, T, ..., D)`.
+        name: The argument's name, for the error text.
+
+    Raises:
+        TypeError: If the ids are not integers.
+        ValueError: If they have not the leading dimensions of the inputs.
+    """
+    if ids is None:
+        return None
+    ids = _as_integers(ids, name, (2,))
+    (have, length), (want, wanted) = tuple(ids.shape), tuple(inputs)[:2]
+    if (have not in (None, 1, want) and want is not None) or (
+        None not in (length, wanted) and length != wanted
+    ):
+        raise ValueError(
+            f"`{name}` must have the leading dimensions (B, T) of its inputs, whose "
+            f"shape is {tuple(inputs)}. Received: {name} of shape {(have, length)}"
+        )
+    return ids
+
+
+def as_pair(ids: Any, name: str) -> tuple[Any, Any]:
+    """Returns segment ids of queries and of keys, from a pair or from one for both.
+
+    Raises:
+        ValueError: If `ids` is a tuple of more or fewer than two.
+    """
+    if not isinstance(ids, tuple):
+        return ids, ids
+    if len(ids) != 2 or any(part is None for part in ids):
+        raise ValueError(
+            f"`{name}` must be one array, or a tuple of queries' and keys'. "
+            f"Received: a tuple of {len(ids)}"
+        )
+    return ids
+
+
+def with_table(mask: Mask, table: Any, score_shape: Shape, attention_rank: int) -> Mask:
+    """Joins what a layer was given as `attention_mask` to its other masks.
+
+    Args:
+        mask: The other masks.
+        table: See `as_pairs`; or a mask value.
+        score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
+        attention_rank: Number of attention axes.
+    """
+    if isinstance(table, Mask):
+        pairs = as_pairs(table.pairs, score_shape, attention_rank)
+        return mask & table._replace(pairs=pairs)
+    return mask._replace(pairs=as_pairs(table, score_shape, attention_rank))
+
+
 def intersect(*masks: Tensor | None) -> Tensor | None:
     """Returns the logical AND of the masks that are given, or `None`.
 
@@ -130,7 +363,10 @@ def intersect(*masks: Tensor | None) -> Tensor | None:
 
 
 def as_pairs(
-    mask: Tensor | None, score_shape: Shape, attention_rank: int
+    mask: Tensor | None,
+    score_shape: Shape,
+    attention_rank: int,
+    name: str = "attention_mask",
 ) -> Tensor | None:
     """Gives an attention mask the rank of the scores, as Keras does.
 
@@ -143,6 +379,7 @@ def as_pairs(
             rank, or `None`.
         score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
         attention_rank: Number of attention axes.
+        name: The argument's name, for the error text.
 
     Raises:
         TypeError: If `mask` is floating.
@@ -151,25 +388,56 @@ def as_pairs(
     """
     if mask is None:
         return None
-    mask = as_boolean(mask, "attention_mask")
+    mask = as_boolean(mask, name)
     rank, received = len(score_shape), tuple(mask.shape)
     if not 2 * attention_rank <= len(received) <= rank:
         raise ValueError(
-            "`attention_mask` must have rank 2 (T, S), 3 (B, T, S) or 4 "
+            f"`{name}` must have rank 2 (T, S), 3 (B, T, S) or 4 "
             f"(B, N or 1, T, S), with {attention_rank} attention axis or axes: "
             f"rank {2 * attention_rank} to {rank}. "
-            f"Received: attention_mask of shape {received}"
+            f"Received: {name} of shape {received}"
         )
     for _ in range(rank - len(received)):
         mask = ops.expand_dims(mask, axis=-2 * attention_rank - 1)
     for have, want in zip(mask.shape, score_shape, strict=True):
         if have not in (None, 1, want) and want is not None:
             raise ValueError(
-                "Every dimension of `attention_mask` must be 1 or that of the "
+                f"Every dimension of `{name}` must be 1 or that of the "
                 f"attention scores, (B, N, T, S) = {tuple(score_shape)}. "
-                f"Received: attention_mask of shape {received}"
+                f"Received: {name} of shape {received}"
             )
     return mask
+
+
+def spell_out(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
+    """Gives paddings and segments as `(B or 1, T)`, `(B or 1, S)`; pairs rank 4.
+
+    Places of negative segments become padding.
+
+    Args:
+        mask: The mask.
+        query_length: T, an int or an integer scalar tensor.
+        key_length: S, likewise.
+    """
+    rows, columns = mask.query_segments, mask.key_segments
+    rows = None if rows is None else _rank_2(rows)
+    columns = None if columns is None else _rank_2(columns)
+    pairs = mask.pairs
+    if pairs is not None:
+        pairs = _insert_axes(pairs, 4 - len(pairs.shape))
+    return mask._replace(
+        query_padding=intersect(
+            _spell_lengths(mask.query_padding, query_length),
+            None if rows is None else rows >= 0,
+        ),
+        key_padding=intersect(
+            _spell_lengths(mask.key_padding, key_length),
+            None if columns is None else columns >= 0,
+        ),
+        pairs=pairs,
+        query_segments=rows,
+        key_segments=columns,
+    )
 
 
 def materialize(mask: Mask, query_length: Tensor, key_length: Tensor) -> Tensor | None:
@@ -192,30 +460,155 @@ def materialize(mask: Mask, query_length: Tensor, key_length: Tensor) -> Tensor 
     array([[1, 0, 0],
            [1, 1, 0]])
     """
+    mask = spell_out(mask, query_length, key_length)
     rows, columns = mask.query_padding, mask.key_padding
     return intersect(
-        None if rows is None else ops.expand_dims(ops.expand_dims(rows, 1), 3),
-        None if columns is None else ops.expand_dims(ops.expand_dims(columns, 1), 1),
-        _band(mask.is_causal, mask.sliding_window, query_length, key_length),
+        None if rows is None else _as_rows(rows),
+        None if columns is None else _as_columns(columns),
+        band(mask, positions(query_length), positions(key_length)),
+        same_segment(mask),
         mask.pairs,
     )
 
 
-def _band(
-    is_causal: bool, window: int | None, query_length: Tensor, key_length: Tensor
-) -> Tensor | None:
-    """The part of a mask that depends on positions alone, `(1, 1, T, S)`."""
-    if not is_causal and window is None:
+def positions(length: Tensor) -> Tensor:
+    """The numbers of positions, `(length,)`.
+
+    float32 counts exactly up to 2**24 and, unlike int32, has GPU kernels for every
+    operation on TensorFlow.
+    """
+    return ops.arange(length, dtype="float32")
+
+
+def band(mask: Mask, rows: Tensor, columns: Tensor) -> Tensor | None:
+    """The part of a mask that depends on positions alone.
+
+    Args:
+        mask: The mask; causality, window and offset count.
+        rows: Numbers of the queries, `(T,)` float32.
+        columns: Numbers of the keys, `(S,)` float32.
+
+    Returns:
+        Boolean `(1, 1, T, S)`, or `None` if nothing is hidden.
+    """
+    if not mask.is_ordered:
         return None
-    # float32 counts exactly up to 2**24 and, unlike int32, has GPU kernels for
-    # every operation below.
-    rows = ops.reshape(ops.arange(query_length, dtype="float32"), (1, 1, -1, 1))
-    columns = ops.reshape(ops.arange(key_length, dtype="float32"), (1, 1, 1, -1))
-    offset = rows - columns
+    rows = rows + ops.cast(mask.offset, "float32")
+    distance = ops.reshape(rows, (1, 1, -1, 1)) - ops.reshape(columns, (1, 1, 1, -1))
+    window = mask.sliding_window
     return intersect(
-        offset >= 0 if is_causal else None,
-        None if window is None else ops.abs(offset) < window,
+        distance >= 0 if mask.is_causal else None,
+        None if window is None else ops.abs(distance) < window,
     )
+
+
+def same_segment(mask: Mask) -> Tensor | None:
+    """Whether query and key are of one segment, `(B or 1, 1, T, S)`."""
+    if mask.query_segments is None:
+        return None
+    return ops.equal(_as_rows(mask.query_segments), _as_columns(mask.key_segments))
+
+
+def _as_rows(mask: Tensor) -> Tensor:
+    return ops.expand_dims(ops.expand_dims(mask, 1), 3)
+
+
+def _as_columns(mask: Tensor) -> Tensor:
+    return ops.expand_dims(ops.expand_dims(mask, 1), 1)
+
+
+def _rank_2(ids: Tensor) -> Tensor:
+    return ops.expand_dims(ids, 0) if len(ids.shape) == 1 else ids
+
+
+def _is_lengths(padding: Tensor) -> bool:
+    return len(padding.shape) == 1
+
+
+def _spell_lengths(padding: Tensor | None, length: Tensor) -> Tensor | None:
+    if padding is None or not _is_lengths(padding):
+        return padding
+    return ops.arange(length, dtype="int32") < ops.expand_dims(padding, 1)
+
+
+def _meet_padding(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    if _is_lengths(one) and _is_lengths(other):
+        return ops.minimum(one, other)
+    length = ops.shape(other if _is_lengths(one) else one)[1]
+    return intersect(_spell_lengths(one, length), _spell_lengths(other, length))
+
+
+def _meet_pairs(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    rank = max(len(one.shape), len(other.shape))
+    one, other = (_insert_axes(mask, rank - len(mask.shape)) for mask in (one, other))
+    return ops.logical_and(one, other)
+
+
+def _insert_axes(mask: Tensor, count: int) -> Tensor:
+    for _ in range(count):
+        mask = ops.expand_dims(mask, axis=-3)
+    return mask
+
+
+def _one_offset(one: Mask, other: Mask) -> Any:
+    if not one.is_ordered or not other.is_ordered:
+        return one.offset if one.is_ordered else other.offset
+    numbers = isinstance(one.offset, int) and isinstance(other.offset, int)
+    same = one.offset == other.offset if numbers else one.offset is other.offset
+    if not same:
+        raise ValueError(
+            "Masks that depend on the order of positions must have the same `offset`. "
+            f"Received: offset={one.offset} and offset={other.offset}"
+        )
+    return one.offset
+
+
+def _as_offset(offset: Any) -> Any:
+    if isinstance(offset, bool):
+        raise TypeError(f"`offset` must be an integer. Received: offset={offset}")
+    if isinstance(offset, Integral):  # of NumPy too, so that equal ones compare equal
+        return int(offset)
+    offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
+    return _check_integers(offset, "offset", (0,))
+
+
+def _as_table(mask: Any) -> Tensor:
+    mask = as_boolean(mask, "mask")
+    if len(mask.shape) < 2:
+        raise ValueError(
+            "What joins a mask by `&` must be another one, or have rank 2 (T, S), 3 "
+            f"(B, T, S) or 4 (B, N or 1, T, S). Received: shape {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def _as_ids(ids: Tensor, name: str) -> Tensor:
+    return _as_integers(ids, name, (1, 2))
+
+
+def _as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
+    return None if lengths is None else _as_integers(lengths, name, (1,))
+
+
+def _as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:
+    values = _check_integers(ops.convert_to_tensor(values), name, ranks)
+    return ops.cast(values, "int32")
+
+
+def _check_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:
+    dtype = backend.standardize_dtype(values.dtype)
+    if "int" not in dtype:
+        raise TypeError(f"`{name}` must be integers. Received dtype {dtype}")
+    if len(values.shape) not in ranks:
+        raise ValueError(
+            f"`{name}` must have rank {' or '.join(map(str, ranks))}. "
+            f"Received: {name} of shape {tuple(values.shape)}"
+        )
+    return values
 
 
 def clear_padding(inputs: Tensor, padding: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention with the scores materialised: right on its whole domain.
 
-    softmax(mask(Q K^T / sqrt(H))) V
+    softmax(mask(cap(scale Q K^T) + bias)) V
 
 Masks select: keys and values that no query sees, and queries that see no key, are
 cleared before the products, so NaN, infinities and huge values in padding are
@@ -9,20 +9,26 @@ gradient.
 
 Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.1.
 
-Letters: B batch, T query length, S key length, N heads, H head size, V head size
-of the values.
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H
+head size, V head size of the values.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 from keras import backend, ops
 
-from keras_mha.attention.dropout import dropout as apply_dropout
+from keras_mha.attention.bias import Bias, table
+from keras_mha.attention.dropout import draw_pair_noise, keep_pairs
 from keras_mha.attention.masks import Mask, materialize
 from keras_mha.typing import Tensor
+
+
+def refusal(**call: Any) -> None:
+    """Says why a call cannot be served: this implementation serves every one."""
+    del call
 
 
 def attend(
@@ -30,7 +36,10 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Mask,
+    bias: Bias,
     *,
+    scale: float,
+    logits_soft_cap: float | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -42,9 +51,12 @@ def attend(
 
     Args:
         query: `(B, T, N, H)`.
-        key: `(B, S, N, H)`.
-        value: `(B, S, N, V)`.
+        key: `(B, S, K, H)`; query head `n` reads key head `n // (N / K)`.
+        value: `(B, S, K, V)`.
         mask: What may attend to what.
+        bias: What joins the scores.
+        scale: Factor of the scores.
+        logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
         dropout: Share of the probabilities to drop, `0 <= dropout < 1`.
         seed: Seed tensor `(2,)`; needed where `dropout > 0`.
 
@@ -55,47 +67,92 @@ def attend(
     Example:
 
     >>> import numpy as np
+    >>> from keras_mha.attention.bias import Bias
     >>> from keras_mha.attention.masks import Mask
     >>> from keras_mha.attention.reference import attend
     >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
-    >>> mixed, _ = attend(one, one, value, Mask(is_causal=True))
+    >>> mixed, _ = attend(one, one, value, Mask(is_causal=True), Bias(), scale=1.0)
     >>> np.asarray(mixed).ravel().tolist()
     [1.0, 2.0]
     """
     dtype = backend.standardize_dtype(query.dtype)
-    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
-    query = ops.transpose(ops.cast(query, wide), (0, 2, 1, 3))
-    key = ops.transpose(ops.cast(key, wide), (0, 2, 3, 1))
+    wide = wider(dtype)
+    query = ops.transpose(ops.cast(query, wide), (0, 2, 1, 3)) * scale
+    key = ops.transpose(ops.cast(key, wide), (0, 2, 1, 3))
     value = ops.transpose(value, (0, 2, 1, 3))
-    query = query * (1.0 / math.sqrt(query.shape[-1]))
+    T, S = ops.shape(query)[2], ops.shape(key)[2]
 
-    visible = materialize(mask, ops.shape(query)[2], ops.shape(key)[3])
+    visible = materialize(mask, T, S)
     if visible is not None:
-        seeing = ops.any(visible, axis=3, keepdims=True)
-        seen = ops.any(visible, axis=2, keepdims=True)
-        query = ops.where(seeing, query, ops.zeros_like(query))
-        key = ops.where(seen, key, ops.zeros_like(key))
-        seen = ops.transpose(seen, (0, 1, 3, 2))
-        value = ops.where(seen, value, ops.zeros_like(value))
+        query = _clear(query, ops.any(visible, axis=3, keepdims=True))
+        seen = _any_of_group(visible, query.shape[1], key.shape[1])
+        key, value = _clear(key, seen), _clear(value, seen)
 
-    scores = ops.matmul(query, key)
+    scores = grouped_matmul(query, ops.transpose(key, (0, 1, 3, 2)))
+    if logits_soft_cap is not None:
+        scores = ops.tanh(scores * (1.0 / logits_soft_cap)) * logits_soft_cap
+    scores = add_bias(scores, bias, T, S)
     if visible is not None:
         # finite: a row of -inf alone would turn into NaN before it is zeroed
         scores = ops.where(visible, scores, float(np.finfo(wide).min))
-    probabilities = softmax(scores)
+    probabilities = softmax(scores, bias.sinks)
     if visible is not None:
         probabilities = ops.where(visible, probabilities, ops.zeros_like(probabilities))
     probabilities = ops.cast(probabilities, dtype)
-    kept = apply_dropout(probabilities, dropout, seed) if dropout > 0 else probabilities
-    mixed = ops.matmul(kept, value)
+    kept = probabilities
+    if dropout > 0:
+        shape: Any = ops.shape(kept)
+        noise = draw_pair_noise(seed, shape[:3], S)
+        kept = ops.where(
+            keep_pairs(noise, dropout),
+            kept * (1.0 / (1.0 - dropout)),
+            ops.zeros_like(kept),
+        )
+    mixed = grouped_matmul(kept, value)
     return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
 
 
-def softmax(scores: Tensor) -> Tensor:
+def wider(dtype: str) -> str:
+    """The dtype of scores and softmax: float32, or float64 for float64."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
+def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiplies `(B, N, T, X)` with `(B, K, X, Y)`, each of K for N / K in a row.
+
+    The heads of a group are laid under each other as rows of one product, so that
+    what they share is not repeated.
+    """
+    heads, shared = left.shape[1], right.shape[1]
+    if heads == shared:
+        return ops.matmul(left, right)
+    shape: Any = ops.shape(left)
+    batch, _, length, inner = shape
+    left = ops.reshape(left, (batch, shared, heads // shared * length, inner))
+    product = ops.matmul(left, right)
+    return ops.reshape(product, (batch, heads, length, ops.shape(right)[-1]))
+
+
+def add_bias(scores: Tensor, bias: Bias, T: Tensor, S: Tensor) -> Tensor:
+    """Adds what a bias holds for each pair to the scores `(B, N, T, S)`."""
+    if bias.pairs is not None:
+        scores = scores + ops.cast(bias.pairs, scores.dtype)
+    if bias.distances is not None:
+        scores = scores + table(ops.cast(bias.distances, scores.dtype), T, S)
+    return scores
+
+
+def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the last axis, which may have one element.
 
     Keras warns of that case, because elsewhere it is a slip; here it is a sequence
     of one key.
+
+    Args:
+        scores: `(..., S)`, or `(B, N, T, S)` with sinks.
+        sinks: `(N,)`: scores that join the normalisation and are dropped after it,
+            as in Xiao et al. 2024, "Efficient streaming language models with
+            attention sinks", learned as in gpt-oss.
 
     Example:
 
@@ -104,6 +161,27 @@ def softmax(scores: Tensor) -> Tensor:
     >>> np.asarray(softmax(np.array([[7.0], [-7.0]]))).tolist()
     [[1.0], [1.0]]
     """
+    if sinks is not None:
+        sinks = ops.reshape(ops.cast(sinks, scores.dtype), (1, -1, 1, 1))
+        column = sinks + ops.zeros_like(scores[..., :1])
+        scores = ops.concatenate([scores, column], axis=-1)
+        return ops.softmax(scores, axis=-1)[..., :-1]
     if scores.shape[-1] == 1:
         return ops.exp(scores - scores)  # NaN stays NaN
     return ops.softmax(scores, axis=-1)
+
+
+def _clear(inputs: Tensor, counts: Tensor) -> Tensor:
+    """Zeroes what does not count, by selection: `0 * NaN` would be NaN."""
+    return ops.where(counts, inputs, ops.zeros_like(inputs))
+
+
+def _any_of_group(visible: Tensor, heads: int, shared: int) -> Tensor:
+    """Whether any query of a group sees a key, `(B or 1, K or 1, S, 1)`."""
+    seen = ops.any(visible, axis=2)
+    if seen.shape[1] not in (1, shared):
+        shape: Any = ops.shape(seen)
+        batch, _, length = shape
+        seen = ops.reshape(seen, (batch, shared, heads // shared, length))
+        seen = ops.any(seen, axis=2)
+    return ops.expand_dims(seen, -1)

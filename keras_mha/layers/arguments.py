@@ -49,6 +49,17 @@ def check_number(value: Any, name: str) -> float:
     return value
 
 
+def check_flag(value: object, name: str) -> bool:
+    """Returns `value` if it is True or False.
+
+    Raises:
+        ValueError: Otherwise: any string that is not empty would count as True.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return value
+
+
 def check_seed(seed: object) -> int | None:
     """Returns `seed` if it is an integer or `None`.
 

@@ -5,25 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import keras
+from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention import api
+from keras_mha.attention.bias import Bias, all_distances, as_bias
 from keras_mha.attention.dropout import check_rate
 from keras_mha.attention.masks import Mask
 from keras_mha.layers import compiled
 from keras_mha.layers.arguments import (
+    check_flag,
+    check_number,
+    check_optional,
     check_output_shape,
     check_positive,
     check_seed,
 )
 from keras_mha.layers.dtype_config import dtype_config
+from keras_mha.layers.positions import (
+    ALiBi,
+    DistanceBias,
+    RelativePositionBias,
+    RotaryEmbedding,
+)
 from keras_mha.layers.projections import (
     Projection,
     ProjectionOptions,
     projection_arguments,
 )
+from keras_mha.layers.residual_norm import clone_layer
 from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
+
+_QK_NORMS = {
+    "layer": keras.layers.LayerNormalization,
+    "rms": keras.layers.RMSNormalization,
+}
+_POSITIONS = ("rotary", "alibi", "relative")
 
 
 class AttentionLayer(SeededLayer):
@@ -33,9 +52,17 @@ class AttentionLayer(SeededLayer):
         self,
         *,
         num_heads: int,
+        num_key_value_heads: int | None,
         dropout: float,
         output_shape: int | Sequence[int] | None,
         projections: ProjectionOptions,
+        use_gate: bool,
+        sliding_window: int | None,
+        position: str | keras.layers.Layer | None,
+        qk_norm: str | None,
+        logits_soft_cap: float | None,
+        use_sinks: bool,
+        flash_attention: bool | None,
         jit_compile: bool | str,
         seed: int | None,
         **kwargs: Any,
@@ -43,19 +70,55 @@ class AttentionLayer(SeededLayer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self._num_heads = check_positive(num_heads, "num_heads")
+        self._num_key_value_heads = _check_groups(num_key_value_heads, num_heads)
         self._dropout = check_rate(dropout, "dropout")
         self._output_shape = check_output_shape(output_shape)
         self._projections = projections
+        self._use_gate = use_gate
+        self._sliding_window = check_optional(sliding_window, "sliding_window")
+        check_flag(use_gate, "use_gate")
+        check_flag(use_sinks, "use_sinks")
+        if flash_attention is not None:
+            check_flag(flash_attention, "flash_attention")
+        if qk_norm is not None and qk_norm not in tuple(_QK_NORMS):
+            raise ValueError(
+                f"`qk_norm` must be None or one of {sorted(_QK_NORMS)}. "
+                f"Received: qk_norm={qk_norm!r}"
+            )
+        self._qk_norm = qk_norm
+        self._logits_soft_cap = (
+            None
+            if logits_soft_cap is None
+            else check_number(logits_soft_cap, "logits_soft_cap")
+        )
+        self._use_sinks = use_sinks
+        self._flash_attention = flash_attention
         self._jit_compile = compiled.check_jit_compile(jit_compile)
         self.supports_jit = jit_compile is not False
         self.seed = check_seed(seed)
         if self._dropout > 0:
             self._add_generator(seed)
+        self._named_position = position if isinstance(position, str) else None
+        with whole():
+            self.position_layer = self._own_position(position)
+            self.query_norm, self.key_norm = (
+                None
+                if qk_norm is None
+                else _QK_NORMS[qk_norm](
+                    epsilon=1e-6, dtype=self.dtype_policy, name=name
+                )
+                for name in ("query_norm", "key_norm")
+            )
 
     @property
     def num_heads(self) -> int:
-        """N, the number of heads."""
+        """N, the number of query heads."""
         return self._num_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """K, the number of key and value heads."""
+        return self._num_key_value_heads or self._num_heads
 
     @property
     def dropout(self) -> float:
@@ -74,24 +137,44 @@ class AttentionLayer(SeededLayer):
 
     @override
     def get_config(self) -> dict[str, Any]:
+        position: Any = self._named_position
+        if position is None and self.position_layer is not None:
+            position = keras.saving.serialize_keras_object(self.position_layer)
         return {
             **super().get_config(),
             **dtype_config(self),
             "num_heads": self._num_heads,
+            "num_key_value_heads": self._num_key_value_heads,
             "dropout": self._dropout,
             "output_shape": self._output_shape,
             **self._projections.get_config(),
+            "use_gate": self._use_gate,
+            "sliding_window": self._sliding_window,
+            "position": position,
+            "qk_norm": self._qk_norm,
+            "logits_soft_cap": self._logits_soft_cap,
+            "use_sinks": self._use_sinks,
+            "flash_attention": self._flash_attention,
             "jit_compile": self._jit_compile,
             "seed": self.seed,
         }
+
+    @classmethod
+    @override
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        if isinstance(config.get("position"), dict):
+            position = keras.saving.deserialize_keras_object(config["position"])
+            config = {**config, "position": position}
+        return cls(**config)
 
     @override
     def quantize(
         self, mode: Any = None, type_check: bool = True, config: Any = None
     ) -> None:
         """Quantizes every projection; see `keras.Model.quantize`."""
-        for projection in self._layers:
-            projection.quantize(mode, type_check=type_check, config=config)
+        for layer in self._layers:
+            if isinstance(layer, Projection):
+                layer.quantize(mode, type_check=type_check, config=config)
 
     def _projection(
         self, name: str, rank: int, bound: int, output: Shape, **kwargs: Any
@@ -106,6 +189,66 @@ class AttentionLayer(SeededLayer):
                 **kwargs,
             )
 
+    def _own_position(self, position: Any) -> Any:
+        """Makes the layer that tells positions, or a copy of the one given."""
+        if position is None:
+            return None
+        made = {
+            "rotary": lambda: RotaryEmbedding(dtype=self.dtype_policy, name="rotary"),
+            "alibi": lambda: ALiBi(
+                self._num_heads, dtype=self.dtype_policy, name="alibi"
+            ),
+            "relative": lambda: RelativePositionBias(
+                self._num_heads, dtype=self.dtype_policy, name="relative"
+            ),
+        }
+        if isinstance(position, str) and position in made:
+            return made[position]()
+        if not isinstance(position, RotaryEmbedding | DistanceBias):
+            raise ValueError(
+                f"`position` must be None, one of {_POSITIONS}, or a "
+                "`RotaryEmbedding`, `ALiBi` or `RelativePositionBias`. "
+                f"Received: position={position!r}"
+            )
+        heads = getattr(position, "num_heads", self._num_heads)
+        if heads != self._num_heads:
+            raise ValueError(
+                "The biases of `position` must be for as many heads as there are. "
+                f"Received: position with num_heads={heads} and "
+                f"num_heads={self._num_heads}"
+            )
+        return clone_layer(position, name=position.name)
+
+    def _build_scores(self, axes: tuple[int, ...], key_dim: int) -> None:
+        """Makes the weights that join the scores."""
+        if len(axes) > 1 and self.position_layer is not None:
+            raise ValueError(
+                "`position` needs a single attention axis: several have no one order "
+                f"of positions. Received: attention_axes={axes}"
+            )
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                norm.build((None, None, self._num_heads, key_dim))
+        if self.position_layer is not None:
+            self.position_layer.build(())
+        if self._use_sinks:
+            self.sinks = self.add_weight(
+                name="sinks",
+                shape=(self._num_heads,),
+                initializer="zeros",
+                dtype="float32",
+                autocast=False,
+            )
+
+    def _turn(self, heads: Tensor, norm: Any, start: Tensor | int = 0) -> Tensor:
+        """Normalises and rotates queries or keys, whose positions begin at `start`."""
+        if norm is not None:
+            heads = norm(heads)
+        if isinstance(self.position_layer, RotaryEmbedding):
+            places = ops.arange(ops.shape(heads)[1], dtype="int32") + start
+            heads = self.position_layer(heads, positions=places)
+        return heads
+
     def _attend(
         self,
         query: Tensor,
@@ -113,23 +256,82 @@ class AttentionLayer(SeededLayer):
         value: Tensor,
         mask: Mask,
         *,
+        bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
         axes: tuple[int, ...] = (1,),
         training: bool | None,
         return_scores: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs `api.attend`, drawing the seed here, outside the XLA boundary."""
+        """Runs `api.attend`, reading weights and seed here, outside the boundary."""
         dropout = self._dropout if training else 0.0
-        return compiled.call(
+        parts = self._bias(bias, query, key, mask.offset)
+        implementation = api.current_implementation()
+        if implementation == "auto" and self._flash_attention is not None:
+            implementation = "blockwise" if self._flash_attention else "reference"
+            if return_scores:
+                implementation = "reference"
+        mixed, scores = compiled.call(
             api.attend,
             query,
             key,
             value,
             mask,
+            parts,
             self._draw_seed() if dropout > 0 else None,
             jit_compile=self._jit_compile,
-            layout=(*query.shape[-2:], value.shape[-1], mask.structure),
+            layout=(
+                *query.shape[-2:],
+                *value.shape[-2:],
+                mask.structure,
+                tuple(part is None for part in parts),
+            ),
             axes=axes,
+            logits_soft_cap=self._logits_soft_cap,
             dropout=dropout,
             return_scores=return_scores,
-            implementation=api.current_implementation(),
+            implementation=implementation,
         )
+        if head_mask is not None:
+            mixed = mixed * _spread_heads(head_mask, mixed, self._num_heads)
+        return mixed, scores
+
+    def _bias(
+        self, bias: Tensor | None, query: Tensor, key: Tensor, offset: Any
+    ) -> Bias:
+        distances = None
+        if isinstance(self.position_layer, DistanceBias):
+            lengths = ops.shape(query)[1], ops.shape(key)[1]
+            distances = self.position_layer(all_distances(*lengths) - offset)
+        sinks = ops.convert_to_tensor(self.sinks) if self._use_sinks else None
+        if callable(bias) and not ops.is_tensor(bias):
+            raise TypeError(
+                "`attention_bias` must be a tensor; biases of distances go to the "
+                f"layer's `position`. Received: attention_bias={bias!r}"
+            )
+        return as_bias(bias, sinks, 0, 0)._replace(distances=distances)
+
+
+def _check_groups(num_key_value_heads: int | None, num_heads: int) -> int | None:
+    heads = check_optional(num_key_value_heads, "num_key_value_heads")
+    if heads is not None and num_heads % heads:
+        raise ValueError(
+            "`num_heads` must be a multiple of `num_key_value_heads`. Received: "
+            f"num_heads={num_heads} and num_key_value_heads={num_key_value_heads}"
+        )
+    return heads
+
+
+def _spread_heads(head_mask: Tensor, mixed: Tensor, num_heads: int) -> Tensor:
+    """Brings `(N,)` or `(B, N)` to the rank of the mixed values `(B, ..., N, V)`."""
+    head_mask = ops.cast(head_mask, mixed.dtype)
+    shape, B = tuple(head_mask.shape), mixed.shape[0]
+    fits_batch = len(shape) == 1 or shape[0] == B or None in (shape[0], B)
+    if len(shape) not in (1, 2) or shape[-1] != num_heads or not fits_batch:
+        raise ValueError(
+            f"`head_mask` must have the shape (N,) or (B, N), N={num_heads}, B={B}. "
+            f"Received: head_mask of shape {tuple(head_mask.shape)}"
+        )
+    inner = tuple(range(1, len(mixed.shape) - 2))
+    if len(head_mask.shape) == 2:
+        head_mask = ops.expand_dims(head_mask, inner)
+    return ops.expand_dims(head_mask, -1)

@@ -34,6 +34,8 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
 
     Call arguments:
         inputs: Integer ids `(B, T)`.
+        positions: Integers `(T,)` or `(B, T)` from 0 to `sequence_length - 1`, such as
+            those of `pack_sequences`. Defaults to 0 to T - 1.
 
     Returns:
         `(B, T, D)`.
@@ -94,8 +96,9 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         }
 
     @override
-    def build(self, input_shape: Shape) -> None:
-        self.token_embedding.build(input_shape)
+    def build(self, inputs_shape: Shape, positions_shape: Shape | None = None) -> None:
+        del positions_shape  # no weight depends on it
+        self.token_embedding.build(inputs_shape)
         self.position_embedding = self.add_weight(
             name="position_embedding",
             shape=(self.sequence_length, self.embedding_dim),
@@ -104,7 +107,10 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         keep_frozen(self)
 
     @override
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is not None:
+            table = ops.cast(self.position_embedding, self.compute_dtype)
+            return self.token_embedding(inputs) + ops.take(table, positions, axis=0)
         self._check_length(inputs)
         length = ops.shape(inputs)[1]
         positions = ops.cast(self.position_embedding, self.compute_dtype)[:length]
@@ -119,14 +125,20 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         return ops.not_equal(inputs, 0) if self.mask_zero else previous_mask
 
     @override
-    def compute_output_spec(self, inputs: Tensor) -> keras.KerasTensor:
-        self._check_length(inputs)
+    def compute_output_spec(
+        self, inputs: Tensor, positions: Tensor | None = None
+    ) -> keras.KerasTensor:
+        if positions is None:
+            self._check_length(inputs)
         shape = self.compute_output_shape(inputs.shape)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     @override
-    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
-        return (*input_shape, self.embedding_dim)
+    def compute_output_shape(
+        self, inputs_shape: Shape, positions_shape: Shape | None = None
+    ) -> tuple[int | None, ...]:
+        del positions_shape  # the outputs have the shape of the inputs
+        return (*inputs_shape, self.embedding_dim)
 
     def _check_length(self, inputs: Tensor) -> None:
         length = inputs.shape[1]

@@ -5,48 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 from typing_extensions import override
 
-from keras_mha.attention.dropout import check_rate
-from keras_mha.layers.arguments import check_seed
-from keras_mha.layers.dtype_config import dtype_config
-from keras_mha.layers.feed_forward import FeedForward
-from keras_mha.layers.residual_norm import ResidualNorm, clone_layer
-from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
-from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.layers.seeded_layer import keep_frozen
+from keras_mha.layers.transformer_block import TransformerBlock
 from keras_mha.typing import Shape, Tensor
-
-# Arguments that a block hands to its parts, and reads back from them.
-_ATTENTION_ARGUMENTS = ("num_heads", "key_dim", "jit_compile")
-_NETWORK_ARGUMENTS = (
-    "hidden_dim",
-    "activation",
-    "gated",
-    "dropout",
-    "use_bias",
-    "kernel_initializer",
-    "kernel_regularizer",
-)
-_RESIDUAL_ARGUMENTS = (
-    "placement",
-    "normalization",
-    "stochastic_depth",
-    "layer_scale",
-    "rezero",
-    "epsilon",
-)
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class TransformerEncoderBlock(SeededLayer):
+class TransformerEncoderBlock(TransformerBlock):
     """Self-attention and a feed-forward network, each in a `ResidualNorm`.
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; with the
     default `placement="pre"` the order of Xiong et al. 2020. A stack of `"pre"`
     blocks wants a normalization after its last block.
 
-    Letters: B batch, T length, D model width, N heads, H head size.
+    Letters: B batch, T length, D model width, N query heads, K key/value heads, H head
+    size.
 
     Args:
         num_heads: N.
@@ -71,6 +46,14 @@ class TransformerEncoderBlock(SeededLayer):
         kernel_regularizer: Regularizer of the kernels.
         jit_compile: True, False or `"auto"`; see `MultiHeadSelfAttention`.
         seed: Integer seed of every dropout; each draws differently.
+        num_key_value_heads: K; see `MultiHeadSelfAttention`, as for the rest.
+        position: `"rotary"`, `"alibi"`, `"relative"`, or a layer.
+        qk_norm: `"rms"` or `"layer"`.
+        logits_soft_cap: Bound of the scores.
+        use_sinks: Whether heads have sinks.
+        use_gate: Whether heads have an output gate.
+        sliding_window: Size of the window.
+        flash_attention: Whether memory must be linear in T.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -80,6 +63,10 @@ class TransformerEncoderBlock(SeededLayer):
         use_causal_mask: Whether position `i` attends to positions `j <= i` only.
         return_attention_scores: Whether to return the probabilities too.
         training: Whether dropout is active.
+        segment_ids: Integers `(B, T)`; see `pack_sequences`.
+        attention_bias: Floating `(T, T)`, `(B, T, T)` or `(B or 1, N or 1, T, T)`,
+            added to the scores.
+        head_mask: Floating `(N,)` or `(B, N)`: factor of each head's mixed values.
 
     Returns:
         `(B, T, D)`; with `return_attention_scores`, also `(B, N, T, T)`.
@@ -117,88 +104,47 @@ class TransformerEncoderBlock(SeededLayer):
         kernel_regularizer: Any = None,
         jit_compile: bool | str = "auto",
         seed: int | None = None,
+        *,
+        num_key_value_heads: int | None = None,
+        position: str | keras.layers.Layer | None = None,
+        qk_norm: str | None = None,
+        logits_soft_cap: float | None = None,
+        use_sinks: bool = False,
+        use_gate: bool = False,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self._attention_dropout = attention_dropout
-        if attention_dropout is None:
-            attention_dropout = check_rate(dropout, "dropout")
-        else:
-            check_rate(attention_dropout, "attention_dropout")
-        self.seed = check_seed(seed)
-        seeds = _derive_seeds(seed, 4)
-        dense: dict[str, Any] = {
-            "use_bias": use_bias,
-            "kernel_initializer": kernel_initializer,
-            "kernel_regularizer": kernel_regularizer,
-            "dtype": self.dtype_policy,
-        }
-        residual: dict[str, Any] = {
-            "placement": placement,
-            "dropout": dropout,
-            "stochastic_depth": stochastic_depth,
-            "layer_scale": layer_scale,
-            "rezero": rezero,
-            "epsilon": epsilon,
-            "dtype": self.dtype_policy,
-        }
-        with whole():
-            attention = MultiHeadSelfAttention(
-                num_heads,
-                key_dim,
-                dropout=attention_dropout,
-                jit_compile=jit_compile,
-                seed=seeds[0],
-                name="self_attention",
-                **dense,
-            )
-            network = FeedForward(
-                hidden_dim,
-                activation,
-                gated,
-                dropout,
-                seed=seeds[1],
-                name="network",
-                **dense,
-            )
-            self.attention = ResidualNorm(
-                attention,
-                normalization=_own(normalization),
-                seed=seeds[2],
-                name="attention",
-                **residual,
-            )
-            self.feed_forward = ResidualNorm(
-                network,
-                normalization=_own(normalization),
-                seed=seeds[3],
-                name="feed_forward",
-                **residual,
-            )
-
-    @override
-    def get_config(self) -> dict[str, Any]:
-        residual = self.attention.get_config()
-        attention = self.attention.sublayer.get_config()
-        network = self.feed_forward.sublayer.get_config()
-        return {
-            **super().get_config(),
-            **dtype_config(self),
-            **{name: attention[name] for name in _ATTENTION_ARGUMENTS},
-            **{name: network[name] for name in _NETWORK_ARGUMENTS},
-            **{name: residual[name] for name in _RESIDUAL_ARGUMENTS},
-            "attention_dropout": self._attention_dropout,
-            "seed": self.seed,
-        }
-
-    @classmethod
-    @override
-    def from_config(cls, config: dict[str, Any]) -> TransformerEncoderBlock:
-        if not isinstance(config.get("normalization", ""), str):
-            layer = keras.saving.deserialize_keras_object(config["normalization"])
-            config = {**config, "normalization": layer}
-        return cls(**config)
+        super().__init__(
+            seeds=4,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            key_dim=key_dim,
+            activation=activation,
+            gated=gated,
+            placement=placement,
+            normalization=normalization,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            stochastic_depth=stochastic_depth,
+            layer_scale=layer_scale,
+            rezero=rezero,
+            epsilon=epsilon,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            kernel_regularizer=kernel_regularizer,
+            jit_compile=jit_compile,
+            num_key_value_heads=num_key_value_heads,
+            position=position,
+            qk_norm=qk_norm,
+            logits_soft_cap=logits_soft_cap,
+            use_sinks=use_sinks,
+            use_gate=use_gate,
+            sliding_window=sliding_window,
+            flash_attention=flash_attention,
+            seed=seed,
+            **kwargs,
+        )
 
     @override
     def build(self, input_shape: Shape) -> None:
@@ -215,6 +161,9 @@ class TransformerEncoderBlock(SeededLayer):
         use_causal_mask: bool = False,
         return_attention_scores: bool = False,
         training: bool | None = None,
+        segment_ids: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
     ) -> Any:
         outputs = self.attention(
             inputs,
@@ -223,6 +172,9 @@ class TransformerEncoderBlock(SeededLayer):
             use_causal_mask=use_causal_mask,
             return_attention_scores=return_attention_scores,
             training=training,
+            segment_ids=segment_ids,
+            attention_bias=attention_bias,
+            head_mask=head_mask,
         )
         if not return_attention_scores:
             return self.feed_forward(outputs, training=training)
@@ -230,27 +182,5 @@ class TransformerEncoderBlock(SeededLayer):
         return self.feed_forward(mixed, training=training), scores
 
     @override
-    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
-        return tuple(input_shape)
-
-    @override
     def compute_output_spec(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.attention.compute_output_spec(inputs, *args, **kwargs)
-
-
-def _own(normalization: str | keras.layers.Layer) -> str | keras.layers.Layer:
-    """A layer for one place alone, where a layer was given."""
-    if isinstance(normalization, keras.layers.Layer):
-        return clone_layer(normalization, name=normalization.name)
-    return normalization
-
-
-def _derive_seeds(seed: int | None, count: int) -> list[int | None]:
-    """Different seeds out of one, also between blocks of neighbouring seeds.
-
-    With one seed, dropouts of one shape would fall on the same positions.
-    """
-    if seed is None:
-        return [None] * count
-    states = np.random.SeedSequence(seed % 2**32).generate_state(count)
-    return [int(state) % 2**31 for state in states]

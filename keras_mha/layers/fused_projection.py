@@ -23,24 +23,25 @@ PARTS = ("query", "key", "value")
 class FusedProjection(Projection):
     """Projects inputs to the heads' queries, keys and values in one product.
 
-    The kernel is `(D, N, 2 H + V)`: each head's query, key and value columns lie
-    side by side. Each part is initialised as a projection of its own would be, and
-    can have low-rank factors of its own.
+    The kernel is `(D, K, G H + H + V)`, G = N / K: the columns of each key head, its
+    queries', its own and its values', lie side by side. Each part is initialised as
+    a projection of its own would be, and can have low-rank factors of its own.
 
     Low-rank adaptation follows Hu et al. 2021, "LoRA: low-rank adaptation of large
     language models": the kernel is frozen and `alpha / rank * A B` joins it, `A`
-    `(D, rank)` and `B` `(rank, N * size)` for each adapted part. Weights are saved
+    `(D, rank)` and `B` `(rank, heads * size)` for each adapted part. Weights are saved
     with the factors merged in, as Keras does, so a file fits a layer with and
     without factors.
 
-    Letters: B batch, T length, D model width, N heads, H query and key size of a
-    head, V value size of a head.
+    Letters: B batch, T length, D model width, N query heads, K key/value heads, H
+    query and key size of a head, V value size of a head.
 
     Args:
         num_heads: N.
         key_dim: H.
         value_dim: V.
         use_bias: Whether each projection has a bias.
+        num_key_value_heads: K, a divisor of N. Defaults to N.
         **kwargs: Arguments of `keras.layers.EinsumDense`.
     """
 
@@ -50,19 +51,27 @@ class FusedProjection(Projection):
         key_dim: int,
         value_dim: int,
         use_bias: bool = True,
+        num_key_value_heads: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._num_heads = num_heads
-        self._sizes = (key_dim, key_dim, value_dim)
+        self._key_dim = key_dim
+        self._shared = num_key_value_heads or num_heads
+        self._sizes = (num_heads // self._shared * key_dim, key_dim, value_dim)
         kwargs["kernel_initializer"] = _PartwiseInitializer(
             kwargs["kernel_initializer"], self._sizes
         )
         arguments = projection_arguments(
-            3, 1, (num_heads, sum(self._sizes)), use_bias=use_bias
+            3, 1, (self._shared, sum(self._sizes)), use_bias=use_bias
         )
         super().__init__(**arguments, **kwargs)
         self._adapted: tuple[str, ...] = ()
         self._scaling = 0.0
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """H and V."""
+        return self._key_dim, self._sizes[2]
 
     @override
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -74,9 +83,13 @@ class FusedProjection(Projection):
         return self._with_delta(outputs, args[0] if args else kwargs["inputs"])
 
     def split(self, projected: Tensor) -> Any:
-        """Cuts `(B, T, N, 2 H + V)` into queries, keys and values."""
-        key_dim = self._sizes[0]
-        return ops.split(projected, (key_dim, 2 * key_dim), axis=-1)
+        """Cuts it into `(B, T, N, H)`, `(B, T, K, H)` and `(B, T, K, V)`."""
+        query, key, value = self._cut(projected)
+        if self._shared != self._num_heads:
+            batch, length = ops.shape(query)[:2]
+            heads = (batch, length, self._num_heads, self._key_dim)
+            query = ops.reshape(query, heads)
+        return query, key, value
 
     @override
     def enable_lora(
@@ -128,7 +141,7 @@ class FusedProjection(Projection):
         # Keras locks a built layer's state and has no public way to reopen it.
         self._tracker.unlock()
         for target in targets:
-            width = self._num_heads * self._sizes[PARTS.index(target)]
+            width = self._shared * self._sizes[PARTS.index(target)]
             for letter, shape, initializer in (
                 ("a", (self._kernel.shape[0], rank), "he_uniform"),
                 ("b", (rank, width), "zeros"),
@@ -229,9 +242,14 @@ class FusedProjection(Projection):
         delta = self._spread(deltas, ops.zeros(kernel.shape))
         return ops.cast(ops.cast(kernel, "float32") + delta, kernel.dtype)
 
+    def _cut(self, columns: Tensor) -> Any:
+        """Cuts the last axis into queries', keys' and values' columns."""
+        query, key, _ = self._sizes
+        return ops.split(columns, (query, query + key), axis=-1)
+
     def _spread(self, deltas: dict[str, Tensor], zeros: Tensor) -> Tensor:
         """Lays the parts' deltas `(..., N * size)` out as `zeros`, scaled."""
-        blanks = zip(PARTS, self.split(zeros), strict=True)
+        blanks = zip(PARTS, self._cut(zeros), strict=True)
         parts = [
             ops.reshape(deltas[name], ops.shape(blank)) * self._scaling
             if name in deltas

@@ -11,10 +11,18 @@ from typing_extensions import override
 
 from keras_mha.attention.api import check_order, prepare_inputs
 from keras_mha.attention.axes import resolve_axes, score_shape
-from keras_mha.attention.masks import Mask, as_padding, as_pairs, intersect
+from keras_mha.attention.cache import Cache
+from keras_mha.attention.masks import (
+    Mask,
+    as_padding,
+    as_pair,
+    as_segments,
+    intersect,
+    with_table,
+)
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
-from keras_mha.layers.keras_mask import set_keras_mask
+from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.layers.projections import ProjectionOptions
 from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.typing import Shape, Tensor
@@ -45,8 +53,8 @@ class MultiHeadAttention(AttentionLayer):
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.2; the
     gate is that of Qiu et al. 2025, "Gated attention for large language models".
 
-    Letters: B batch, T query length, S key length, D model width, N heads, H head
-    size of queries and keys, V head size of values.
+    Letters: B batch, T query length, S key length, D model width, N query heads, K
+    key/value heads, H head size of queries and keys, V head size of values.
 
     Args:
         num_heads: N.
@@ -61,9 +69,9 @@ class MultiHeadAttention(AttentionLayer):
             batch and the features.
         sliding_window: Query `i` attends to keys with `|i - j| < sliding_window`;
             needs a single attention axis. Defaults to no limit.
-        flash_attention: True asks for memory linear in the lengths, which is not
-            there yet and raises; False asks for the reference implementation;
-            `None` leaves the choice.
+        flash_attention: True asks for memory linear in T and S, always; False for
+            the reference implementation; `None` leaves the choice. Scores that are
+            asked for are materialised in any case.
         kernel_initializer: Initializer of the kernels.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the kernels.
@@ -75,6 +83,19 @@ class MultiHeadAttention(AttentionLayer):
             `sigmoid(dense(query))` before the output projection.
         seed: Integer seed of the dropout.
         jit_compile: True, False or `"auto"`, as in `MultiHeadSelfAttention`.
+        num_key_value_heads: K, a divisor of N: queries of N / K heads in a row share
+            keys and values (Ainslie et al. 2023, "GQA"). Defaults to N.
+        position: How scores know of positions: `"rotary"`, `"alibi"`, `"relative"`,
+            or a `RotaryEmbedding`, `ALiBi` or `RelativePositionBias`, of which the
+            layer makes a copy of its own. Defaults to not at all.
+        qk_norm: `"rms"` or `"layer"`: normalises each head's queries and keys over H
+            before they are rotated (Dehghani et al. 2023, "Scaling vision
+            transformers to 22 billion parameters"). Defaults to none.
+        logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)` (Gemma Team 2024,
+            "Gemma 2"). Defaults to no bound.
+        use_sinks: Whether each head learns the score of a key that is always there
+            and whose value is zero (Xiao et al. 2024, "Efficient streaming language
+            models with attention sinks").
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -84,11 +105,20 @@ class MultiHeadAttention(AttentionLayer):
         query_mask: Padding mask `(B, T)`. Defaults to the mask `query` carries.
         value_mask: Padding mask `(B, S)`. Defaults to the mask `value` carries.
         key_mask: Padding mask `(B, S)`. Defaults to the mask `key` carries.
-        attention_mask: `(T, S)`, `(B, T, S)` or `(B, N or 1, T, S)`.
+        attention_mask: `(T, S)`, `(B, T, S)` or `(B, N or 1, T, S)`, or a mask value
+            such as `SlidingWindowMask(64)`.
         return_attention_scores: Whether to return the probabilities too.
         training: Whether dropout is active.
         use_causal_mask: Whether query `i` attends to keys `j <= i` only, counted
             from the first query and the first key; needs a single attention axis.
+        segment_ids: Integers `(B, T)` where T = S, or a pair of `(B, T)` and
+            `(B, S)`: attention stays within equal ids, and negative ids see nothing;
+            needs a single attention axis.
+        attention_bias: Floating `(T, S)`, `(B, T, S)` or `(B or 1, N or 1, T, S)`,
+            added to the scores; needs a single attention axis.
+        head_mask: Floating `(N,)` or `(B, N)`: factor of each head's mixed values.
+        cache: What `init_cache` returned, instead of `value` and `key`, which then
+            are `None`: their projections, made once for many queries.
 
     Returns:
         Outputs `(B, T, D)`, or `(B, T, *output_shape)`; with
@@ -96,8 +126,8 @@ class MultiHeadAttention(AttentionLayer):
         `(B, N, T, S)`. In the layer's compute dtype.
 
     Raises:
-        ValueError: If an argument is out of its domain, shapes do not fit each
-            other, or `flash_attention` is True.
+        ValueError: If an argument is out of its domain, or shapes do not fit each
+            other.
         TypeError: If a mask is floating.
 
     Example:
@@ -138,16 +168,16 @@ class MultiHeadAttention(AttentionLayer):
         seed: int | None = None,
         *,
         jit_compile: bool | str = "auto",
+        num_key_value_heads: int | None = None,
+        position: str | keras.layers.Layer | None = None,
+        qk_norm: str | None = None,
+        logits_soft_cap: float | None = None,
+        use_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
-        if flash_attention:
-            raise ValueError(
-                "`flash_attention=True` asks for attention in memory linear in the "
-                "length, which this version does not have yet; use False or None. "
-                f"Received: flash_attention={flash_attention}"
-            )
         super().__init__(
             num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
             dropout=dropout,
             output_shape=output_shape,
             projections=ProjectionOptions(
@@ -160,6 +190,13 @@ class MultiHeadAttention(AttentionLayer):
                 kernel_constraint=kernel_constraint,
                 bias_constraint=bias_constraint,
             ),
+            use_gate=use_gate,
+            sliding_window=sliding_window,
+            position=position,
+            qk_norm=qk_norm,
+            logits_soft_cap=logits_soft_cap,
+            use_sinks=use_sinks,
+            flash_attention=flash_attention,
             jit_compile=jit_compile,
             seed=seed,
             **kwargs,
@@ -167,9 +204,6 @@ class MultiHeadAttention(AttentionLayer):
         self._key_dim = check_positive(key_dim, "key_dim")
         self._value_dim = check_optional(value_dim, "value_dim")
         self._attention_axes = _check_axes(attention_axes)
-        self._sliding_window = check_optional(sliding_window, "sliding_window")
-        self._flash_attention = flash_attention
-        self._use_gate = use_gate
 
     @property
     def key_dim(self) -> int:
@@ -213,9 +247,6 @@ class MultiHeadAttention(AttentionLayer):
             "key_dim": self._key_dim,
             "value_dim": self._value_dim,
             "attention_axes": self._attention_axes,
-            "sliding_window": self._sliding_window,
-            "flash_attention": self._flash_attention,
-            "use_gate": self._use_gate,
         }
 
     @override
@@ -230,14 +261,16 @@ class MultiHeadAttention(AttentionLayer):
         self._axes(query_shape)  # raises where they do not fit
         # The order of creation is that of Keras' `weights`.
         heads = (self._num_heads, self._key_dim)
-        values = (self._num_heads, self.value_dim)
+        keys = (self.num_key_value_heads, self._key_dim)
+        values = (self.num_key_value_heads, self.value_dim)
+        mixed = (self._num_heads, self.value_dim)
         self._query_dense = self._projection("query", rank, 1, heads)
         self._query_dense.build(query_shape)
-        self._key_dense = self._projection("key", len(key_shape), 1, heads)
+        self._key_dense = self._projection("key", len(key_shape), 1, keys)
         self._key_dense.build(key_shape)
         if self._use_gate:
             self._gate_dense = self._projection(
-                "gate", rank, 1, values, activation="sigmoid"
+                "gate", rank, 1, mixed, activation="sigmoid"
             )
             self._gate_dense.build(query_shape)
         self._value_dense = self._projection("value", len(value_shape), 1, values)
@@ -245,14 +278,15 @@ class MultiHeadAttention(AttentionLayer):
         self._output_dense = self._projection(
             "attention_output", rank + 1, 2, self._output_shape or (query_shape[-1],)
         )
-        self._output_dense.build((*query_shape[:-1], *values))
+        self._output_dense.build((*query_shape[:-1], *mixed))
+        self._build_scores(self._axes(query_shape), self._key_dim)
         keep_frozen(self)
 
     @override
     def call(
         self,
         query: Tensor,
-        value: Tensor,
+        value: Tensor | None = None,
         key: Tensor | None = None,
         query_mask: Tensor | None = None,
         value_mask: Tensor | None = None,
@@ -261,24 +295,47 @@ class MultiHeadAttention(AttentionLayer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
+        segment_ids: Any = None,
+        attention_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         key = value if key is None else key
+        shapes = _shapes(query, value, key, cache)
         mask = self._mask(
-            query,
-            value,
-            key,
+            shapes,
             query_mask,
             value_mask,
             key_mask,
             attention_mask,
             use_causal_mask,
+            segment_ids,
+            attention_bias,
         )
         query = prepare_inputs(query, mask.query_padding)
+        if cache is None:
+            keys = self._project_keys(value, key, mask.key_padding)
+        else:
+            if mask.is_ordered or self.position_layer is not None:
+                raise ValueError(
+                    "A `cache` of projected keys has no order for queries that come "
+                    "one by one: it goes with neither `position`, `sliding_window` "
+                    "nor `use_causal_mask`. `MultiHeadSelfAttention` has a cache that "
+                    "does."
+                )
+            if mask.key_padding is not None:
+                raise ValueError(
+                    "A `cache` holds the padding of its keys. "
+                    "Received: cache with `value_mask` or `key_mask`"
+                )
+            keys = cache["key"], cache["value"]
+            mask &= Mask(key_padding=cache["mask"])
         mixed, scores = self._attend(
-            self._query_dense(query),
-            self._key_dense(prepare_inputs(key, mask.key_padding)),
-            self._value_dense(prepare_inputs(value, mask.key_padding)),
+            self._turn(self._query_dense(query), self.query_norm),
+            *keys,
             mask,
+            bias=attention_bias,
+            head_mask=head_mask,
             axes=self._axes(query.shape),
             training=training,
             return_scores=return_attention_scores,
@@ -289,6 +346,60 @@ class MultiHeadAttention(AttentionLayer):
         if mask.query_padding is not None:
             set_keras_mask(outputs, mask.query_padding)
         return (outputs, scores) if return_attention_scores else outputs
+
+    def init_cache(
+        self,
+        value: Tensor,
+        key: Tensor | None = None,
+        value_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Cache:
+        """Projects keys and values once, for `layer(query, cache=cache)`.
+
+        A decoder attends to the same encoded inputs with every token.
+
+        Args:
+            value: Floating `(B, S, D)`.
+            key: Floating `(B, S, D)`. Defaults to `value`.
+            value_mask: Padding mask `(B, S)`. Defaults to the mask `value` carries.
+            key_mask: Padding mask `(B, S)`. Defaults to the mask `key` carries.
+
+        Raises:
+            ValueError: If the layer is not built, or has several attention axes.
+
+        Example:
+
+        >>> import numpy as np
+        >>> import keras_mha
+        >>> layer = keras_mha.MultiHeadAttention(num_heads=2, key_dim=4)
+        >>> query, value = np.ones((3, 1, 8)), np.ones((3, 5, 7))
+        >>> at_once = layer(query, value)
+        >>> cache = layer.init_cache(value)
+        >>> bool(np.allclose(layer(query, cache=cache), at_once))
+        True
+        """
+        if not self.built:
+            raise ValueError("`init_cache` needs a built layer: call it first.")
+        key = value if key is None else key
+        if len(value.shape) != 3:
+            raise ValueError(
+                "`init_cache` takes `value` of shape (B, S, D). "
+                f"Received: value of shape {tuple(value.shape)}"
+            )
+        masks = [
+            as_padding(
+                get_keras_mask(tensor) if mask is None else mask, tensor.shape, name
+            )
+            for mask, tensor, name in (
+                (value_mask, value, "value_mask"),
+                (key_mask, key, "key_mask"),
+            )
+        ]
+        padding = intersect(*masks)
+        keys, values = self._project_keys(value, key, padding)
+        if padding is None:
+            padding = ops.ones(ops.shape(keys)[:2], dtype="bool")
+        return {"key": keys, "value": values, "mask": padding}
 
     @override
     def compute_output_shape(
@@ -304,7 +415,7 @@ class MultiHeadAttention(AttentionLayer):
     def compute_output_spec(
         self,
         query: Tensor,
-        value: Tensor,
+        value: Tensor | None = None,
         key: Tensor | None = None,
         query_mask: Tensor | None = None,
         value_mask: Tensor | None = None,
@@ -313,53 +424,73 @@ class MultiHeadAttention(AttentionLayer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
+        segment_ids: Any = None,
+        attention_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Any:
-        key = value if key is None else key
+        shapes = _shapes(query, value, value if key is None else key, cache)
         # What is wrong raises now rather than in the first run.
         mask = self._mask(
-            query,
-            value,
-            key,
+            shapes,
             query_mask,
             value_mask,
             key_mask,
             attention_mask,
             use_causal_mask,
+            segment_ids,
+            attention_bias,
         )
-        shape = self.compute_output_shape(query.shape, value.shape, key.shape)
-        outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        outputs = keras.KerasTensor(
+            self.compute_output_shape(*shapes), dtype=self.compute_dtype
+        )
         if mask.query_padding is not None:
             set_keras_mask(outputs, mask.query_padding)
         if not return_attention_scores:
             return outputs
-        shape = self._score_shape(query.shape, key.shape)
-        return outputs, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        scores = self._score_shape(shapes[0], shapes[2])
+        return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
+
+    def _project_keys(
+        self, value: Tensor, key: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns keys `(B, S, K, H)`, ready to be scored, and values."""
+        keys = self._key_dense(prepare_inputs(key, padding))
+        values = self._value_dense(prepare_inputs(value, padding))
+        return self._turn(keys, self.key_norm), values
 
     def _mask(
         self,
-        query: Tensor,
-        value: Tensor,
-        key: Tensor,
+        shapes: tuple[Shape, Shape, Shape],
         query_mask: Tensor | None,
         value_mask: Tensor | None,
         key_mask: Tensor | None,
         attention_mask: Tensor | None,
         use_causal_mask: bool,
+        segment_ids: Any,
+        attention_bias: Tensor | None,
     ) -> Mask:
         """Brings all masks together, and checks them and the inputs' shapes."""
-        _check_keys(query.shape, value.shape, key.shape)
-        shape = self._score_shape(query.shape, key.shape)
+        query_shape, value_shape, key_shape = shapes
+        _check_keys(*shapes)
+        axes = self._axes(query_shape)
+        _check_single_axis(axes, segment_ids=segment_ids, attention_bias=attention_bias)
+        pair = as_pair(segment_ids, "segment_ids")
         mask = Mask(
-            as_padding(query_mask, query.shape, "query_mask"),
+            as_padding(query_mask, query_shape, "query_mask"),
             intersect(
-                as_padding(value_mask, value.shape, "value_mask"),
-                as_padding(key_mask, key.shape, "key_mask"),
+                as_padding(value_mask, value_shape, "value_mask"),
+                as_padding(key_mask, key_shape, "key_mask"),
             ),
-            as_pairs(attention_mask, shape, len(self._axes(query.shape))),
+            None,
             bool(use_causal_mask),
             self._sliding_window,
+            as_segments(pair[0], query_shape, "segment_ids"),
+            as_segments(pair[1], key_shape, "segment_ids"),
         )
-        check_order(mask, self._axes(query.shape))
+        scores = self._score_shape(query_shape, key_shape)
+        mask = with_table(mask, attention_mask, scores, len(axes))
+        check_order(mask, axes)
         return mask
 
     def _score_shape(
@@ -370,6 +501,28 @@ class MultiHeadAttention(AttentionLayer):
 
     def _axes(self, query_shape: Shape) -> tuple[int, ...]:
         return resolve_axes(self._attention_axes, len(query_shape))
+
+
+def _shapes(
+    query: Tensor, value: Tensor | None, key: Tensor | None, cache: Cache | None
+) -> tuple[Shape, Shape, Shape]:
+    """Shapes of queries, values and keys, whose projections may be cached."""
+    if (value is None) != (cache is not None) or (
+        cache is not None and key is not None
+    ):
+        raise ValueError(
+            "Pass `value`, and `key` if it differs, or else a `cache` of their "
+            f"projections. Received: value={_shape_of(value)}, key={_shape_of(key)}, "
+            f"cache={None if cache is None else sorted(cache)}"
+        )
+    if cache is not None:
+        projected = (*cache["key"].shape[:2], None)
+        return query.shape, projected, projected
+    return query.shape, value.shape, key.shape
+
+
+def _shape_of(tensor: Tensor | None) -> Shape | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _check_keys(
@@ -388,6 +541,15 @@ def _check_keys(
             f"Received: value_shape={value_shape} and key_shape={key_shape}"
         )
     return key_shape
+
+
+def _check_single_axis(axes: tuple[int, ...], **arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(axes) > 1 and given:
+        raise ValueError(
+            "`segment_ids` and `attention_bias` need a single attention axis. "
+            f"Received: attention_axes={axes} and {', '.join(given)}"
+        )
 
 
 def _check_axes(axes: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -138,6 +138,11 @@ class ResidualNorm(SeededLayer):
         if self.dropout > 0 or self.stochastic_depth > 0:
             self._add_generator(seed)
 
+    @property
+    def normalization(self) -> str | keras.layers.Layer:
+        """The normalization as asked for: its name, or the layer."""
+        return self._named_norm or self.norm
+
     @override
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention.api import prepare_inputs
 from keras_mha.attention.axes import score_shape
-from keras_mha.attention.masks import Mask, as_padding, as_pairs
-from keras_mha.layers.arguments import check_optional
+from keras_mha.attention.cache import Cache, empty_cache, extend_cache, next_position
+from keras_mha.attention.masks import Mask, as_padding, as_segments, with_table
+from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.keras_mask import get_keras_mask
@@ -46,7 +48,7 @@ class MultiHeadSelfAttention(AttentionLayer):
     `"auto"` compiles nothing by itself and leaves `model.compile` its choice. It
     is so because XLA is slower here on a CPU: on a 2-core x86-64 machine it takes 0.95
     to 1.3 times as long forward, and 1.0 to 1.35 times forward and backward, more the
-    longer the sequence (`benchmarks/xla_boundary.py`). On a GPU, where
+    longer the sequence (`python -m benchmarks layer`). On a GPU, where
     `model.fit` compiles the whole model by default, the attention is compiled with
     it; TensorFlow on a GPU is unmeasured. Op determinism
     (`tf.config.experimental.enable_op_determinism`) turns the boundary off. A
@@ -56,7 +58,8 @@ class MultiHeadSelfAttention(AttentionLayer):
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.2.
 
-    Letters: B batch, T length, D model width, N heads, H head size.
+    Letters: B batch, T length, D model width, N query heads, K key/value heads, H
+    head size.
 
     Args:
         num_heads: N.
@@ -79,20 +82,51 @@ class MultiHeadSelfAttention(AttentionLayer):
         bias_constraint: Constraint on the biases.
         jit_compile: True, False or `"auto"`; see above.
         seed: Integer seed of the dropout.
+        num_key_value_heads: K, a divisor of N: queries of N / K heads in a row share
+            keys and values (Ainslie et al. 2023, "GQA"). Defaults to N.
+        position: How scores know of positions: `"rotary"`, `"alibi"`, `"relative"`,
+            or a `RotaryEmbedding`, `ALiBi` or `RelativePositionBias`, of which the
+            layer makes a copy of its own. Defaults to not at all.
+        qk_norm: `"rms"` or `"layer"`: normalises each head's queries and keys over H
+            before they are rotated (Dehghani et al. 2023, "Scaling vision
+            transformers to 22 billion parameters"). Defaults to none.
+        logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)` (Gemma Team 2024,
+            "Gemma 2"). Defaults to no bound.
+        use_sinks: Whether each head learns the score of a key that is always there
+            and whose value is zero (Xiao et al. 2024, "Efficient streaming language
+            models with attention sinks").
+        use_gate: Whether to multiply the mixed values by `sigmoid(dense(inputs))`
+            before the output projection (Qiu et al. 2025, "Gated attention for large
+            language models").
+        sliding_window: Position `i` attends to `j` with `|i - j| < sliding_window`
+            only. Defaults to no limit.
+        flash_attention: True asks for memory linear in T, always; False for the
+            reference implementation; `None` leaves the choice.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
         inputs: Floating `(B, T, D)`.
         mask: Padding mask `(B, T)`. Defaults to the mask the inputs carry.
-        attention_mask: `(T, T)`, `(B, T, T)` or `(B, N or 1, T, T)`.
+        attention_mask: `(T, T)`, `(B, T, T)` or `(B, N or 1, T, T)`, or a mask value
+            such as `SlidingWindowMask(64)`.
         use_causal_mask: Whether position `i` attends to positions `j <= i` only.
         return_attention_scores: Whether to return the probabilities too.
         training: Whether dropout is active.
+        segment_ids: Integers `(B, T)`; see `pack_sequences`: positions attend within
+            their own segment only, negative ones to nothing.
+        attention_bias: Floating `(T, T)`, `(B, T, T)` or `(B or 1, N or 1, T, T)`,
+            added to the scores.
+        head_mask: Floating `(N,)` or `(B, N)`: factor of each head's mixed values
+            (Michel et al. 2019, "Are sixteen heads really better than one?").
+        cache: What `init_cache` or an earlier call returned. The inputs then are
+            the next positions, chunk by chunk or one by one, and see the earlier
+            ones as in one causal call over all.
 
     Returns:
         Outputs `(B, T, D)`, or `(B, T, *output_shape)`; with
         `return_attention_scores`, also the probabilities before dropout
-        `(B, N, T, T)`. In the layer's compute dtype.
+        `(B, N, T, T)`; with `cache`, also the cache for the next call. In the
+        layer's compute dtype.
 
     Raises:
         ValueError: If an argument is out of its domain, D does not divide by
@@ -131,10 +165,20 @@ class MultiHeadSelfAttention(AttentionLayer):
         bias_constraint: Any = None,
         jit_compile: bool | str = "auto",
         seed: int | None = None,
+        *,
+        num_key_value_heads: int | None = None,
+        position: str | keras.layers.Layer | None = None,
+        qk_norm: str | None = None,
+        logits_soft_cap: float | None = None,
+        use_sinks: bool = False,
+        use_gate: bool = False,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
             dropout=dropout,
             output_shape=output_shape,
             projections=ProjectionOptions(
@@ -147,6 +191,13 @@ class MultiHeadSelfAttention(AttentionLayer):
                 kernel_constraint=kernel_constraint,
                 bias_constraint=bias_constraint,
             ),
+            use_gate=use_gate,
+            sliding_window=sliding_window,
+            position=position,
+            qk_norm=qk_norm,
+            logits_soft_cap=logits_soft_cap,
+            use_sinks=use_sinks,
+            flash_attention=flash_attention,
             jit_compile=jit_compile,
             seed=seed,
             **kwargs,
@@ -184,11 +235,18 @@ class MultiHeadSelfAttention(AttentionLayer):
                 key_dim,
                 value_dim,
                 use_bias=self._projections.use_bias,
+                num_key_value_heads=self.num_key_value_heads,
                 **self._projections.projection_kwargs(),
                 dtype=self.dtype_policy,
                 name="qkv",
             )
         self.qkv_dense.build(input_shape)
+        if self._use_gate:
+            self.gate_dense = self._projection(
+                "gate", 3, 1, (self._num_heads, value_dim), activation="sigmoid"
+            )
+            self.gate_dense.build(input_shape)
+        self._build_scores((1,), key_dim)
         self.output_dense = self._projection(
             "attention_output", 4, 2, self._output_shape or (width,)
         )
@@ -205,23 +263,92 @@ class MultiHeadSelfAttention(AttentionLayer):
         use_causal_mask: bool = False,
         return_attention_scores: bool = False,
         training: bool | None = None,
-    ) -> Tensor:
+        segment_ids: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         if mask is None:
             # Keras fills `mask` only where `inputs` is the only tensor argument.
             mask = get_keras_mask(inputs)
-        restrictions = self._mask(inputs, mask, attention_mask, use_causal_mask)
+        restrictions = self._mask(
+            inputs, mask, attention_mask, use_causal_mask, segment_ids
+        )
         inputs = prepare_inputs(inputs, restrictions.query_padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
+        start = 0 if cache is None else next_position(cache)
+        query = self._turn(query, self.query_norm, start)
+        key = self._turn(key, self.key_norm, start)
+        overflows = None
+        if cache is not None:
+            _check_cached(
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+                attention_bias=attention_bias,
+                return_attention_scores=return_attention_scores or None,
+            )
+            key, value, restrictions, cache, overflows = extend_cache(
+                cache, key, value, restrictions.query_padding, self._sliding_window
+            )
         mixed, scores = self._attend(
             query,
             key,
             value,
             restrictions,
+            bias=attention_bias,
+            head_mask=head_mask,
             training=training,
             return_scores=return_attention_scores,
         )
+        if self._use_gate:
+            mixed = mixed * self.gate_dense(inputs)
         outputs = self.output_dense(mixed)
+        if cache is not None:
+            return _refuse_overflow(outputs, overflows), cache
         return (outputs, scores) if return_attention_scores else outputs
+
+    def init_cache(self, batch_size: Any, max_length: int) -> Cache:
+        """Returns an empty cache, for `layer(inputs, cache=cache)`.
+
+        A plain dictionary of tensors whose shapes do not change from call to call.
+        Past `max_length` positions the outputs are NaN. With a sliding window no
+        more is kept than it shows, and decoding may go on for ever.
+
+        Args:
+            batch_size: B, an int or an integer scalar tensor.
+            max_length: How many positions will go by.
+
+        Raises:
+            ValueError: If an argument is not positive, or the layer is not built.
+
+        Example:
+
+        >>> import numpy as np
+        >>> import keras_mha
+        >>> layer = keras_mha.MultiHeadSelfAttention(num_heads=2, position="rotary")
+        >>> inputs = np.random.normal(size=(3, 5, 8)).astype("float32")
+        >>> at_once = layer(inputs, use_causal_mask=True)
+        >>> cache = layer.init_cache(batch_size=3, max_length=5)
+        >>> some, cache = layer(inputs[:, :4], cache=cache)
+        >>> last, cache = layer(inputs[:, 4:], cache=cache)
+        >>> bool(np.allclose(last, at_once[:, 4:], atol=1e-5))
+        True
+        """
+        if not ops.is_tensor(batch_size):
+            check_positive(batch_size, "batch_size")
+        check_positive(max_length, "max_length")
+        if not self.built:
+            raise ValueError("`init_cache` needs a built layer: call it first.")
+        key_dim, value_dim = self.qkv_dense.head_sizes
+        heads = self.num_key_value_heads
+        return empty_cache(
+            batch_size,
+            max_length,
+            (heads, key_dim),
+            (heads, value_dim),
+            self.compute_dtype,
+            self._sliding_window,
+        )
 
     @override
     def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
@@ -236,14 +363,23 @@ class MultiHeadSelfAttention(AttentionLayer):
         use_causal_mask: bool = False,
         return_attention_scores: bool = False,
         training: bool | None = None,
+        segment_ids: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         # What is wrong raises now rather than in the first run.
-        self._mask(inputs, mask, attention_mask, use_causal_mask)
+        self._mask(inputs, mask, attention_mask, use_causal_mask, segment_ids)
         shape = self.compute_output_shape(inputs.shape)
         outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
-        scores = self._score_shape(inputs.shape)
+        if cache is not None:
+            return outputs, {
+                name: keras.KerasTensor(kept.shape, dtype=kept.dtype)
+                for name, kept in cache.items()
+            }
         if not return_attention_scores:
             return outputs
+        scores = self._score_shape(inputs.shape)
         return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
 
     def enable_lora(
@@ -288,14 +424,24 @@ class MultiHeadSelfAttention(AttentionLayer):
     def _mask(
         self,
         inputs: Tensor,
-        mask: Tensor | None,
+        padding_mask: Tensor | None,
         attention_mask: Tensor | None,
         use_causal_mask: bool,
+        segment_ids: Tensor | None,
     ) -> Mask:
         """Brings all masks together, and checks them."""
-        padding = as_padding(mask, inputs.shape, "mask")
-        pairs = as_pairs(attention_mask, self._score_shape(inputs.shape), 1)
-        return Mask(padding, padding, pairs, bool(use_causal_mask))
+        padding = as_padding(padding_mask, inputs.shape, "mask")
+        segments = as_segments(segment_ids, inputs.shape, "segment_ids")
+        mask = Mask(
+            padding,
+            padding,
+            None,
+            bool(use_causal_mask),
+            self._sliding_window,
+            segments,
+            segments,
+        )
+        return with_table(mask, attention_mask, self._score_shape(inputs.shape), 1)
 
     def _divide(self, width: int | None) -> int:
         if width is None or width % self._num_heads:
@@ -308,3 +454,19 @@ class MultiHeadSelfAttention(AttentionLayer):
 
     def _score_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
         return score_shape(input_shape, input_shape, self._num_heads, (1,))
+
+
+def _check_cached(**arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            "With a `cache` positions are in causal order, and only `mask` and "
+            f"`head_mask` join it. Received: {', '.join(given)}"
+        )
+
+
+def _refuse_overflow(outputs: Tensor, overflows: Tensor | None) -> Tensor:
+    """NaN where the cache was too short: no compiled call can raise."""
+    if overflows is None:
+        return outputs
+    return ops.where(overflows, ops.full_like(outputs, float("nan")), outputs)

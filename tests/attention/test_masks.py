@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from keras import backend, ops
 
+from keras_mha import CausalMask, PaddingMask, SegmentMask, SlidingWindowMask
 from keras_mha.attention.masks import (
     Mask,
     as_boolean,
@@ -17,35 +21,48 @@ from keras_mha.attention.masks import (
     intersect,
     materialize,
 )
+from tests import reference as oracle
 from tests.attention.cases import (
-    EMPTY_ROWS,
-    FULL_ROWS,
+    BACKEND,
+    CASES,
     QUERY_PADDING,
+    WIDEST,
     B,
     N,
     S,
     T,
+    cast,
     draw,
     numbers,
     pairs,
+    value_and_gradients,
     visible,
 )
 
-MASKS = FULL_ROWS | EMPTY_ROWS
+MASKED = {name: case for name, case in CASES.items() if case.options & {*Mask._fields}}
+needs_tensorflow = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="graphs of TensorFlow"
+)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_materialize_equals_the_oracle(mask: Mask) -> None:
-    found = materialize(mask, T, S)
-    expected = visible(mask)
-    if mask is MASKS["none"]:
-        assert found is None
-        assert expected.all()
-    else:
-        assert found is not None
-        assert found.dtype == "bool"
-        np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
-        assert not expected.all()
+def booleans(mask: Any) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(mask))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_materialize_equals_the_oracle(name: str) -> None:
+    case = MASKED[name]
+    found, expected = materialize(case.mask, *case.lengths), visible(case)
+    assert backend.standardize_dtype(found.dtype) == "bool"
+    np.testing.assert_array_equal(
+        np.broadcast_to(booleans(found), expected.shape), expected
+    )
+    assert expected.any()
+    assert not expected.all()
+
+
+def test_nothing_hidden_makes_no_table() -> None:
+    assert materialize(Mask(), T, S) is None
 
 
 @pytest.mark.parametrize(("query_length", "key_length"), [(1, S), (T, 1), (S, T)])
@@ -59,7 +76,10 @@ def test_causal_and_window_align_at_the_first_positions(
         assert bool(found[0, 0, t, s]) == (s <= t and t - s < 3)
 
 
+@needs_tensorflow
 def test_lengths_may_be_tensors() -> None:
+    import tensorflow as tf
+
     @tf.function(input_signature=[tf.TensorSpec([None, None])])
     def table(scores: tf.Tensor) -> tf.Tensor:
         length, other = tf.shape(scores)[0], tf.shape(scores)[1]
@@ -75,15 +95,16 @@ def test_lengths_may_be_tensors() -> None:
 def test_integers_count_as_booleans(dtype: str) -> None:
     mask = np.array([0, 1, 2, 0]).astype(dtype)
     found = as_boolean(mask, "mask")
-    assert found.dtype == "bool"
-    np.testing.assert_array_equal(found, [False, True, True, False])
+    assert backend.standardize_dtype(found.dtype) == "bool"
+    np.testing.assert_array_equal(booleans(found), [False, True, True, False])
 
 
 def test_negative_integers_attend() -> None:
-    np.testing.assert_array_equal(as_boolean(np.array([-1, 0]), "mask"), [True, False])
+    found = as_boolean(np.array([-1, 0]), "mask")
+    np.testing.assert_array_equal(booleans(found), [True, False])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", sorted({"float16", "bfloat16", "float32", WIDEST}))
 def test_floating_masks_are_refused(dtype: str) -> None:
     text = (
         r"`attention_mask` must be boolean or integer \(True or non-zero = attend\)\. "
@@ -96,7 +117,8 @@ def test_floating_masks_are_refused(dtype: str) -> None:
 
 def test_intersect() -> None:
     one, other = pairs(T, S), pairs(S, T).T
-    np.testing.assert_array_equal(intersect(None, one, None, other), one & other)
+    both = intersect(None, one, None, other)
+    np.testing.assert_array_equal(booleans(both), one & other)
     assert intersect(one) is one
     assert intersect(None, None) is None
     assert intersect() is None
@@ -116,7 +138,7 @@ def test_intersect() -> None:
 def test_as_pairs(received: tuple[int, ...], expected: tuple[int, ...]) -> None:
     mask = pairs(*received)
     found = as_pairs(mask, (B, N, T, S), 1)
-    np.testing.assert_array_equal(found, mask.reshape(expected))
+    np.testing.assert_array_equal(booleans(found), mask.reshape(expected))
 
 
 @pytest.mark.parametrize(
@@ -132,13 +154,13 @@ def test_as_pairs_of_two_axes(
 ) -> None:
     mask = pairs(*received)
     found = as_pairs(mask, (B, N, 2, 3, 5, 7), 2)
-    np.testing.assert_array_equal(found, mask.reshape(expected))
+    np.testing.assert_array_equal(booleans(found), mask.reshape(expected))
 
 
 def test_as_pairs_with_unknown_lengths() -> None:
     mask = pairs(B, T, S)
     found = as_pairs(mask, (None, N, None, None), 1)
-    np.testing.assert_array_equal(found, mask[:, None])
+    np.testing.assert_array_equal(booleans(found), mask[:, None])
 
 
 @pytest.mark.parametrize("received", [(S,), (1, B, N, T, S)])
@@ -166,7 +188,7 @@ def test_masks_of_a_wrong_shape_are_refused(received: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("extra", [(), (3,)], ids=["BTD", "BT3D"])
 def test_clear_padding_selects(extra: tuple[int, ...]) -> None:
-    inputs = draw(B, T, *extra, 11)
+    inputs = draw(B, T, *extra, 11).astype("float32")
     poisoned = inputs.copy()
     poisoned[~QUERY_PADDING] = np.nan
     expected = inputs.copy()
@@ -177,9 +199,169 @@ def test_clear_padding_selects(extra: tuple[int, ...]) -> None:
 
 
 def test_clear_padding_gives_padding_no_gradient() -> None:
-    inputs = tf.constant(np.where(QUERY_PADDING, 1.0, np.nan)[..., None])
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        loss = tf.reduce_sum(clear_padding(inputs, QUERY_PADDING) ** 2)
-    gradient = numbers(tape.gradient(loss, inputs))[..., 0]
-    np.testing.assert_array_equal(gradient, np.where(QUERY_PADDING, 2.0, 0.0))
+    inputs = np.where(QUERY_PADDING, 1.0, np.nan)[..., None]
+    _, (gradient,) = value_and_gradients(
+        lambda x: ops.square(clear_padding(x, ops.convert_to_tensor(QUERY_PADDING))),
+        cast([inputs], "float32"),
+        [np.ones(inputs.shape)],
+    )
+    np.testing.assert_array_equal(gradient[..., 0], np.where(QUERY_PADDING, 2.0, 0.0))
+
+
+def _parts(draw_from: st.DataObject, offset: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Masks and boolean tables, each with the oracle's words for it."""
+    random = np.random.default_rng(draw_from.draw(st.integers(0, 2**32 - 1)))
+    shape = draw_from.draw(
+        st.sampled_from([(T, S), (B, T, S), (B, 1, T, S), (B, N, T, S), (B, 1, 1, S)])
+    )
+    sizes = random.integers(1, 9, size=2)
+    queries, keys = random.integers(-1, 3, (B, T)), random.integers(-1, 3, (B, S))
+    row = random.integers(0, 3, S)
+    key_lengths, query_lengths = (random.integers(0, S, B) for _ in range(2))
+    table = random.random(shape) < 0.7
+    parts: list[tuple[Any, dict[str, Any]]] = [
+        (CausalMask(offset), {"is_causal": True, "offset": offset}),
+        *(
+            (
+                SlidingWindowMask(int(size), offset),
+                {"sliding_window": int(size), "offset": offset},
+            )
+            for size in sizes
+        ),
+        (PaddingMask(key_lengths), {"key_padding": key_lengths}),
+        (
+            PaddingMask(key_lengths[::-1].copy(), query_lengths),
+            {"key_padding": key_lengths[::-1], "query_padding": query_lengths},
+        ),
+        (
+            Mask(key_padding=ops.convert_to_tensor(keys > 0)),
+            {"key_padding": keys > 0},
+        ),
+        (table, {"pairs": table}),
+        (ops.convert_to_tensor(~table[..., ::-1].copy()), {"pairs": ~table[..., ::-1]}),
+        (table[..., ::-1].astype("int32").tolist(), {"pairs": table[..., ::-1]}),
+    ]
+    ids = draw_from.draw(st.sampled_from([(queries, keys), (queries[0], row)]))
+    segments = dict(zip(("query_segments", "key_segments"), ids, strict=True))
+    parts.append((SegmentMask(*ids), segments))
+    chosen = draw_from.draw(
+        st.lists(st.sampled_from(range(len(parts))), min_size=2, unique=True)
+    )
+    return [parts[i] for i in chosen]
+
+
+@given(st.data())
+def test_any_order_of_and_is_the_and_of_the_tables(data: st.DataObject) -> None:
+    """Grown from one mask to the left and to the right, so that tables stand on
+    either side."""
+    parts = _parts(data, data.draw(st.integers(-2, 3)))
+    starts = [i for i, (part, _) in enumerate(parts) if isinstance(part, Mask)]
+    start = data.draw(st.sampled_from(starts or [0]))
+    left, right = start, start + 1
+    merged = parts[start][0] if starts else Mask() & parts[start][0]
+    while left > 0 or right < len(parts):
+        if right == len(parts) or (left > 0 and data.draw(st.booleans())):
+            left -= 1
+            merged = parts[left][0] & merged
+        else:
+            merged = merged & parts[right][0]
+            right += 1
+    assert isinstance(merged, Mask)
+    shape = (B, N, T, S)
+    expected = np.ones(shape, bool)
+    for _, words in parts:
+        expected &= oracle.visible_pairs(shape, **words)
+    found = booleans(materialize(merged, T, S))
+    np.testing.assert_array_equal(np.broadcast_to(found, shape), expected)
+
+
+def test_a_mask_without_limits_changes_nothing() -> None:
+    window = SlidingWindowMask(3, offset=2)
+    assert Mask() & window == window & Mask() == window
+
+
+def test_equal_windows_meet_in_the_narrower() -> None:
+    assert (SlidingWindowMask(5) & SlidingWindowMask(3)).sliding_window == 3
+
+
+def test_two_segment_masks_are_refused() -> None:
+    one = SegmentMask(np.array([0, 0, 1]))
+    with pytest.raises(ValueError, match="one `SegmentMask`.*two masks that both have"):
+        _ = CausalMask() & one & one
+
+
+def test_two_offsets_are_refused() -> None:
+    with pytest.raises(ValueError, match="same `offset`.*offset=1 and offset=2"):
+        _ = CausalMask(1) & SlidingWindowMask(3, offset=2)
+    tensors = [ops.convert_to_tensor(2, "int32") for _ in range(2)]
+    with pytest.raises(ValueError, match="same `offset`"):
+        _ = CausalMask(tensors[0]) & SlidingWindowMask(3, offset=tensors[1])
+    assert (CausalMask(tensors[0]) & SlidingWindowMask(3, tensors[0])).is_causal
+
+
+def test_offsets_of_numpy_are_integers() -> None:
+    mask = CausalMask(np.int64(2)) & SlidingWindowMask(3, offset=2)
+    assert mask == CausalMask(2) & SlidingWindowMask(3, 2)
+
+
+@pytest.mark.parametrize("offset", [0, 2, -3])
+def test_an_offset_may_be_a_tensor(offset: int) -> None:
+    table = materialize(CausalMask(ops.convert_to_tensor(offset, "int32")), T, S)
+    expected = np.tril(np.ones((T, S), bool), offset)
+    np.testing.assert_array_equal(booleans(table)[0, 0], expected)
+
+
+@pytest.mark.parametrize("make", [CausalMask, lambda x: SlidingWindowMask(3, x)])
+def test_other_offsets_are_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match="`offset` must be integers. Received dtype fl"):
+        make(1.5)
+    with pytest.raises(ValueError, match="`offset` must have rank 0. Received: .*(2,)"):
+        make(np.array([1, 2]))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, None])
+def test_other_windows_are_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=f"`size` must be a positive .*size={size}"):
+        SlidingWindowMask(size)
+
+
+def test_tables_of_rank_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rank 2 \(T, S\).*Received: shape \(13,\)"):
+        _ = CausalMask() & np.ones(S, bool)
+    with pytest.raises(TypeError, match="`mask` must be boolean or integer"):
+        _ = np.ones((T, S)) & CausalMask()
+
+
+def test_padding_lengths_are_counted_from_the_front() -> None:
+    table = materialize(PaddingMask(np.array([0, S]), np.array([T, 2])), T, S)
+    expected = np.zeros((2, T, S), bool)
+    expected[1, :2] = True
+    np.testing.assert_array_equal(booleans(table)[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (PaddingMask, "key_lengths"),
+        (lambda x: PaddingMask(None, x), "query_lengths"),
+    ],
+)
+def test_other_lengths_are_refused(make: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be integers. Received dtype f"):
+        make(np.array([1.0, 2.0]))
+    with pytest.raises(ValueError, match=rf"`{name}` must have rank 1.*\(2, 1\)"):
+        make(np.array([[1], [2]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (SegmentMask, "query_ids"),
+        (lambda x: SegmentMask(np.array([0, 1]), x), "key_ids"),
+    ],
+)
+def test_other_segments_are_refused(make: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be integers. Received dtype f"):
+        make(np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match=rf"`{name}` must have rank 1 or 2.*\(1, 1, 2"):
+        make(np.array([[[0, 1]]]))

@@ -1,147 +1,135 @@
-"""The portable implementation, on the domain that its module states."""
+"""The portable implementation at the edge of the domain that its module states.
+
+Inside, it keeps the contract of `test_contract.py`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 
 from keras_mha.attention import portable, reference
+from keras_mha.attention.bias import Bias
 from keras_mha.attention.masks import Mask
-from tests import reference as oracle
 from tests.attention.cases import (
-    FULL_ROWS,
+    CASES,
     KEY_PADDING,
     QUERY_PADDING,
-    B,
-    N,
-    S,
+    Case,
+    H,
     T,
+    arrays_of,
     cast,
-    check_gradients,
     heads,
+    mask_arrays_of,
     numbers,
     visible,
 )
 
-TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "float16": 6e-3, "bfloat16": 6e-2}
-each_mask = pytest.mark.parametrize("mask", FULL_ROWS.values(), ids=FULL_ROWS)
+EDGE = 4.9e3
+MASKED = {
+    name: case
+    for name, case in CASES.items()
+    if case.options & {*Mask._fields} and not case.return_scores and not case.sinks
+}
 
 
-def test_the_cases_lie_in_the_domain() -> None:
-    for mask in FULL_ROWS.values():
-        rows = visible(mask._replace(query_padding=None)).any(axis=-1)
-        queries = mask.query_padding
-        assert np.all(rows if queries is None else rows | ~queries[:, None])
-
-
-@each_mask
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_forward_equals_the_oracle(mask: Mask, dtype: str) -> None:
-    arrays = cast(heads(), dtype)
-    expected = oracle.attend(*map(numbers, arrays), visible=visible(mask))
-    found = portable.attend(*arrays, mask=mask)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == dtype
-        np.testing.assert_allclose(numbers(one), other, atol=TOLERANCE[dtype])
-
-
-@each_mask
-def test_gradients_equal_the_oracles_differences(mask: Mask) -> None:
-    check_gradients(
-        lambda *arrays: portable.attend(*arrays, mask=mask)[0],
-        lambda *arrays: oracle.attend(*arrays, visible=visible(mask))[0],
-        heads(),
+def attend(module: Any, case: Case, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    tensors = mask_arrays_of(case)
+    mask = case.mask._replace(
+        **dict(zip(tensors, map(_as_tensor, tensors.values()), strict=True))
     )
+    scale = case.head_size**-0.5
+    found = module.attend(*cast(arrays, "float32"), mask, Bias(), scale=scale)
+    return [numbers(x) for x in found]
 
 
-@pytest.mark.parametrize("name", sorted(FULL_ROWS.keys() - {"none"}))
-def test_the_comparison_fails_without_the_mask(name: str) -> None:
-    expected, _ = oracle.attend(*heads(), visible=visible(FULL_ROWS[name]))
-    found, _ = portable.attend(*cast(heads(), "float64"), mask=Mask())
-    assert np.abs(numbers(found) - expected).max() > 1e-2
+def _as_tensor(array: np.ndarray) -> Any:
+    return cast([array], str(array.dtype))[0]
 
 
-@each_mask
-@pytest.mark.parametrize("size", [1.0, 4.9e3])
-def test_equal_to_the_reference_up_to_the_edge(mask: Mask, size: float) -> None:
-    query, key, value = heads()
-    logits = np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
-    arrays = cast([query * size / np.abs(logits).max(), key, value], "float32")
+def at_size(case: Case, size: float) -> list[np.ndarray]:
+    """Arrays whose largest scaled score is `size`."""
+    query, key, value = heads(case)
+    repeated = np.repeat(key, case.heads[0] // case.heads[1], axis=2)
+    scores = np.einsum("btnh,bsnh->bnts", query, repeated) / np.sqrt(case.head_size)
+    return [query * size / np.abs(scores).max(), key, value]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_equal_to_the_reference_up_to_the_edge(name: str) -> None:
+    case = MASKED[name]
+    arrays = at_size(case, EDGE)
     for one, other in zip(
-        portable.attend(*arrays, mask=mask),
-        reference.attend(*arrays, mask=mask),
-        strict=True,
+        attend(portable, case, arrays), attend(reference, case, arrays), strict=True
     ):
         # Adding 1e4 to a logit costs it float32 digits, so weights of nearly equal
         # logits differ by 1e4 * 2**-24, and the values by a few times that.
-        np.testing.assert_allclose(numbers(one), numbers(other), atol=3e-3)
+        np.testing.assert_allclose(one, other, atol=3e-3)
+
+
+def test_past_the_edge_weight_goes_to_hidden_keys() -> None:
+    """The limit is no idle word: at ten times the size, the values do differ."""
+    case = CASES["keys"]
+    arrays = at_size(case, 10 * EDGE)
+    (found, scores), (expected, _) = (
+        attend(module, case, arrays) for module in (portable, reference)
+    )
+    assert np.abs(found - expected).max() > 0.1
+    assert scores[~visible(case)].max() > 0.9
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_not_finite_spreads_from_padding(poison: float) -> None:
+    query, key, value = heads()
+    value[~KEY_PADDING] = poison
+    found, _ = attend(portable, CASES["keys"], [query, key, value])
+    assert np.isnan(found).any()
+    expected, _ = attend(reference, CASES["keys"], [query, key, value])
+    assert np.isfinite(expected).all()
 
 
 def test_padded_queries_are_zero() -> None:
-    mask = Mask(QUERY_PADDING, KEY_PADDING)
-    found, scores = portable.attend(*cast(heads(), "float32"), mask=mask)
-    assert np.all(numbers(found)[~QUERY_PADDING] == 0)
-    assert np.all(numbers(scores).transpose(0, 2, 1, 3)[~QUERY_PADDING] == 0)
+    found, scores = attend(portable, CASES["padding"], heads())
+    assert np.all(found[~QUERY_PADDING] == 0)
+    assert np.all(scores.transpose(0, 2, 1, 3)[~QUERY_PADDING] == 0)
 
 
-def test_finite_padding_is_harmless() -> None:
-    clean, dirty = heads(), heads()
-    dirty[0][~QUERY_PADDING] = dirty[1][~KEY_PADDING] = 30.0
-    dirty[2][~KEY_PADDING] = 1e3
-    mask = Mask(QUERY_PADDING, KEY_PADDING)
-    one, other = (
-        portable.attend(*cast(x, "float32"), mask=mask)[0] for x in (clean, dirty)
-    )
-    np.testing.assert_allclose(numbers(one), numbers(other), atol=1e-6)
-
-
-def test_the_stated_domain_is_needed() -> None:
-    """Outside the domain the values do differ: the limits are no idle words."""
-    nan = heads()
-    nan[2][~KEY_PADDING] = np.nan
-    found, _ = portable.attend(
-        *cast(nan, "float32"), mask=Mask(key_padding=KEY_PADDING)
-    )
-    assert np.isnan(numbers(found)).any()
-    for arrays, mask in ((heads(scale=60.0), Mask(key_padding=KEY_PADDING)),):
-        tensors = cast(arrays, "float32")
-        found, _ = portable.attend(*tensors, mask=mask)
-        assert (
-            np.abs(
-                numbers(found) - numbers(reference.attend(*tensors, mask=mask)[0])
-            ).max()
-            > 0.1
+def test_one_padding_of_queries_and_keys_hides_both() -> None:
+    """Self-attention, where the same tensor is both, takes a shorter way."""
+    case = Case(Mask(sliding_window=3), lengths=(T, T))
+    padding = _as_tensor(QUERY_PADDING)
+    arrays = heads(case)
+    for is_causal in (False, True):
+        mask = Mask(padding, padding, None, is_causal, 3)
+        found, _ = portable.attend(
+            *cast(arrays, "float32"), mask, Bias(), scale=H**-0.5
         )
+        expected, _ = reference.attend(
+            *cast(arrays, "float32"), mask, Bias(), scale=H**-0.5
+        )
+        np.testing.assert_allclose(numbers(found), numbers(expected), atol=1e-6)
+        assert np.all(numbers(found)[~QUERY_PADDING] == 0)
 
 
-@pytest.mark.parametrize(("query_length", "key_length"), [(1, S), (T, 1), (1, 1)])
-def test_lengths_of_one(query_length: int, key_length: int) -> None:
-    arrays, mask = heads(query_length, key_length), Mask(is_causal=True)
-    shown = visible(mask, (B, N, query_length, key_length))
-    found, _ = portable.attend(*cast(arrays, "float64"), mask=mask)
-    np.testing.assert_allclose(
-        numbers(found), oracle.attend(*arrays, visible=shown)[0], atol=1e-13
+def test_sinks_stand_beside_hidden_keys() -> None:
+    """A sink far below the scores, yet far above those of hidden keys."""
+    case = CASES["sinks, empty rows"]
+    arrays = {name: array.astype("float32") for name, array in arrays_of(case).items()}
+    sinks = cast([np.full(case.heads[0], -50.0)], "float32")[0]
+    mask = Mask(key_padding=_as_tensor(case.mask.key_padding))
+    found, expected = (
+        numbers(
+            module.attend(
+                *cast(list(arrays.values())[:3], "float32"),
+                mask,
+                Bias(sinks=sinks),
+                scale=H**-0.5,
+            )[0]
+        )
+        for module in (portable, reference)
     )
-
-
-def test_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"has no dropout. Received: dropout=0.5"):
-        portable.attend(*heads(), mask=Mask(), dropout=0.5, seed=np.array([1, 2]))
-
-
-@pytest.mark.parametrize("field", ["pairs", "key_padding"])
-def test_rows_that_see_no_key_are_zero_here_too(field: str) -> None:
-    draw_normal = np.random.default_rng(7).normal
-    query = draw_normal(size=(2, 5, 3, 7)).astype("float32")
-    key, value = draw_normal(size=(2, 2, 11, 3, 7)).astype("float32")
-    hidden = {
-        "pairs": np.zeros((2, 1, 5, 11), bool) | (np.arange(5) != 2)[:, None],
-        "key_padding": np.array([[True] * 11, [False] * 11]),
-    }
-    mask = Mask(**{field: hidden[field]})
-    for ours, exact in zip(
-        portable.attend(query, key, value, mask),
-        reference.attend(query, key, value, mask),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, exact, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.all(found[0] == 0)

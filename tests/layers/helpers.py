@@ -59,6 +59,24 @@ def self_attention(**options: Any) -> MultiHeadSelfAttention:
     return made(MultiHeadSelfAttention(**{"num_heads": N, "key_dim": H, **options}))
 
 
+def plain_config(layer: keras.layers.Layer) -> dict[str, Any]:
+    """A configuration without what belongs to one build of one object."""
+    config = keras.saving.serialize_keras_object(layer)["config"]
+    return without_builds(config)
+
+
+def without_builds(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {
+            name: without_builds(value)
+            for name, value in config.items()
+            if name not in ("build_config", "shared_object_id")
+        }
+    if isinstance(config, list | tuple):
+        return [without_builds(each) for each in config]
+    return config
+
+
 def split_weights(layer: MultiHeadSelfAttention) -> list[np.ndarray]:
     """The weights in the order of `keras.layers.MultiHeadAttention.weights`."""
     return split_arrays([np.asarray(weight) for weight in layer.weights], layer)

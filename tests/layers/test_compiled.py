@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,17 @@ def test_the_function_that_a_layer_calls_is_compiled_by_xla(
     def spy(function: Any, layout: Any, **options: Any) -> Any:
         used = compiled(function, layout, **options)
 
+        # TensorFlow wants every keyword argument here, those of defaults too.
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
         def call(*tensors: Any) -> Any:
-            describe = used.experimental_get_compiler_ir(*tensors, **options)
+            describe = used.experimental_get_compiler_ir(
+                *tensors, **{**defaults, **options}
+            )
             texts.append(describe(stage=stage))
             return used(*tensors)
 

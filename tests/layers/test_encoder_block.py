@@ -213,6 +213,46 @@ def test_rematerialized_dropout_has_the_gradients_of_the_one_applied(
     assert_equal(result(layer), expected)
 
 
+# Options of the scores.
+
+
+SCORES: dict[str, Any] = {
+    "num_key_value_heads": 1,
+    "position": "relative",
+    "qk_norm": "rms",
+    "logits_soft_cap": 2.0,
+    "use_sinks": True,
+    "use_gate": True,
+    "sliding_window": 4,
+    "flash_attention": False,
+}
+SCORES_CALL: dict[str, Any] = {
+    **CALL,
+    "segment_ids": np.arange(T)[None].repeat(B, axis=0) // 4,
+    "attention_bias": normal(N, T, T, seed=3)[None],
+    "head_mask": normal(B, N, seed=4),
+}
+
+
+def test_options_of_the_scores_reach_the_attention() -> None:
+    layer = block(**SCORES)
+    config = layer.attention.sublayer.get_config()
+    assert {name: config[name] for name in SCORES} == SCORES
+
+
+@pytest.mark.parametrize("name", SCORES_CALL)
+def test_call_arguments_reach_the_attention(name: str) -> None:
+    layer, inputs = block(**SCORES), normal(B, T, D)
+    outputs, scores = layer(inputs, return_attention_scores=True, **SCORES_CALL)
+    mixed, expected_scores = layer.attention.sublayer(
+        layer.attention.norm(inputs), return_attention_scores=True, **SCORES_CALL
+    )
+    np.testing.assert_allclose(outputs, layer.feed_forward(inputs + mixed), atol=1e-5)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+    without = layer(inputs, **{**SCORES_CALL, name: None})
+    assert np.abs(without - outputs).max() > 0.01
+
+
 # Precision and XLA.
 
 

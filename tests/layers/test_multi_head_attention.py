@@ -22,11 +22,11 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_mha import MultiHeadAttention
+from keras_mha import MultiHeadAttention, RelativePositionBias
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from tests import reference as oracle
 from tests.attention.cases import cast, check_slopes, draw, numbers, pairs
-from tests.layers.helpers import made, normal
+from tests.layers.helpers import made, normal, plain_config
 
 Stock = keras.layers.MultiHeadAttention
 
@@ -490,21 +490,46 @@ CHANGED: dict[str, Any] = {
     "use_gate": True,
     "seed": 7,
     "jit_compile": False,
+    "num_key_value_heads": 1,
+    "position": RelativePositionBias(2, num_buckets=8),
+    "qk_norm": "layer",
+    "logits_soft_cap": 2.0,
+    "use_sinks": True,
 }
+# What Keras' layer has not.
+OURS = (
+    "jit_compile",
+    "num_key_value_heads",
+    "position",
+    "qk_norm",
+    "logits_soft_cap",
+    "use_sinks",
+)
 
 
-def test_the_signatures_are_those_of_keras() -> None:
-    def parameters(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-        return [
-            (p.name, p.default) for p in inspect.signature(function).parameters.values()
-        ]
+@pytest.mark.parametrize(
+    "method", ["__init__", "call", "build", "compute_output_shape"]
+)
+def test_calls_of_keras_layer_are_understood(method: str) -> None:
+    """Keras' arguments come first, in order; what follows can be left out."""
+    kinds = inspect.Parameter
 
-    for method in ("__init__", "call", "build", "compute_output_shape"):
-        found = parameters(getattr(MultiHeadAttention, method))
-        wanted = parameters(getattr(Stock, method))
-        if method == "__init__":
-            found.remove(("jit_compile", "auto"))
-        assert found == wanted
+    def arguments(function: Callable[..., Any]) -> list[inspect.Parameter]:
+        parameters = inspect.signature(function).parameters.values()
+        return [each for each in parameters if each.kind is not kinds.VAR_KEYWORD]
+
+    found = arguments(getattr(MultiHeadAttention, method))
+    wanted = arguments(getattr(Stock, method))
+    for ours, theirs in zip(found, wanted, strict=False):
+        assert (ours.name, ours.kind) == (theirs.name, theirs.kind)
+        # With a cache there are no values to pass.
+        if (method, ours.name) == ("call", "value"):
+            assert ours.default is None
+        else:
+            assert ours.default == theirs.default
+    for ours in found[len(wanted) :]:
+        assert ours.default is not kinds.empty
+        assert method != "__init__" or ours.kind is kinds.KEYWORD_ONLY
 
 
 def test_every_argument_is_in_the_config_and_comes_back() -> None:
@@ -521,13 +546,14 @@ def test_every_argument_is_in_the_config_and_comes_back() -> None:
             assert held["config"] == value.get_config()
         else:
             assert held == value
-    assert MultiHeadAttention.from_config(config).get_config() == config
+    config = plain_config(layer)
+    assert plain_config(MultiHeadAttention.from_config(config)) == config
     layer.build(*SHAPES)
-    assert layer.get_config() == config
+    assert plain_config(layer) == config
 
 
 def test_the_config_of_keras_is_understood() -> None:
-    arguments = {k: v for k, v in CHANGED.items() if k != "jit_compile"}
+    arguments = {k: v for k, v in CHANGED.items() if k not in OURS}
     config = Stock(**arguments).get_config()
     found = MultiHeadAttention.from_config(config).get_config()
     assert {name: found[name] for name in config} == config
@@ -608,16 +634,13 @@ def test_jit_compile_has_three_values(bad: Any) -> None:
         MultiHeadAttention(N, H, jit_compile=bad)
 
 
-def test_flash_attention_is_not_there_yet() -> None:
-    text = (
-        r"`flash_attention=True` asks for attention in memory linear in the length, "
-        r".*use False or None\. Received: flash_attention=True"
-    )
-    with pytest.raises(ValueError, match=text):
-        MultiHeadAttention(N, H, flash_attention=True)
-    for value in (False, None):
+def test_flash_attention_has_three_values() -> None:
+    for value in (True, False, None):
         config = MultiHeadAttention(N, H, flash_attention=value).get_config()
         assert config["flash_attention"] is value
+    text = r"`flash_attention` must be True or False\. Received: .*'yes'"
+    with pytest.raises(ValueError, match=text):
+        MultiHeadAttention(N, H, flash_attention="yes")
 
 
 def test_initializers_are_not_shared() -> None:

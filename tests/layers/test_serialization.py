@@ -13,14 +13,29 @@ import pytest
 
 import keras_mha
 from keras_mha import (
+    ALiBi,
     FeedForward,
     MultiHeadAttention,
     MultiHeadSelfAttention,
+    RelativePositionBias,
     ResidualNorm,
+    RotaryEmbedding,
     TokenAndPositionEmbedding,
+    TransformerDecoderBlock,
     TransformerEncoderBlock,
 )
-from tests.layers.helpers import PADDING, B, D, H, N, T, V, normal, randomize
+from tests.layers.helpers import (
+    PADDING,
+    B,
+    D,
+    H,
+    N,
+    T,
+    V,
+    normal,
+    plain_config,
+    randomize,
+)
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 VOCABULARY, LONGEST, HIDDEN = 19, 11, 17
@@ -45,6 +60,16 @@ ATTENTION = {
     "jit_compile": True,
     "seed": 7,
 }
+SCORES = {
+    "num_key_value_heads": 1,
+    "position": "alibi",
+    "qk_norm": "layer",
+    "logits_soft_cap": 2.0,
+    "use_sinks": True,
+    "use_gate": True,
+    "sliding_window": 3,
+    "flash_attention": False,
+}
 RESIDUAL = {
     "placement": "sandwich",
     "normalization": "rms",
@@ -54,20 +79,28 @@ RESIDUAL = {
     "epsilon": 0.01,
     "seed": 7,
 }
+BLOCK = {
+    **RESIDUAL,
+    **SCORES,
+    "key_dim": H,
+    "activation": "silu",
+    "gated": True,
+    "attention_dropout": 0.1,
+    "use_bias": False,
+    "kernel_initializer": "he_normal",
+    "kernel_regularizer": "l2",
+    "jit_compile": False,
+}
 # Arguments that exclude each other are in separate cases of one class.
 CASES: list[tuple[type[keras.layers.Layer], tuple[Any, ...], dict[str, Any]]] = [
-    (MultiHeadSelfAttention, (N,), {**ATTENTION, "key_dim": H}),
+    (MultiHeadSelfAttention, (N,), {**ATTENTION, **SCORES, "key_dim": H}),
     (
-        MultiHeadAttention,
-        (N, H),
-        {
-            **ATTENTION,
-            "attention_axes": (1,),
-            "sliding_window": 3,
-            "flash_attention": False,
-            "use_gate": True,
-        },
+        MultiHeadSelfAttention,
+        (N,),
+        {"key_dim": H, "position": RelativePositionBias(N, 8), "qk_norm": "rms"},
     ),
+    (MultiHeadAttention, (N, H), {**ATTENTION, **SCORES, "attention_axes": (1,)}),
+    (MultiHeadAttention, (N, H), {"position": RotaryEmbedding(fraction=0.8)}),
     (
         FeedForward,
         (HIDDEN,),
@@ -87,21 +120,7 @@ CASES: list[tuple[type[keras.layers.Layer], tuple[Any, ...], dict[str, Any]]] = 
         (MultiHeadSelfAttention(N, H, dropout=0.2, seed=3),),
         {"normalization": keras.layers.LayerNormalization(axis=[-1]), "rezero": True},
     ),
-    (
-        TransformerEncoderBlock,
-        (N, HIDDEN),
-        {
-            **RESIDUAL,
-            "key_dim": H,
-            "activation": "silu",
-            "gated": True,
-            "attention_dropout": 0.1,
-            "use_bias": False,
-            "kernel_initializer": "he_normal",
-            "kernel_regularizer": "l2",
-            "jit_compile": False,
-        },
-    ),
+    (TransformerEncoderBlock, (N, HIDDEN), BLOCK),
     (
         TransformerEncoderBlock,
         (N, HIDDEN),
@@ -111,12 +130,53 @@ CASES: list[tuple[type[keras.layers.Layer], tuple[Any, ...], dict[str, Any]]] = 
             "rezero": True,
         },
     ),
+    (TransformerDecoderBlock, (N, HIDDEN), BLOCK),
+    (
+        TransformerDecoderBlock,
+        (N, HIDDEN),
+        {
+            "key_dim": H,
+            "cross_attention": True,
+            "position": RelativePositionBias(N, 8),
+            "normalization": keras.layers.RMSNormalization(axis=[-1]),
+            "rezero": True,
+        },
+    ),
+    (
+        RotaryEmbedding,
+        (),
+        {
+            "base": 500.0,
+            "fraction": 0.5,
+            "interleaved": True,
+            "scaling": "llama3",
+            "scaling_factor": 2.0,
+            "original_max_length": 64,
+            "low_frequency_factor": 1.0,
+            "high_frequency_factor": 4.0,
+        },
+    ),
+    (ALiBi, (N,), {}),
+    (
+        RelativePositionBias,
+        (N,),
+        {
+            "num_buckets": 6,
+            "max_distance": 5,
+            "bidirectional": False,
+            "embeddings_initializer": "he_normal",
+            "embeddings_regularizer": "l2",
+            "embeddings_constraint": "non_neg",
+        },
+    ),
     (
         TokenAndPositionEmbedding,
         (VOCABULARY, LONGEST, D),
         {"mask_zero": False, "embeddings_initializer": "he_normal"},
     ),
 ]
+# Their head size may be left to the width of the inputs.
+FREE_SIZES = MultiHeadSelfAttention, TransformerEncoderBlock, TransformerDecoderBlock
 PUBLIC = [
     each
     for each in vars(keras_mha).values()
@@ -138,37 +198,29 @@ def arguments(layer_class: type) -> dict[str, Any]:
     }
 
 
-def model_of(layer: keras.layers.Layer) -> keras.Model:
-    """A Functional model around any of the layers, for `data_for(layer)`."""
+def inputs_of(layer: keras.layers.Layer) -> list[np.ndarray]:
+    """Arrays that any of the layers takes, `(B, T, ...)` each."""
     if isinstance(layer, TokenAndPositionEmbedding):
-        inputs = keras.Input((None,), dtype="int32")
-        return keras.Model(inputs, layer(inputs))
-    inputs = keras.Input((None, D))
-    if isinstance(layer, MultiHeadAttention):
-        return keras.Model(inputs, layer(inputs, inputs))
-    return keras.Model(inputs, layer(inputs))
+        return [IDS]
+    if isinstance(layer, ALiBi | RelativePositionBias):
+        return [IDS - VOCABULARY // 2]
+    if isinstance(layer, RotaryEmbedding):
+        return [normal(B, T, N, 12)]
+    inputs = normal(B, T, D)
+    if isinstance(layer, MultiHeadAttention) or getattr(
+        layer, "cross_attention", False
+    ):
+        return [inputs, normal(B, T, D, seed=1)]
+    return [inputs]
 
 
-def data_for(layer: keras.layers.Layer) -> np.ndarray:
-    return IDS if isinstance(layer, TokenAndPositionEmbedding) else normal(B, T, D)
-
-
-def plain_config(layer: keras.layers.Layer) -> dict[str, Any]:
-    """A configuration without what belongs to one build of one object."""
-    config = keras.saving.serialize_keras_object(layer)["config"]
-    return without_builds(config)
-
-
-def without_builds(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {
-            name: without_builds(value)
-            for name, value in config.items()
-            if name not in ("build_config", "shared_object_id")
-        }
-    if isinstance(config, list | tuple):
-        return [without_builds(each) for each in config]
-    return config
+def model_of(layer: keras.layers.Layer) -> keras.Model:
+    """A Functional model around any of the layers, for `inputs_of(layer)`."""
+    inputs = [
+        keras.Input((None, *array.shape[2:]), dtype=str(array.dtype))
+        for array in inputs_of(layer)
+    ]
+    return keras.Model(inputs, layer(*inputs))
 
 
 def test_every_public_layer_and_argument_has_a_case() -> None:
@@ -214,17 +266,16 @@ def test_build_changes_no_argument(
 ) -> None:
     for given in ({}, options):
         chosen = dict(given)
-        if layer_class in (MultiHeadSelfAttention, TransformerEncoderBlock):
+        if layer_class in FREE_SIZES:
             chosen.setdefault("key_dim", None)
         layer = layer_class(*required, **chosen)
         names = [name for name in arguments(layer_class) if hasattr(layer, name)]
         config = plain_config(layer)
         attributes = {name: getattr(layer, name) for name in names}
-        shape = data_for(layer).shape
+        shapes = [array.shape for array in inputs_of(layer)]
         if chosen.get("key_dim", 1) is None:
-            shape = (*shape[:-1], N * H)
-        cross = layer_class is MultiHeadAttention
-        layer.build(*([shape, shape] if cross else [shape]))
+            shapes[0] = (*shapes[0][:-1], N * H)
+        layer.build(*shapes)
         assert plain_config(layer) == config
         for name, value in attributes.items():
             assert getattr(layer, name) is value, name
@@ -240,11 +291,12 @@ def test_files_bring_back_config_and_outputs(
     tmp_path: Path,
 ) -> None:
     layer = fresh(layer_class, required, options)
-    model, inputs = model_of(layer), data_for(layer)
+    model, inputs = model_of(layer), inputs_of(layer)
     untrained = np.asarray(model(inputs))
     randomize(model)
     expected, path = np.asarray(model(inputs)), tmp_path / f"saved{suffix}"
-    assert np.abs(expected - untrained).max() > 1e-3
+    has_weights = bool(layer.weights)
+    assert (np.abs(expected - untrained).max() > 1e-3) == has_weights
     if suffix == ".keras":
         model.save(path)
         loaded: Any = keras.saving.load_model(path)
@@ -252,7 +304,7 @@ def test_files_bring_back_config_and_outputs(
     else:
         model.save_weights(path)
         loaded = model_of(fresh(layer_class, required, options))
-        assert np.abs(loaded(inputs) - expected).max() > 1e-3
+        assert (np.abs(loaded(inputs) - expected).max() > 1e-3) == has_weights
         loaded.load_weights(path)
     np.testing.assert_array_equal(loaded(inputs), expected)
     assert type(loaded.layers[-1]) is layer_class
@@ -387,7 +439,11 @@ def test_there_is_a_file_with_every_layer() -> None:
 
 FROZEN: dict[str, Callable[..., keras.layers.Layer]] = {
     "self": lambda **k: keras_mha.MultiHeadSelfAttention(2, **k),
+    "options": lambda **k: keras_mha.MultiHeadSelfAttention(
+        2, position="relative", qk_norm="rms", use_sinks=True, use_gate=True, **k
+    ),
     "block": lambda **k: keras_mha.TransformerEncoderBlock(2, 5, **k),
+    "decoder": lambda **k: keras_mha.TransformerDecoderBlock(2, 5, **k),
     "network": lambda **k: keras_mha.FeedForward(5, **k),
     "residual": lambda **k: keras_mha.ResidualNorm(
         keras.layers.Dense(6), layer_scale=0.1, **k

@@ -1,0 +1,122 @@
+"""Attention block by block: the reference's numbers in memory linear in T and S.
+
+A block of queries meets the keys that it may see; scores are never stored, but computed
+again for the gradient. What causality, windows, segments or padding rule out is left
+out. In graphs and eager calls TensorFlow's own operations are fastest
+(`blockwise_tensorflow`); XLA and the other backends have a form of their own
+(`blockwise_loops`).
+
+Source: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory"; Dao 2024,
+"FlashAttention-2".
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head
+size, V head size of the values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import backend
+
+from keras_mha.attention import blockwise_loops
+from keras_mha.attention.bias import Bias
+from keras_mha.attention.masks import Mask
+from keras_mha.typing import Tensor
+
+# Up to so many scores, half a gigabyte of float32, "auto" has them materialised.
+_FEW = 2**27
+# From this length on, leaving out blocks saves more than storing scores does.
+_SKIPPED_FROM = 1024
+
+
+def refusal(*, return_scores: bool, **call: Any) -> str | None:
+    """Says why a call cannot be served, if so."""
+    del call
+    return "computes no table of scores" if return_scores else None
+
+
+def automatic_options(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any] | None:
+    """Returns the options with which "auto" should take this, `None` if not.
+
+    Few scores are faster stored than computed twice (`benchmarks/results`), unless
+    the mask leaves out whole blocks. Sizes that are not known are decided on when
+    they are, on TensorFlow; XLA, which has no such choice, is taken to see few.
+
+    Args:
+        query: `(B, T, N, H)`.
+        key: `(B, S, K, H)`.
+        mask: What may attend to what.
+    """
+    (B, T, N, _), S = query.shape, key.shape[1]
+    leaves_out = mask.is_ordered or mask.query_segments is not None
+    if leaves_out and None not in (T, S) and min(T, S) >= _SKIPPED_FROM:
+        return {}
+    if None not in (B, T, S):
+        return {} if B * T * N * S > _FEW else None
+    if backend.backend() == "tensorflow":
+        from keras_mha.attention import blockwise_tensorflow
+
+        return None if blockwise_tensorflow.in_xla() else {"most": _FEW}
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    bias: Bias,
+    *,
+    scale: float,
+    logits_soft_cap: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    most: int | None = None,
+) -> tuple[Tensor, None]:
+    """Mixes the values by the similarity of queries and keys.
+
+    Args:
+        query: `(B, T, N, H)`.
+        key: `(B, S, K, H)`; query head `n` reads key head `n // (N / K)`.
+        value: `(B, S, K, V)`.
+        mask: What may attend to what.
+        bias: What joins the scores.
+        scale: Factor of the scores.
+        logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
+        dropout: Share of the probabilities to drop, `0 <= dropout < 1`.
+        seed: Seed tensor `(2,)`; needed where `dropout > 0`.
+        most: With up to so many scores they are materialised after all, for sizes
+            that only a running graph of TensorFlow knows. Defaults to none.
+
+    Returns:
+        The mixed values `(B, T, N, V)` in the dtype of `query`, and `None`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.attention.bias import Bias
+    >>> from keras_mha.attention.blockwise import attend
+    >>> from keras_mha.attention.masks import Mask
+    >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> mixed, _ = attend(one, one, value, Mask(is_causal=True), Bias(), scale=1.0)
+    >>> np.asarray(mixed).ravel().tolist()
+    [1.0, 2.0]
+    """
+    call: dict[str, Any] = {
+        "scale": scale,
+        "logits_soft_cap": logits_soft_cap,
+        "dropout": dropout,
+        "seed": seed,
+    }
+    if backend.backend() == "tensorflow":
+        from keras_mha.attention import blockwise_tensorflow
+
+        tensors = (query, key, value, mask, bias)
+        if most is not None:
+            return blockwise_tensorflow.attend_by_size(
+                *tensors, most=most, **call
+            ), None
+        if not blockwise_tensorflow.in_xla():
+            return blockwise_tensorflow.attend(*tensors, **call), None
+    return blockwise_loops.attend(query, key, value, mask, bias, **call), None

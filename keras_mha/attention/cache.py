@@ -1,0 +1,196 @@
+"""Keys and values kept from call to call, for decoding token by token.
+
+A cache is a plain dictionary of tensors whose shapes never change, so it passes
+through `tf.function`, XLA and loops: `key` `(B, L, K, H)`, `value` `(B, L, K, V)`,
+`mask` `(B, L)` boolean, False where nothing is kept or padding was, and `length`,
+an int32 scalar: how many positions have gone by.
+
+Letters: B batch, T query length, L positions kept, K key/value heads, H head size,
+V head size of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from keras import backend, ops
+
+from keras_mha.attention.gradient import with_gradient
+from keras_mha.attention.masks import Mask
+from keras_mha.typing import Tensor
+
+Cache = dict[str, Any]
+
+
+class Extended(NamedTuple):
+    """What queries attend to, given a cache and the keys of their own positions.
+
+    Attributes:
+        key: `(B, S, K, H)`.
+        value: `(B, S, K, V)`.
+        mask: What may attend to what: causal.
+        cache: The cache for the next call.
+        overflows: Whether more positions went by than the cache can hold, boolean
+            scalar; `None` where that cannot be.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    cache: Cache
+    overflows: Tensor | None
+
+
+def empty_cache(
+    batch_size: int,
+    max_length: int,
+    key_shape: tuple[int, int],
+    value_shape: tuple[int, int],
+    dtype: str,
+    sliding_window: int | None = None,
+) -> Cache:
+    """Returns a cache that holds nothing.
+
+    Args:
+        batch_size: B.
+        max_length: How many positions can go by.
+        key_shape: `(K, H)`.
+        value_shape: `(K, V)`.
+        dtype: Of keys and values.
+        sliding_window: With a window no more is kept than a query can see before
+            its own position, and any number of positions can go by.
+
+    Example:
+
+    >>> from keras_mha.attention.cache import empty_cache
+    >>> cache = empty_cache(2, 100, (3, 5), (3, 7), "float32", sliding_window=12)
+    >>> tuple(cache["value"].shape)
+    (2, 11, 3, 7)
+    """
+    length = _kept(max_length, sliding_window)
+    return {
+        "key": ops.zeros((batch_size, length, *key_shape), dtype=dtype),
+        "value": ops.zeros((batch_size, length, *value_shape), dtype=dtype),
+        "mask": ops.zeros((batch_size, length), dtype="bool"),
+        "length": ops.zeros((), dtype="int32"),
+    }
+
+
+def extend_cache(
+    cache: Cache,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    sliding_window: int | None = None,
+) -> Extended:
+    """Adds keys and values to a cache.
+
+    Without a window they are written behind what is there. A window's cache holds
+    the last positions, the oldest first: new ones push the oldest out. Where a ring
+    would be written in place, functional tensors are copied either way, and in
+    order the distance of every key is known.
+
+    Args:
+        cache: What earlier calls left.
+        key: `(B, T, K, H)` of the new positions.
+        value: `(B, T, K, V)`, likewise.
+        padding: Boolean `(B, T)`: which of them count. Defaults to all.
+        sliding_window: The window with which the cache was made.
+
+    Raises:
+        ValueError: If the cache is of another layer or batch size, or T is known,
+            and more than the cache can ever hold.
+    """
+    _check_fit(cache, key, value)
+    batch, T = ops.shape(key)[:2]
+    fresh = ops.ones((batch, T), dtype="bool") if padding is None else padding
+    new = {"key": key, "value": value, "mask": fresh}
+    new = {name: ops.cast(new[name], cache[name].dtype) for name in new}
+    L, length = ops.shape(cache["mask"])[1], cache["length"]
+    is_window = sliding_window is not None and _kept(L + 1, sliding_window) == L
+    if is_window:
+        seen = {name: ops.concatenate([cache[name], new[name]], axis=1) for name in new}
+        kept = {name: tensor[:, T:] for name, tensor in seen.items()}
+        offset, overflows = L, None
+    else:
+        _check_room(T, L)
+        place = ops.minimum(length, L - T)  # torch would raise past the end
+        seen = {name: _write(cache[name], new[name], place) for name in new}
+        kept = seen
+        offset, overflows = length, length + T > L
+    mask = Mask(
+        query_padding=padding,
+        key_padding=seen["mask"],
+        is_causal=True,
+        sliding_window=sliding_window,
+        offset=offset,
+    )
+    cache = {**kept, "length": length + T}
+    return Extended(seen["key"], seen["value"], mask, cache, overflows)
+
+
+def next_position(cache: Cache) -> Tensor:
+    """The position that comes next, an int32 scalar.
+
+    Raises:
+        ValueError: If `cache` is none.
+    """
+    names = {"key", "value", "mask", "length"}
+    if not names <= cache.keys():
+        raise ValueError(
+            f"A cache holds {sorted(names)}, as `init_cache` makes it. "
+            f"Received: {sorted(cache)}"
+        )
+    return cache["length"]
+
+
+def _kept(max_length: int, sliding_window: int | None) -> int:
+    """How many positions a cache holds; a window's fewer than `max_length`, or all."""
+    if sliding_window is None:
+        return max_length
+    return max(1, min(max_length, sliding_window - 1))
+
+
+def _check_fit(cache: Cache, key: Tensor, value: Tensor) -> None:
+    """Refuses a cache of another layer or batch size."""
+    for name, new in (("key", key), ("value", value)):
+        have, want = tuple(cache[name].shape), tuple(new.shape)
+        places = ((0, have[0], want[0]), (2, have[2], want[2]), (3, have[3], want[3]))
+        if any(None not in pair[1:] and pair[1] != pair[2] for pair in places):
+            raise ValueError(
+                "A cache must be of this layer and of as many rows as the inputs. "
+                f"Received: cached {name} of shape {have}, new one of shape {want}"
+            )
+
+
+def _check_room(length: Tensor, room: Tensor) -> None:
+    """Refuses what no update of this shape can write; the rest is seen later."""
+    if isinstance(length, int) and isinstance(room, int) and length > room:
+        raise ValueError(
+            "A cache takes no more positions in one call than it can hold. Received: "
+            f"{length} positions and a cache for {room}"
+        )
+
+
+def _write(kept: Tensor, new: Tensor, place: Tensor) -> Tensor:
+    if backend.standardize_dtype(kept.dtype) == "bool":
+        # XLA's update takes no booleans everywhere
+        return _write(ops.cast(kept, "int32"), ops.cast(new, "int32"), place) > 0
+    start = [0, place, *([0] * (len(kept.shape) - 2))]
+    if "int" in backend.standardize_dtype(kept.dtype):
+        return ops.slice_update(kept, start, new)
+    # TensorFlow has no gradient of the update.
+    return with_gradient(_update, (kept, new), start)
+
+
+def _update(
+    inputs: tuple[Tensor, Tensor], start: list[Any]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    kept, new = inputs
+
+    def backward(upstream: Tensor) -> tuple[Tensor, Tensor]:
+        blank = ops.slice_update(upstream, start, ops.zeros_like(new))
+        return blank, ops.slice(upstream, start, ops.shape(new))
+
+    return ops.slice_update(kept, start, new), backward

@@ -1,0 +1,103 @@
+"""The backend's own fused kernel, where it has one: torch's, and cuDNN's on JAX.
+
+Its domain is narrower than the reference's: neither dropout nor anything that joins
+the scores. Masks are spelled out, but for plain causality, so that only that and no
+mask at all take linear memory.
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H
+head size, V head size of the values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import backend, ops
+
+from keras_mha.attention.bias import Bias
+from keras_mha.attention.masks import Mask, clear_padding, materialize
+from keras_mha.typing import Tensor
+
+_NARROW = ("float16", "bfloat16")
+
+
+def refusal(
+    *,
+    query: Tensor,
+    bias: Bias,
+    logits_soft_cap: float | None,
+    dropout: float,
+    return_scores: bool,
+) -> str | None:
+    """Says why a call cannot be served, if so."""
+    name, dtype = backend.backend(), backend.standardize_dtype(query.dtype)
+    if name == "jax" and not keras.distribution.list_devices("gpu"):
+        return "is cuDNN on JAX, which needs a GPU"
+    if name == "jax" and dtype not in _NARROW:
+        return f"is cuDNN on JAX, which takes {' or '.join(_NARROW)}, not {dtype}"
+    if name not in ("jax", "torch"):
+        return f"needs the backend jax or torch: {name} has no fused kernel"
+    if dtype == "float64":
+        return "takes no float64"
+    if return_scores:
+        return "computes no table of scores"
+    if dropout > 0:
+        return "drops other positions than the other implementations do"
+    if logits_soft_cap is not None or any(part is not None for part in bias):
+        return "takes no soft cap, no bias and no sinks"
+    return None
+
+
+def automatic_options(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any] | None:
+    """Takes what needs no mask spelled out; other calls go to "blockwise"."""
+    del query, key
+    return {} if _is_plain(mask) else None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    bias: Bias,
+    *,
+    scale: float,
+    logits_soft_cap: None = None,
+    dropout: float = 0.0,
+    seed: None = None,
+) -> tuple[Tensor, None]:
+    """Mixes the values by `keras.ops.dot_product_attention`.
+
+    Args are those of `keras_mha.attention.reference.attend`, without bias, cap and
+    dropout. Returns the mixed values `(B, T, N, V)`, and `None`.
+    """
+    del bias, logits_soft_cap, dropout, seed  # see `refusal`
+    visible = sees = None
+    if not _is_plain(mask):
+        T, S = ops.shape(query)[1], ops.shape(key)[1]
+        visible = materialize(mask, T, S)
+        visible = ops.broadcast_to(visible, (*ops.shape(visible)[:2], T, S))
+        sees = ops.expand_dims(ops.swapaxes(ops.any(visible, axis=3), 1, 2), -1)
+        seen = ops.any(visible, axis=(1, 2))
+        query = ops.where(sees, query, ops.zeros_like(query))
+        key, value = clear_padding(key, seen), clear_padding(value, seen)
+    mixed = ops.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=visible,
+        scale=scale,
+        is_causal=mask.is_causal and visible is None,
+    )
+    if sees is not None:
+        mixed = ops.where(sees, mixed, ops.zeros_like(mixed))
+    return mixed, None
+
+
+def _is_plain(mask: Mask) -> bool:
+    """Whether nothing but plain causality hides a pair."""
+    tensors = (mask.query_padding, mask.key_padding, mask.pairs, mask.query_segments)
+    if mask.sliding_window is not None or any(part is not None for part in tensors):
+        return False
+    return not mask.is_causal or (isinstance(mask.offset, int) and mask.offset == 0)

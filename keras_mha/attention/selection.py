@@ -1,0 +1,72 @@
+"""Which implementation serves a call, and why another cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from keras_mha.attention.bias import Bias
+from keras_mha.attention.masks import Mask
+from keras_mha.typing import Tensor
+
+# In the order in which "auto" asks them.
+_AUTOMATIC = ("fused", "blockwise")
+
+
+def select(
+    implementations: Mapping[str, ModuleType],
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    mask: Mask,
+    bias: Bias,
+    *,
+    logits_soft_cap: float | None,
+    dropout: float,
+    return_scores: bool,
+) -> tuple[ModuleType, dict[str, Any]]:
+    """Returns the module that serves a call, and options of its own.
+
+    Each implementation says by `refusal` why it cannot serve a call, if so, and
+    those that "auto" asks say by `automatic_options` with which options of its own
+    it should be taken, `None` if it should not.
+
+    Args:
+        implementations: Modules with a function `attend`, by name.
+        name: One of their names, or "auto".
+        query: `(B, T, N, H)`.
+        key: `(B, S, K, H)`.
+        mask: What may attend to what.
+        bias: What joins the scores.
+        logits_soft_cap: Bound of the scores before the bias.
+        dropout: Share of the probabilities to drop.
+        return_scores: Whether the probabilities are wanted.
+
+    Raises:
+        ValueError: If the implementation asked for cannot serve the call.
+    """
+    call: dict[str, Any] = {
+        "query": query,
+        "bias": bias,
+        "logits_soft_cap": logits_soft_cap,
+        "dropout": dropout,
+        "return_scores": return_scores,
+    }
+    if name == "auto":
+        for module in map(implementations.__getitem__, _AUTOMATIC):
+            if module.refusal(**call) is None:
+                options = module.automatic_options(query, key, mask)
+                if options is not None:
+                    return module, options
+        return implementations["reference"], {}
+    reason = implementations[name].refusal(**call)
+    if reason is not None:
+        able = [
+            key for key, module in implementations.items() if not module.refusal(**call)
+        ]
+        raise ValueError(
+            f"`implementation={name!r}` {reason}; these can: {able}. "
+            f"Received: implementation={name!r}"
+        )
+    return implementations[name], {}
