@@ -1,0 +1,1 @@
+"""Speed and memory of keras_mha beside its rivals; see README.md."""
