@@ -10,6 +10,9 @@ EXAMPLES := $(VENV)/.installed-examples
 # A Python to make .venv with; the first fitting one is taken when not given.
 PYTHON ?=
 WORKERS ?= 2
+# What does not need TensorFlow's graphs and tapes.
+ON_JAX := tests/attention tests/layers/test_backends.py
+ON_TORCH := tests/layers/test_backends.py
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
@@ -31,6 +34,15 @@ test: $(DEV) ## Run the default tests
 .PHONY: test-slow
 test-slow: $(DEV) ## Run the slow tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+.PHONY: test-backends
+test-backends: $(DEV) $(VENV)/.installed-backends ## Run the tests that hold on JAX and torch
+	KERAS_BACKEND=jax $(RUN)/python -m pytest -n $(WORKERS) $(ON_JAX)
+	KERAS_BACKEND=torch $(RUN)/python -m pytest -n $(WORKERS) $(ON_TORCH)
+
+.PHONY: benchmarks
+benchmarks: $(VENV)/.installed-benchmarks ## Measure speed and memory beside rivals: an hour
+	$(RUN)/python -m benchmarks --output benchmarks/results
 
 .PHONY: check
 check: $(DEV) ## Check format, lint, types and import direction
