@@ -100,8 +100,9 @@ def dot_product_attention(
             and skips blocks that causality, window, segments or padding rule out;
             `"portable"` is the form that converts to TFLite and ONNX, for
             inference; `"fused"` is the backend's own kernel, cuDNN on JAX and
-            `scaled_dot_product_attention` on torch. `"auto"` chooses by shape, device
-            and options.
+            `scaled_dot_product_attention` on torch. `"auto"` chooses by device, options
+            and what is known of the shape: an unknown batch is taken to be 32, an
+            unknown length to be short, for which scores are stored.
         return_scores: Whether to return the probabilities too.
 
     Returns:
@@ -266,7 +267,7 @@ def attend(
         key_padding=_map(fold_padding, mask.key_padding, key, axes),
         pairs=_map(fold_pairs, mask.pairs, query, key, axes),
     )
-    chosen, options = select(
+    chosen = select(
         IMPLEMENTATIONS,
         implementation,
         heads[0],
@@ -285,7 +286,6 @@ def attend(
         logits_soft_cap=logits_soft_cap,
         dropout=dropout,
         seed=seed,
-        **options,
     )
     mixed = unfold_heads(mixed, query, axes)
     if not return_scores:

@@ -28,6 +28,8 @@ from keras_mha.typing import Tensor
 _FEW = 2**27
 # From this length on, leaving out blocks saves more than storing scores does.
 _SKIPPED_FROM = 1024
+# The batch that `fit` and `predict` make unless told otherwise.
+_USUAL_BATCH = 32
 
 
 def refusal(*, return_scores: bool, **call: Any) -> str | None:
@@ -36,12 +38,13 @@ def refusal(*, return_scores: bool, **call: Any) -> str | None:
     return "computes no table of scores" if return_scores else None
 
 
-def automatic_options(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any] | None:
-    """Returns the options with which "auto" should take this, `None` if not.
+def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
+    """Whether "auto" should take this: where scores are many, or some left out.
 
     Few scores are faster stored than computed twice (`benchmarks/results`), unless
-    the mask leaves out whole blocks. Sizes that are not known are decided on when
-    they are, on TensorFlow; XLA, which has no such choice, is taken to see few.
+    the mask leaves out whole blocks. A batch of unknown size is taken to be as large
+    as `fit` makes it, and an unknown length to be short: a choice left to the running
+    graph would keep both forms in it, and what converts models takes no such graph.
 
     Args:
         query: `(B, T, N, H)`.
@@ -49,16 +52,12 @@ def automatic_options(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any] 
         mask: What may attend to what.
     """
     (B, T, N, _), S = query.shape, key.shape[1]
+    if T is None or S is None:
+        return False
     leaves_out = mask.is_ordered or mask.query_segments is not None
-    if leaves_out and None not in (T, S) and min(T, S) >= _SKIPPED_FROM:
-        return {}
-    if None not in (B, T, S):
-        return {} if B * T * N * S > _FEW else None
-    if backend.backend() == "tensorflow":
-        from keras_mha.attention import blockwise_tensorflow
-
-        return None if blockwise_tensorflow.in_xla() else {"most": _FEW}
-    return None
+    if leaves_out and min(T, S) >= _SKIPPED_FROM:
+        return True
+    return (_USUAL_BATCH if B is None else B) * T * N * S > _FEW
 
 
 def attend(
@@ -72,7 +71,6 @@ def attend(
     logits_soft_cap: float | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    most: int | None = None,
 ) -> tuple[Tensor, None]:
     """Mixes the values by the similarity of queries and keys.
 
@@ -86,8 +84,6 @@ def attend(
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
         dropout: Share of the probabilities to drop, `0 <= dropout < 1`.
         seed: Seed tensor `(2,)`; needed where `dropout > 0`.
-        most: With up to so many scores they are materialised after all, for sizes
-            that only a running graph of TensorFlow knows. Defaults to none.
 
     Returns:
         The mixed values `(B, T, N, V)` in the dtype of `query`, and `None`.
@@ -109,14 +105,10 @@ def attend(
         "dropout": dropout,
         "seed": seed,
     }
+    tensors = (query, key, value, mask, bias)
     if backend.backend() == "tensorflow":
         from keras_mha.attention import blockwise_tensorflow
 
-        tensors = (query, key, value, mask, bias)
-        if most is not None:
-            return blockwise_tensorflow.attend_by_size(
-                *tensors, most=most, **call
-            ), None
         if not blockwise_tensorflow.in_xla():
             return blockwise_tensorflow.attend(*tensors, **call), None
-    return blockwise_loops.attend(query, key, value, mask, bias, **call), None
+    return blockwise_loops.attend(*tensors, **call), None

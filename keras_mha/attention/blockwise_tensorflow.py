@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from keras_mha.attention import reference
 from keras_mha.attention.bias import Bias, sum_distances, table
 from keras_mha.attention.blocks import key_ranges, rows_that_see
 from keras_mha.attention.dropout import PairNoise, draw_pair_noise, keep_pairs
@@ -222,40 +221,6 @@ def attend(
     mixed = _mix(query, key, value, call)
     mixed = tf.transpose(mixed, (0, 2, 1, 3))
     return tf.cast(clear_padding(mixed, sees), dtype)
-
-
-def attend_by_size(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    bias: Bias,
-    *,
-    most: int,
-    **options: Any,
-) -> Tensor:
-    """Materialises the scores if they are few, once the sizes are known.
-
-    Args:
-        query: `(B, T, N, H)`.
-        key: `(B, S, K, H)`.
-        value: `(B, S, K, V)`.
-        mask: What may attend to what.
-        bias: What joins the scores.
-        most: How many scores are few.
-        **options: The rest of the arguments of `attend`.
-
-    Returns:
-        `(B, T, N, V)`.
-    """
-    (B, T, N), S = _sizes(query)[:3], _sizes(key)[1]
-    count = tf.cast(B, "int64") * tf.cast(T, "int64") * N * tf.cast(S, "int64")
-    arguments = (query, key, value, mask, bias)
-    return tf.cond(
-        count <= most,
-        lambda: reference.attend(*arguments, **options)[0],
-        lambda: attend(*arguments, **options),
-    )
 
 
 def _mix(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:

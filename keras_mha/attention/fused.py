@@ -10,8 +10,6 @@ head size, V head size of the values.
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 from keras import backend, ops
 
@@ -49,10 +47,10 @@ def refusal(
     return None
 
 
-def automatic_options(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any] | None:
-    """Takes what needs no mask spelled out; other calls go to "blockwise"."""
+def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
+    """Whether no mask needs to be spelled out; other calls go to "blockwise"."""
     del query, key
-    return {} if _is_plain(mask) else None
+    return _is_plain(mask)
 
 
 def attend(

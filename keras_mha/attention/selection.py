@@ -25,12 +25,11 @@ def select(
     logits_soft_cap: float | None,
     dropout: float,
     return_scores: bool,
-) -> tuple[ModuleType, dict[str, Any]]:
-    """Returns the module that serves a call, and options of its own.
+) -> ModuleType:
+    """Returns the module that serves a call.
 
     Each implementation says by `refusal` why it cannot serve a call, if so, and
-    those that "auto" asks say by `automatic_options` with which options of its own
-    it should be taken, `None` if it should not.
+    those that "auto" asks say by `is_preferred` whether they should.
 
     Args:
         implementations: Modules with a function `attend`, by name.
@@ -55,11 +54,10 @@ def select(
     }
     if name == "auto":
         for module in map(implementations.__getitem__, _AUTOMATIC):
-            if module.refusal(**call) is None:
-                options = module.automatic_options(query, key, mask)
-                if options is not None:
-                    return module, options
-        return implementations["reference"], {}
+            able = module.refusal(**call) is None
+            if able and module.is_preferred(query, key, mask):
+                return module
+        return implementations["reference"]
     reason = implementations[name].refusal(**call)
     if reason is not None:
         able = [
@@ -69,4 +67,4 @@ def select(
             f"`implementation={name!r}` {reason}; these can: {able}. "
             f"Received: implementation={name!r}"
         )
-    return implementations[name], {}
+    return implementations[name]

@@ -128,7 +128,7 @@ def test_our_layers_are_traced_in_their_portable_form(
     assert file.operators["BATCH_MATMUL"] == 4
     from keras_mha.attention.api import current_implementation
 
-    assert current_implementation() == "reference"
+    assert current_implementation() == "auto"
 
 
 # What is refused.
