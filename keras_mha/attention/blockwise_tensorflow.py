@@ -101,6 +101,10 @@ class _Tiling(NamedTuple):
         row_tiles: Tiles that the queries make.
         first: First key of each block of queries, `(B or 1, row_tiles)`.
         last: The one after the last, likewise.
+        band: What a window hides of the keys around any block of queries,
+            `(rows, X)`; `None` if there is none, or tiles spell out what they hide.
+        later: As many very low numbers as causality hides of a tile, `(X,)`; `None`
+            if a window does so too, or tiles spell out what they hide.
     """
 
     batch: Any
@@ -111,6 +115,8 @@ class _Tiling(NamedTuple):
     row_tiles: Any
     first: Tensor
     last: Tensor
+    band: Tensor | None
+    later: Tensor | None
 
 
 class _Section(NamedTuple):
@@ -120,6 +126,8 @@ class _Section(NamedTuple):
         batch: The rows of the batch.
         heads: The query heads.
         key_heads: The key heads.
+        sizes: How many rows and query heads, as far as is known.
+        key_sizes: How many rows and key heads, likewise.
         first: First key of each block of queries; `None` if it is the first of all.
         last: The one after its last; `None` if it is the last of all.
     """
@@ -127,16 +135,24 @@ class _Section(NamedTuple):
     batch: slice
     heads: slice
     key_heads: slice
+    sizes: tuple[int | None, int | None]
+    key_sizes: tuple[int | None, int | None]
     first: Any = None
     last: Any = None
 
     def cut(self, tensor: Tensor) -> Tensor:
         """Cuts `(B, N, ...)`."""
-        return tensor[self.batch, self.heads]
+        return self._sized(tensor[self.batch, self.heads], self.sizes)
 
     def cut_keys(self, tensor: Tensor) -> Tensor:
         """Cuts `(B, K, ...)`."""
-        return tensor[self.batch, self.key_heads]
+        return self._sized(tensor[self.batch, self.key_heads], self.key_sizes)
+
+    @staticmethod
+    def _sized(tensor: Tensor, sizes: tuple[int | None, int | None]) -> Tensor:
+        if not tf.executing_eagerly():
+            tensor.set_shape((*sizes, *tensor.shape[2:]))
+        return tensor
 
 
 class _Tile(NamedTuple):
@@ -146,11 +162,15 @@ class _Tile(NamedTuple):
         section: The section.
         rows: The queries.
         columns: The keys.
+        hidden: What a window hides, `(t, s)`; or `None`.
+        later: The tiling's.
     """
 
     section: _Section
     rows: slice
     columns: slice
+    hidden: Tensor | None = None
+    later: Tensor | None = None
 
     @property
     def lengths(self) -> tuple[Any, Any]:
@@ -258,7 +278,8 @@ def _cut_up(query: Tensor, key: Tensor, call: _Call) -> _Tiling:
     rows = _most(_least(rows, T), 1)
     span = S if window is None else _least(S, rows + 2 * window)
     pairs = _most(_TILE // (call.groups * rows * _most(span, 1)), 1)
-    batch = _least(B, _most(pairs // K, 1))
+    batch = _most(pairs // K, 1)
+    batch = batch if isinstance(batch, int) and batch == 1 else _least(B, batch)
     if call.bias.pairs is not None and call.bias.pairs.shape[0] != 1:
         batch = 1  # tiles of one size, whose gradients can be laid side by side
     heads = _divisor(K, pairs)
@@ -270,7 +291,29 @@ def _cut_up(query: Tensor, key: Tensor, call: _Call) -> _Tiling:
         _count(B, batch) * (K // heads),
         _count(T, rows),
         *key_ranges(mask, T, S, rows),
+        *_order(mask, batch * heads * call.groups, rows, S, query.dtype)
+        if mask.is_ordered and not call.tables
+        else (None, None),
     )
+
+
+def _order(
+    mask: Mask, matrices: Any, rows: Any, S: Any, dtype: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """The fields `band` and `later` of a tiling with `matrices` heads in a tile."""
+    if mask.sliding_window is not None:
+        return _band(mask, rows, dtype), None
+    count = matrices * rows * _least(rows, S)
+    return None, tf.fill((count,), tf.constant(-_HIDDEN, dtype))
+
+
+def _band(mask: Mask, rows: Any, dtype: Any) -> Tensor:
+    """What a window hides of the keys that any of `rows` queries sees, `(rows, X)`."""
+    before = mask.sliding_window - 1
+    width = rows + before + (0 if mask.is_causal else before)
+    queries = tf.cast(tf.range(rows), "float32")
+    keys = tf.cast(tf.range(width) - before, "float32")
+    return _hide(band(mask._replace(offset=0), queries, keys), dtype)[0, 0]
 
 
 def _forward(
@@ -411,7 +454,8 @@ def _differentiate(
     queries, keys, values, visible = _load(query, key, value, tile, call)
     found = _probabilities(queries, keys, visible, tile, call)
     upstream, delta = (
-        _clear_blind(tensor[:, :, tile.rows], visible) for tensor in (upstream, delta)
+        _clear_blind(_along(tensor, tile.rows), visible)
+        for tensor in (upstream, delta)
     )
     grouped = _grouped(upstream, call)
     kept = found.pairs
@@ -507,12 +551,12 @@ class _Keys(NamedTuple):
         if not call.is_prefix:
             section = tile.section
             start = tf.concat([section.first, section.last[-1:]], axis=0)[row + 1]
-        done = self.done.write(row + 1, self.held[:, :, last - start :])
-        held = self.held[:, :, : last - start]
+        done = self.done.write(row + 1, _along(self.held, slice(last - start, None)))
+        held = _along(self.held, slice(last - start))
         if call.is_prefix:
             return _Keys(held + part, done)
         new = start - first
-        joined = [part[:, :, :new], held + part[:, :, new:]]
+        joined = [_along(part, slice(new)), held + _along(part, slice(new, None))]
         return _Keys(tf.concat(joined, axis=2), done)
 
     def join(self, section: _Section) -> Tensor:
@@ -531,14 +575,22 @@ def _section(index: Any, tiling: _Tiling, call: _Call) -> _Section:
     start = index % tiling.head_tiles * tiling.heads
     key_heads = slice(start, start + tiling.heads)
     heads = slice(start * call.groups, (start + tiling.heads) * call.groups)
+    rows, shared, groups = (
+        size if isinstance(size, int) else None
+        for size in (tiling.batch, tiling.heads, call.groups)
+    )
+    if rows != 1:
+        rows = None  # the last may have fewer
+    wide = None if shared is None or groups is None else shared * groups
+    section = _Section(batch, heads, key_heads, (rows, wide), (rows, shared))
     if call.is_whole:
-        return _Section(batch, heads, key_heads)
+        return section
     first = tf.reduce_min(_pick(tiling.first, batch), axis=0)
     last = tf.reduce_max(_pick(tiling.last, batch), axis=0)
     first, last = _in_order(first, last)
     if call.is_prefix:  # also where a block sees nothing
         first = tf.zeros_like(first)
-    return _Section(batch, heads, key_heads, first, last)
+    return section._replace(first=first, last=last)
 
 
 def _in_order(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -556,7 +608,18 @@ def _tile(section: _Section, row: Any, tiling: _Tiling, call: _Call) -> _Tile:
     rows = slice(start, _least(start + tiling.rows, call.lengths[0]))
     if section.first is None:
         return _Tile(section, rows, slice(0, call.lengths[1]))
-    return _Tile(section, rows, slice(section.first[row], section.last[row]))
+    first, last = section.first[row], section.last[row]
+    tile = _Tile(section, rows, slice(first, last))
+    if tiling.band is None:
+        return tile._replace(later=tiling.later)
+    start += tf.cast(call.mask.offset, "int32") - (call.mask.sliding_window - 1)
+    begin = tf.clip_by_value(start, first, last)
+    skipped = tf.maximum(begin - start, 0)
+    hidden = tiling.band[: tile.lengths[0], skipped : skipped + last - begin]
+    if call.mask.key_padding is not None:
+        # Ranges are stretched over padding between them.
+        hidden = tf.pad(hidden, ((0, 0), (begin - first, 0)))
+    return tile._replace(hidden=hidden)
 
 
 def _load(
@@ -567,9 +630,9 @@ def _load(
     Also returns what of it is visible, where tiles spell it out. Queries that see
     nothing, and keys that none of them sees, are zero then.
     """
-    queries = query[:, :, tile.rows]
+    queries = _along(query, tile.rows)
     keys, values = (
-        tensor if call.is_whole else tensor[:, :, tile.columns]
+        tensor if call.is_whole else _along(tensor, tile.columns)
         for tensor in (key, value)
     )
     if not call.tables:
@@ -600,20 +663,13 @@ def _visible(tile: _Tile, call: _Call) -> Tensor:
         is_causal=False,
         sliding_window=None,
     )
-    visible = intersect(materialize(part, *tile.lengths), _band(tile, call))
-    return tf.broadcast_to(visible, (*_sizes(visible)[:2], *tile.lengths))
-
-
-def _band(tile: _Tile, call: _Call, first: Any = None) -> Tensor | None:
-    """What order leaves of a tile's keys, from `first` on, `(1, 1, t, s)`."""
-    columns = tile.columns
-    return band(
-        call.mask,
-        tf.cast(tf.range(tile.rows.start, tile.rows.stop), "float32"),
-        tf.cast(
-            tf.range(columns.start if first is None else first, columns.stop), "float32"
-        ),
+    rows, columns = (
+        tf.cast(tf.range(places.start, places.stop), "float32")
+        for places in (tile.rows, tile.columns)
     )
+    visible = materialize(part, *tile.lengths)
+    visible = intersect(visible, band(mask, rows, columns))
+    return tf.broadcast_to(visible, (*_sizes(visible)[:2], *tile.lengths))
 
 
 def _probabilities(
@@ -621,25 +677,16 @@ def _probabilities(
 ) -> _Probabilities:
     bias, slope = call.bias, None
     query = _grouped(query, call)
-
-    def score(key: Tensor) -> Tensor:
-        return _ungrouped(tf.matmul(query, key, transpose_b=True), call)
-
-    if visible is None and _has_edge(call):
-        # All rows see all but the last keys, which alone need a mask.
-        edge = tile.rows.start + tf.cast(call.mask.offset, "int32") + 1
-        edge = tf.clip_by_value(edge, tile.columns.start, tile.columns.stop)
-        free = edge - tile.columns.start
-        rest = score(key[:, :, free:]) + _hide(_band(tile, call, edge), query.dtype)
-        scores = tf.concat([score(key[:, :, :free]), rest], axis=-1)
-    else:
-        scores = score(key)
-        visible = _band(tile, call) if visible is None else visible
+    scores = _ungrouped(tf.matmul(query, key, transpose_b=True), call)
     if call.cap is not None:
         bounded = tf.tanh(scores * (1.0 / call.cap))
         scores, slope = bounded * call.cap, 1.0 - bounded * bounded
     if visible is not None:
         scores += _hide(visible, scores.dtype)
+    elif tile.hidden is not None:
+        scores += tile.hidden
+    elif tile.later is not None:
+        scores = _hide_later(scores, tile, call)
     if bias.pairs is not None:
         scores += _cut_pairs(bias.pairs, tile)
     if bias.distances is not None:
@@ -653,10 +700,24 @@ def _probabilities(
     return _Probabilities(found[..., :-1], found[..., -1:], slope)
 
 
-def _has_edge(call: _Call) -> bool:
-    """Whether causality hides nothing but the last keys of each tile."""
-    is_causal = call.mask.is_causal and call.mask.sliding_window is None
-    return is_causal and call.cap is None
+def _hide_later(scores: Tensor, tile: _Tile, call: _Call) -> Tensor:
+    """Hides the keys that come after each query of a tile, on its last diagonals.
+
+    A graph changes the scores where they are, since nothing else reads them.
+    """
+    t, s = tile.lengths
+    first = tile.rows.start + tf.cast(call.mask.offset, "int32") - tile.columns.start
+    first, last = tf.maximum(first + 1, 1 - t), tf.minimum(first + t - 1, s - 1)
+
+    def hide() -> Tensor:
+        longest = tf.minimum(t + tf.minimum(last, 0), s - tf.maximum(first, 0))
+        shape = tf.stack([*_sizes(scores)[:2], last - first + 1, longest])
+        hidden = tf.reshape(tile.later[: tf.reduce_prod(shape)], shape)
+        # TensorFlow expects another rank as long as it does not know the diagonals.
+        hidden = _of_shape(hidden, None)
+        return tf.linalg.set_diag(scores, hidden, k=tf.stack([first, last]))
+
+    return tf.cond(first <= last, hide, lambda: scores)
 
 
 def _hide(visible: Tensor, dtype: Any) -> Tensor:
@@ -799,6 +860,13 @@ def _pick(tensor: Tensor, places: slice, axis: int = 0) -> Tensor:
     return tensor[(*([slice(None)] * axis), places)]
 
 
+def _along(tensor: Tensor, places: slice) -> Tensor:
+    """Cuts `(b, n, t, X)` along its length: nothing is copied if that comes first."""
+    if tuple(tensor.shape[:2]) != (1, 1):
+        return tensor[:, :, places]
+    return tf.reshape(tensor, _sizes(tensor)[2:])[places][None, None]
+
+
 def _grouped(rows: Tensor, call: _Call) -> Tensor:
     """`(b, n, t, X)` to `(b, k, n / k * t, X)`: what shares keys, in one product."""
     if call.groups == 1:
@@ -848,10 +916,15 @@ def _of_any_length(tensor: Any) -> Any:
     """Forgets the length of `(b, k, s, X)`, which changes from step to step."""
     if isinstance(tensor, tf.TensorArray) or len(tensor.shape) < 4:
         return tensor
+    return _of_shape(tensor, (*tensor.shape[:2], None, tensor.shape[-1]))
+
+
+def _of_shape(tensor: Tensor, shape: tuple[int | None, ...] | None) -> Tensor:
+    """Lets a graph know no more of a shape than this."""
     if tf.executing_eagerly():
         return tensor
     return tf.raw_ops.PlaceholderWithDefault(
-        input=tensor, shape=(None, None, None, tensor.shape[-1])
+        input=tensor, shape=tf.TensorShape(shape).as_proto()
     )
 
 
