@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import string
 from typing import Any
 
@@ -87,9 +89,17 @@ class Projection(keras.layers.EinsumDense):
     @override
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         del training  # nothing differs; Keras passes it to every `EinsumDense`
-        outputs: Tensor = ops.einsum(self.equation, inputs, self.kernel)
+        given, kernel, made = re.split(",|->", self.equation)
+        free = len(given) - sum(letter not in made for letter in given)
+        shape: Any = ops.shape(inputs)
+        # One product of two matrices: TensorFlow would multiply the kernel with each
+        # row of the batch, and sum up a gradient for each.
+        columns = self.kernel.shape[len(kernel) - (len(made) - free) :]
+        rows = ops.reshape(inputs, (-1, math.prod(shape[free:])))
+        outputs = ops.matmul(rows, ops.reshape(self.kernel, (-1, math.prod(columns))))
         if self.bias is not None:
-            outputs = outputs + ops.convert_to_tensor(self.bias)
+            outputs = outputs + ops.reshape(self.bias, (-1,))
+        outputs = ops.reshape(outputs, (*shape[:free], *columns))
         return outputs if self.activation is None else self.activation(outputs)
 
     @override
