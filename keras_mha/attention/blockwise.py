@@ -107,8 +107,8 @@ def attend(
     }
     tensors = (query, key, value, mask, bias)
     if backend.backend() == "tensorflow":
-        from keras_mha.attention import blockwise_tensorflow
+        from keras_mha.attention import blockwise_tensorflow, xla_tensorflow
 
-        if not blockwise_tensorflow.in_xla():
+        if not xla_tensorflow.in_xla():
             return blockwise_tensorflow.attend(*tensors, **call), None
     return blockwise_loops.attend(*tensors, **call), None

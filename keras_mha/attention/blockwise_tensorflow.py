@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_mha.attention.bias import Bias, sum_distances, table
 from keras_mha.attention.blocks import key_ranges, rows_that_see
@@ -38,13 +37,6 @@ _TILE = 2**20
 # many: fewer are slower, more take more memory.
 _ROWS = 256
 _FEWEST_ROWS = 64
-
-
-def in_xla() -> bool:
-    """Whether what is being traced is for XLA, which needs shapes that stay."""
-    if tf.executing_eagerly():
-        return False
-    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 class _Call(NamedTuple):
@@ -454,8 +446,7 @@ def _differentiate(
     queries, keys, values, visible = _load(query, key, value, tile, call)
     found = _probabilities(queries, keys, visible, tile, call)
     upstream, delta = (
-        _clear_blind(_along(tensor, tile.rows), visible)
-        for tensor in (upstream, delta)
+        _clear_blind(_along(tensor, tile.rows), visible) for tensor in (upstream, delta)
     )
     grouped = _grouped(upstream, call)
     kept = found.pairs

@@ -174,14 +174,12 @@ def _check_room(length: Tensor, room: Tensor) -> None:
 
 
 def _write(kept: Tensor, new: Tensor, place: Tensor) -> Tensor:
-    if backend.standardize_dtype(kept.dtype) == "bool":
-        # XLA's update takes no booleans everywhere
-        return _write(ops.cast(kept, "int32"), ops.cast(new, "int32"), place) > 0
+    """Puts `new` into its place along the second axis."""
     start = [0, place, *([0] * (len(kept.shape) - 2))]
-    if "int" in backend.standardize_dtype(kept.dtype):
-        return ops.slice_update(kept, start, new)
-    # TensorFlow has no gradient of the update.
-    return with_gradient(_update, (kept, new), start)
+    if "float" in backend.standardize_dtype(kept.dtype):
+        # TensorFlow has no gradient of the update.
+        return with_gradient(_update, (kept, new), start)
+    return _put(kept, new, start)
 
 
 def _update(
@@ -190,7 +188,15 @@ def _update(
     kept, new = inputs
 
     def backward(upstream: Tensor) -> tuple[Tensor, Tensor]:
-        blank = ops.slice_update(upstream, start, ops.zeros_like(new))
+        blank = _put(upstream, ops.zeros_like(new), start)
         return blank, ops.slice(upstream, start, ops.shape(new))
 
-    return ops.slice_update(kept, start, new), backward
+    return _put(kept, new, start), backward
+
+
+def _put(kept: Tensor, new: Tensor, start: list[Any]) -> Tensor:
+    if backend.backend() == "tensorflow":
+        from keras_mha.attention import cache_tensorflow
+
+        return cache_tensorflow.put(kept, new, start)
+    return ops.slice_update(kept, start, new)
