@@ -22,6 +22,7 @@ from keras_mha.attention.axes import (
 from keras_mha.attention.bias import Bias, as_bias, check_bias
 from keras_mha.attention.dropout import as_seed, check_rate
 from keras_mha.attention.masks import Mask, as_pairs
+from keras_mha.attention.numeric import plain_number
 from keras_mha.attention.selection import select
 from keras_mha.typing import Tensor
 
@@ -128,7 +129,8 @@ def dot_product_attention(
     """
     query, key, value = _check_heads(query, key, value)
     (B, T, N, _), S = query.shape, key.shape[1]
-    _check_scores(scale, logits_soft_cap)
+    scale = _as_number(scale, "scale")
+    logits_soft_cap = _as_cap(logits_soft_cap)
     mask = _as_mask(mask, (B, N, T, S))
     if is_causal:
         mask &= masks.CausalMask()
@@ -363,19 +365,20 @@ def _check_heads(*heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _check_scores(scale: Any, logits_soft_cap: Any) -> None:
-    for number, name in ((scale, "scale"), (logits_soft_cap, "logits_soft_cap")):
-        if number is None:
-            continue
-        plain = isinstance(number, int | float) and not isinstance(number, bool)
-        if not plain or not math.isfinite(number):
-            raise ValueError(
-                f"`{name}` must be a finite number. Received: {name}={number!r}"
-            )
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
+def _as_number(value: Any, name: str) -> float | None:
+    number = plain_number(value)
+    if number is None and value is not None:
         raise ValueError(
-            f"`logits_soft_cap` must be positive. Received: {logits_soft_cap!r}"
+            f"`{name}` must be a finite number. Received: {name}={value!r}"
         )
+    return number
+
+
+def _as_cap(value: Any) -> float | None:
+    number = _as_number(value, "logits_soft_cap")
+    if number is not None and number <= 0:
+        raise ValueError(f"`logits_soft_cap` must be positive. Received: {value!r}")
+    return number
 
 
 def _as_mask(mask: Any, score_shape: tuple[int | None, ...]) -> Mask:

@@ -9,11 +9,12 @@ Letters: B batch, T query length, S key length, N query heads.
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import KerasTensor, backend, ops
 
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.typing import Shape, Tensor
 
 
@@ -185,6 +186,9 @@ def PaddingMask(  # noqa: N802 - as above
 ) -> Mask:
     """Hides what comes after the length of each sequence.
 
+    A length counts as far as there are positions: one beyond S or T hides nothing,
+    and a negative one hides all, as 0 does.
+
     Args:
         key_lengths: Integers `(B,)`: keys from there on are seen by no query.
         query_lengths: Integers `(B,)`: queries from there on attend to nothing.
@@ -215,11 +219,12 @@ def check_window(size: Any, name: str) -> int:
     Raises:
         ValueError: Otherwise.
     """
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    number = plain_integer(size)
+    if number is None or number < 1:
         raise ValueError(
             f"`{name}` must be a positive integer. Received: {name}={size!r}"
         )
-    return size
+    return number
 
 
 def as_boolean(mask: Tensor, name: str) -> Tensor:
@@ -570,8 +575,9 @@ def _one_offset(one: Mask, other: Mask) -> Any:
 def _as_offset(offset: Any) -> Any:
     if isinstance(offset, bool):
         raise TypeError(f"`offset` must be an integer. Received: offset={offset}")
-    if isinstance(offset, Integral):  # of NumPy too, so that equal ones compare equal
-        return int(offset)
+    number = plain_integer(offset)
+    if number is not None:
+        return number
     offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
     return _check_integers(offset, "offset", (0,))
 
@@ -591,7 +597,19 @@ def _as_ids(ids: Tensor, name: str) -> Tensor:
 
 
 def _as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
-    return None if lengths is None else _as_integers(lengths, name, (1,))
+    if lengths is None:
+        return None
+    most = 2**31 - 1
+    if not ops.is_tensor(lengths):
+        # JAX and torch would wrap them around to int32 right away.
+        lengths = np.asarray(lengths)
+        if lengths.dtype.kind in "iu":
+            lengths = np.clip(lengths, 0, most).astype("int32")
+    lengths = _check_integers(ops.convert_to_tensor(lengths), name, (1,))
+    if backend.standardize_dtype(lengths.dtype) in ("uint32", "int64", "uint64"):
+        lengths = ops.minimum(lengths, ops.cast(most, lengths.dtype))
+    lengths = ops.maximum(lengths, ops.cast(0, lengths.dtype))
+    return ops.cast(lengths, "int32")
 
 
 def _as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:

@@ -70,16 +70,12 @@ class AttentionLayer(SeededLayer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self._num_heads = check_positive(num_heads, "num_heads")
-        self._num_key_value_heads = _check_groups(num_key_value_heads, num_heads)
+        self._num_key_value_heads = _check_groups(num_key_value_heads, self._num_heads)
         self._dropout = check_rate(dropout, "dropout")
         self._output_shape = check_output_shape(output_shape)
         self._projections = projections
-        self._use_gate = use_gate
+        self._use_gate = check_flag(use_gate, "use_gate")
         self._sliding_window = check_optional(sliding_window, "sliding_window")
-        check_flag(use_gate, "use_gate")
-        check_flag(use_sinks, "use_sinks")
-        if flash_attention is not None:
-            check_flag(flash_attention, "flash_attention")
         if qk_norm is not None and qk_norm not in tuple(_QK_NORMS):
             raise ValueError(
                 f"`qk_norm` must be None or one of {sorted(_QK_NORMS)}. "
@@ -91,13 +87,17 @@ class AttentionLayer(SeededLayer):
             if logits_soft_cap is None
             else check_number(logits_soft_cap, "logits_soft_cap")
         )
-        self._use_sinks = use_sinks
-        self._flash_attention = flash_attention
+        self._use_sinks = check_flag(use_sinks, "use_sinks")
+        self._flash_attention = (
+            None
+            if flash_attention is None
+            else check_flag(flash_attention, "flash_attention")
+        )
         self._jit_compile = compiled.check_jit_compile(jit_compile)
-        self.supports_jit = jit_compile is not False
+        self.supports_jit = self._jit_compile is not False
         self.seed = check_seed(seed)
         if self._dropout > 0:
-            self._add_generator(seed)
+            self._add_generator(self.seed)
         self._named_position = position if isinstance(position, str) else None
         with whole():
             self.position_layer = self._own_position(position)

@@ -8,6 +8,7 @@ import keras
 from typing_extensions import override
 
 from keras_mha.attention.cache import Cache
+from keras_mha.layers.arguments import check_flag
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.seeded_layer import keep_frozen, whole
 from keras_mha.layers.transformer_block import TransformerBlock
@@ -162,7 +163,7 @@ class TransformerDecoderBlock(TransformerBlock):
             seed=seed,
             **kwargs,
         )
-        self.cross_attention = cross_attention
+        self.cross_attention = check_flag(cross_attention, "cross_attention")
         self._memory_options = {
             "num_heads": num_heads,
             "dropout": self._share_of_attention(dropout),

@@ -20,6 +20,7 @@ from keras_mha.attention.masks import (
     intersect,
     with_table,
 )
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
@@ -555,12 +556,11 @@ def _check_single_axis(axes: tuple[int, ...], **arguments: Any) -> None:
 def _check_axes(axes: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if axes is None:
         return None
-    axes = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(axes, list | tuple) or not all(
-        isinstance(axis, int) for axis in axes
-    ):
+    given = axes if isinstance(axes, list | tuple) else (axes,)
+    numbers = [plain_integer(axis) for axis in given]
+    if None in numbers:
         raise ValueError(
             "`attention_axes` must be an int, or a list or tuple of ints. "
             f"Received: attention_axes={axes}"
         )
-    return tuple(axes)
+    return tuple(number for number in numbers if number is not None)

@@ -335,8 +335,8 @@ class MultiHeadSelfAttention(AttentionLayer):
         True
         """
         if not ops.is_tensor(batch_size):
-            check_positive(batch_size, "batch_size")
-        check_positive(max_length, "max_length")
+            batch_size = check_positive(batch_size, "batch_size")
+        max_length = check_positive(max_length, "max_length")
         if not self.built:
             raise ValueError("`init_cache` needs a built layer: call it first.")
         key_dim, value_dim = self.qkv_dense.head_sizes
