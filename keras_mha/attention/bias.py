@@ -75,7 +75,7 @@ def check_bias(bias: Bias, score_shape: Shape) -> None:
             be, 1.
     """
     _, N, T, S = score_shape
-    count = None if T is None or S is None else T + S - 1
+    count = None if T is None or S is None else _greatest(T + S - 1, 0)
     for what, tensor, shape, shared in (
         ("`bias` must broadcast to (B, N, T, S)", bias.pairs, score_shape, range(4)),
         (
@@ -108,7 +108,8 @@ def all_distances(query_length: Tensor, key_length: Tensor) -> Tensor:
     >>> np.asarray(all_distances(2, 3)).tolist()
     [-1, 0, 1, 2]
     """
-    return ops.arange(query_length + key_length - 1, dtype="int32") - (query_length - 1)
+    count = _greatest(query_length + key_length - 1, 0)
+    return ops.arange(count, dtype="int32") - (query_length - 1)
 
 
 def table(distances: Tensor, query_length: Tensor, key_length: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def table(distances: Tensor, query_length: Tensor, key_length: Tensor) -> Tensor
     """
     T, S = query_length, key_length
     heads = ops.shape(distances)[0]
-    width = T + S - 1
+    width = _greatest(T + S - 1, S)  # S, where there are no rows
     # The column after the last is never read; any number will do.
     ring = ops.concatenate(
         [distances[:, T - 1 :], distances[:, :1], distances[:, : T - 1]], axis=1
@@ -164,6 +165,12 @@ def sum_distances(pairs: Tensor) -> Tensor:
     rows = ops.pad(ops.reshape(rows, (heads, T * width)), ((0, 0), (0, T)))
     ring = ops.sum(ops.reshape(rows, (heads, T, width + 1)), axis=1)
     return ops.concatenate([ring[:, S + 1 :], ring[:, :S]], axis=1)
+
+
+def _greatest(one: Tensor, other: Tensor) -> Tensor:
+    if isinstance(one, int) and isinstance(other, int):
+        return max(one, other)
+    return ops.maximum(one, other)
 
 
 def _as_floating(values: Any, name: str, ranks: tuple[int, ...], shapes: str) -> Tensor:
