@@ -132,14 +132,18 @@ def dot_product_attention(
     scale = _as_number(scale, "scale")
     logits_soft_cap = _as_cap(logits_soft_cap)
     mask = _as_mask(mask, (B, N, T, S))
+    masks.check_fit(mask, (B, N, T, S), "mask")
     if is_causal:
         mask &= masks.CausalMask()
     if sliding_window is not None:
         size = masks.check_window(sliding_window, "sliding_window")
         mask &= masks.SlidingWindowMask(size)
     if segment_ids is not None:
-        mask &= masks.SegmentMask(*masks.as_pair(segment_ids, "segment_ids"))
-    _check_mask(mask, B, T, S)
+        ids = masks.as_pair(segment_ids, "segment_ids")
+        mask &= masks.SegmentMask(
+            masks.as_segments(ids[0], (B, T), "segment_ids"),
+            masks.as_segments(ids[1], (B, S), "segment_ids"),
+        )
     dropout = check_rate(dropout, "dropout")
     seed = None if seed is None else as_seed(seed)
     mixed, scores = attend(
@@ -384,26 +388,6 @@ def _as_cap(value: Any) -> float | None:
 def _as_mask(mask: Any, score_shape: tuple[int | None, ...]) -> Mask:
     mask = mask if isinstance(mask, Mask) else Mask(pairs=mask)
     return mask._replace(pairs=as_pairs(mask.pairs, score_shape, 1, "mask"))
-
-
-def _check_mask(mask: Mask, B: int | None, T: int | None, S: int | None) -> None:
-    for tensor, length, what in (
-        (mask.query_padding, T, "query padding"),
-        (mask.query_segments, T, "query segments"),
-        (mask.key_padding, S, "key padding"),
-        (mask.key_segments, S, "key segments"),
-    ):
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape)
-        is_lengths = len(shape) == 1 and "padding" in what
-        batch = shape[0] if len(shape) == 2 or is_lengths else 1
-        fits = batch == 1 if "segments" in what else False
-        if not (fits or _fit(batch, B)) or not (is_lengths or _fit(shape[-1], length)):
-            raise ValueError(
-                f"The {what} of `mask` must fit B={B}, T={T} and S={S}. "
-                f"Received: shape {shape}"
-            )
 
 
 def _fit(one: int | None, other: int | None) -> bool:

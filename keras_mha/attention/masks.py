@@ -105,6 +105,25 @@ class Mask(NamedTuple):
     __rand__ = __and__
 
 
+class Held:
+    """A mask value that Keras takes for one argument.
+
+    In nested arguments of a layer Keras refuses tensors beside other values.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+
+
+def hold(value: Any) -> Any:
+    """Wraps a mask value that has tensors; returns all else as it is."""
+    if isinstance(value, Mask) and any(
+        not isinstance(field, bool | int | type(None)) for field in value
+    ):
+        return Held(value)
+    return value
+
+
 def CausalMask(offset: Any = 0) -> Mask:  # noqa: N802 - names a kind of mask
     """Query `i` attends to keys `j <= i + offset` only.
 
@@ -338,10 +357,63 @@ def with_table(mask: Mask, table: Any, score_shape: Shape, attention_rank: int) 
         score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
         attention_rank: Number of attention axes.
     """
+    table = table.mask if isinstance(table, Held) else table
     if isinstance(table, Mask):
+        check_fit(table, score_shape, "attention_mask")
         pairs = as_pairs(table.pairs, score_shape, attention_rank)
         return mask & table._replace(pairs=pairs)
     return mask._replace(pairs=as_pairs(table, score_shape, attention_rank))
+
+
+def check_fit(mask: Mask, score_shape: Shape, name: str) -> None:
+    """Refuses padding and segments that do not fit the scores.
+
+    Args:
+        mask: The mask.
+        score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
+        name: What the caller calls the mask, for the error text.
+
+    Raises:
+        ValueError: If a shape does not fit, or there are other axes than one of
+            positions, whose lengths or segments could not be told.
+    """
+    parts = (
+        (mask.query_padding, "query padding", -2),
+        (mask.query_segments, "query segments", -2),
+        (mask.key_padding, "key padding", -1),
+        (mask.key_segments, "key segments", -1),
+    )
+    for tensor, what, axis in parts:
+        if tensor is None:
+            continue
+        if len(score_shape) != 4:
+            raise ValueError(
+                f"The {what} of `{name}` need inputs (B, T, D): over other axes it is "
+                "not said what they count. Received: attention scores of shape "
+                f"{tuple(score_shape)}"
+            )
+        B, length = score_shape[0], score_shape[axis]
+        shape = tuple(tensor.shape)
+        is_lengths = len(shape) == 1 and "padding" in what
+        batch = shape[0] if len(shape) == 2 or is_lengths else 1
+        fits = batch == 1 if "segments" in what else False
+        if not (fits or _fit(batch, B)) or not (is_lengths or _fit(shape[-1], length)):
+            raise ValueError(
+                f"The {what} of `{name}` must fit B={B}, T={score_shape[-2]} and "
+                f"S={score_shape[-1]}. Received: shape {shape}"
+            )
+
+
+def spell_padding(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
+    """Gives paddings as `(B, T)` and `(B, S)`, where they are lengths."""
+    return mask._replace(
+        query_padding=_spell_lengths(mask.query_padding, query_length),
+        key_padding=_spell_lengths(mask.key_padding, key_length),
+    )
+
+
+def _fit(one: int | None, other: int | None) -> bool:
+    return one is None or other is None or one == other
 
 
 def intersect(*masks: Tensor | None) -> Tensor | None:
