@@ -409,10 +409,9 @@ class MultiHeadSelfAttention(AttentionLayer):
                 return_attention_scores=return_attention_scores or None,
             )
             heads = (*inputs.shape[:2], self.num_key_value_heads)
+            key_dim, value_dim = self.qkv_dense.head_sizes
             check_cache(
-                cache,
-                *((*heads, size) for size in self.qkv_dense.head_sizes),
-                self._sliding_window,
+                cache, (*heads, key_dim), (*heads, value_dim), self._sliding_window
             )
             return outputs, {
                 name: keras.KerasTensor(kept.shape, dtype=kept.dtype)
