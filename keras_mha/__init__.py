@@ -1,6 +1,7 @@
 """Multi-head attention for Keras: one numerics contract on every path."""
 
 from keras_mha.attention.api import dot_product_attention
+from keras_mha.attention.cache import flatten_cache, unflatten_cache
 from keras_mha.attention.masks import (
     CausalMask,
     PaddingMask,
@@ -41,6 +42,8 @@ __all__ = [
     "TransformerEncoderBlock",
     "__version__",
     "dot_product_attention",
+    "flatten_cache",
     "pack_sequences",
+    "unflatten_cache",
     "unpack_sequences",
 ]

@@ -22,6 +22,7 @@ from keras_mha.attention.axes import (
 from keras_mha.attention.bias import Bias, as_bias, check_bias
 from keras_mha.attention.dropout import as_seed, check_rate
 from keras_mha.attention.masks import Mask, as_pairs
+from keras_mha.attention.numeric import plain_number
 from keras_mha.attention.selection import select
 from keras_mha.typing import Tensor
 
@@ -128,16 +129,21 @@ def dot_product_attention(
     """
     query, key, value = _check_heads(query, key, value)
     (B, T, N, _), S = query.shape, key.shape[1]
-    _check_scores(scale, logits_soft_cap)
+    scale = _as_number(scale, "scale")
+    logits_soft_cap = _as_cap(logits_soft_cap)
     mask = _as_mask(mask, (B, N, T, S))
+    masks.check_fit(mask, (B, N, T, S), "mask")
     if is_causal:
         mask &= masks.CausalMask()
     if sliding_window is not None:
         size = masks.check_window(sliding_window, "sliding_window")
         mask &= masks.SlidingWindowMask(size)
     if segment_ids is not None:
-        mask &= masks.SegmentMask(*masks.as_pair(segment_ids, "segment_ids"))
-    _check_mask(mask, B, T, S)
+        ids = masks.as_pair(segment_ids, "segment_ids")
+        mask &= masks.SegmentMask(
+            masks.as_segments(ids[0], (B, T), "segment_ids"),
+            masks.as_segments(ids[1], (B, S), "segment_ids"),
+        )
     dropout = check_rate(dropout, "dropout")
     seed = None if seed is None else as_seed(seed)
     mixed, scores = attend(
@@ -363,44 +369,25 @@ def _check_heads(*heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _check_scores(scale: Any, logits_soft_cap: Any) -> None:
-    for number, name in ((scale, "scale"), (logits_soft_cap, "logits_soft_cap")):
-        if number is None:
-            continue
-        plain = isinstance(number, int | float) and not isinstance(number, bool)
-        if not plain or not math.isfinite(number):
-            raise ValueError(
-                f"`{name}` must be a finite number. Received: {name}={number!r}"
-            )
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
+def _as_number(value: Any, name: str) -> float | None:
+    number = plain_number(value)
+    if number is None and value is not None:
         raise ValueError(
-            f"`logits_soft_cap` must be positive. Received: {logits_soft_cap!r}"
+            f"`{name}` must be a finite number. Received: {name}={value!r}"
         )
+    return number
+
+
+def _as_cap(value: Any) -> float | None:
+    number = _as_number(value, "logits_soft_cap")
+    if number is not None and number <= 0:
+        raise ValueError(f"`logits_soft_cap` must be positive. Received: {value!r}")
+    return number
 
 
 def _as_mask(mask: Any, score_shape: tuple[int | None, ...]) -> Mask:
     mask = mask if isinstance(mask, Mask) else Mask(pairs=mask)
     return mask._replace(pairs=as_pairs(mask.pairs, score_shape, 1, "mask"))
-
-
-def _check_mask(mask: Mask, B: int | None, T: int | None, S: int | None) -> None:
-    for tensor, length, what in (
-        (mask.query_padding, T, "query padding"),
-        (mask.query_segments, T, "query segments"),
-        (mask.key_padding, S, "key padding"),
-        (mask.key_segments, S, "key segments"),
-    ):
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape)
-        is_lengths = len(shape) == 1 and "padding" in what
-        batch = shape[0] if len(shape) == 2 or is_lengths else 1
-        fits = batch == 1 if "segments" in what else False
-        if not (fits or _fit(batch, B)) or not (is_lengths or _fit(shape[-1], length)):
-            raise ValueError(
-                f"The {what} of `mask` must fit B={B}, T={T} and S={S}. "
-                f"Received: shape {shape}"
-            )
 
 
 def _fit(one: int | None, other: int | None) -> bool:

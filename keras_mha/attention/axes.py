@@ -91,8 +91,10 @@ def fold_heads(heads: Tensor, axes: tuple[int, ...]) -> Tensor:
     shape: Any = ops.shape(heads)
     free = _free_axes(rank - 2, axes)
     heads = ops.transpose(heads, (*free, *axes, rank - 2, rank - 1))
+    # Not -1: what is left over is unknown where another size is zero.
+    rows = math.prod(shape[axis] for axis in free)
     length = math.prod(shape[axis] for axis in axes)
-    return ops.reshape(heads, (-1, length, shape[-2], shape[-1]))
+    return ops.reshape(heads, (rows, length, shape[-2], shape[-1]))
 
 
 def unfold_heads(mixed: Tensor, like: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -131,7 +133,8 @@ def fold_padding(padding: Tensor, like: Tensor, axes: tuple[int, ...]) -> Tensor
         padding = ops.expand_dims(padding, axis=-1)
     padding = ops.broadcast_to(padding, shape[: rank - 2])
     padding = ops.transpose(padding, (*free, *axes))
-    return ops.reshape(padding, (-1, math.prod(shape[axis] for axis in axes)))
+    rows = math.prod(shape[axis] for axis in free)
+    return ops.reshape(padding, (rows, math.prod(shape[axis] for axis in axes)))
 
 
 def fold_pairs(
@@ -155,7 +158,8 @@ def fold_pairs(
     columns = [keys[axis] for axis in axes]
     heads = pairs.shape[len(free)]
     pairs = ops.broadcast_to(pairs, (*free, heads, *rows, *columns))
-    return ops.reshape(pairs, (-1, heads, math.prod(rows), math.prod(columns)))
+    sizes = math.prod(free), heads, math.prod(rows), math.prod(columns)
+    return ops.reshape(pairs, sizes)
 
 
 def unfold_scores(

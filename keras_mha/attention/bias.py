@@ -31,7 +31,11 @@ class Bias(NamedTuple):
 
 
 def as_bias(
-    bias: Any, sinks: Tensor | None, query_length: Tensor, key_length: Tensor
+    bias: Any,
+    sinks: Tensor | None,
+    query_length: Tensor,
+    key_length: Tensor,
+    name: str = "bias",
 ) -> Bias:
     """Brings the arguments of attention into the form of implementations.
 
@@ -44,6 +48,7 @@ def as_bias(
         sinks: Floating `(N,)`, or `None`.
         query_length: T, an int or an integer scalar tensor.
         key_length: S, likewise.
+        name: What the caller calls `bias`, for the error text.
 
     Raises:
         TypeError: If `bias` or `sinks` is not floating.
@@ -54,32 +59,31 @@ def as_bias(
     if bias is None:
         return Bias(sinks=sinks)
     if not callable(bias) or isinstance(bias, KerasTensor) or ops.is_tensor(bias):
-        bias = _as_floating(
-            bias, "bias", (2, 3, 4), "(T, S), (B, T, S) or (B, N, T, S)"
-        )
+        bias = _as_floating(bias, name, (2, 3, 4), "(T, S), (B, T, S) or (B, N, T, S)")
         for _ in range(4 - len(bias.shape)):
             bias = ops.expand_dims(bias, axis=-3)
         return Bias(pairs=bias, sinks=sinks)
     return Bias(distances=bias(all_distances(query_length, key_length)), sinks=sinks)
 
 
-def check_bias(bias: Bias, score_shape: Shape) -> None:
+def check_bias(bias: Bias, score_shape: Shape, name: str = "bias") -> None:
     """Refuses a bias that does not fit the scores, whose static shape is given.
 
     Args:
         bias: The bias.
         score_shape: `(B, N, T, S)`.
+        name: What the caller calls it, for the error text.
 
     Raises:
         ValueError: If a dimension is neither that of the scores nor, where it may
             be, 1.
     """
     _, N, T, S = score_shape
-    count = None if T is None or S is None else T + S - 1
+    count = None if T is None or S is None else _greatest(T + S - 1, 0)
     for what, tensor, shape, shared in (
-        ("`bias` must broadcast to (B, N, T, S)", bias.pairs, score_shape, range(4)),
+        (f"`{name}` must broadcast to (B, N, T, S)", bias.pairs, score_shape, range(4)),
         (
-            "What `bias` returns must be (N or 1, T + S - 1)",
+            f"What `{name}` returns must be (N or 1, T + S - 1)",
             bias.distances,
             (N, count),
             (0,),
@@ -108,7 +112,8 @@ def all_distances(query_length: Tensor, key_length: Tensor) -> Tensor:
     >>> np.asarray(all_distances(2, 3)).tolist()
     [-1, 0, 1, 2]
     """
-    return ops.arange(query_length + key_length - 1, dtype="int32") - (query_length - 1)
+    count = _greatest(query_length + key_length - 1, 0)
+    return ops.arange(count, dtype="int32") - (query_length - 1)
 
 
 def table(distances: Tensor, query_length: Tensor, key_length: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ def table(distances: Tensor, query_length: Tensor, key_length: Tensor) -> Tensor
     """
     T, S = query_length, key_length
     heads = ops.shape(distances)[0]
-    width = T + S - 1
+    width = _greatest(T + S - 1, S)  # S, where there are no rows
     # The column after the last is never read; any number will do.
     ring = ops.concatenate(
         [distances[:, T - 1 :], distances[:, :1], distances[:, : T - 1]], axis=1
@@ -164,6 +169,12 @@ def sum_distances(pairs: Tensor) -> Tensor:
     rows = ops.pad(ops.reshape(rows, (heads, T * width)), ((0, 0), (0, T)))
     ring = ops.sum(ops.reshape(rows, (heads, T, width + 1)), axis=1)
     return ops.concatenate([ring[:, S + 1 :], ring[:, :S]], axis=1)
+
+
+def _greatest(one: Tensor, other: Tensor) -> Tensor:
+    if isinstance(one, int) and isinstance(other, int):
+        return max(one, other)
+    return ops.maximum(one, other)
 
 
 def _as_floating(values: Any, name: str, ranks: tuple[int, ...], shapes: str) -> Tensor:

@@ -18,9 +18,11 @@ from keras import backend, ops
 
 from keras_mha.attention.gradient import with_gradient
 from keras_mha.attention.masks import Mask
-from keras_mha.typing import Tensor
+from keras_mha.typing import Shape, Tensor
 
 Cache = dict[str, Any]
+
+_JOINT = "__"
 
 
 class Extended(NamedTuple):
@@ -102,19 +104,18 @@ def extend_cache(
         ValueError: If the cache is of another layer or batch size, or T is known,
             and more than the cache can ever hold.
     """
-    _check_fit(cache, key, value)
+    check_cache(cache, key.shape, value.shape, sliding_window)
     batch, T = ops.shape(key)[:2]
     fresh = ops.ones((batch, T), dtype="bool") if padding is None else padding
     new = {"key": key, "value": value, "mask": fresh}
     new = {name: ops.cast(new[name], cache[name].dtype) for name in new}
     L, length = ops.shape(cache["mask"])[1], cache["length"]
-    is_window = sliding_window is not None and _kept(L + 1, sliding_window) == L
-    if is_window:
+    if _is_ring(L, sliding_window):
         seen = {name: ops.concatenate([cache[name], new[name]], axis=1) for name in new}
-        kept = {name: tensor[:, T:] for name, tensor in seen.items()}
+        # The last L, whose shape is known though T may not be.
+        kept = {name: _cut(tensor, T, cache[name]) for name, tensor in seen.items()}
         offset, overflows = L, None
     else:
-        _check_room(T, L)
         place = ops.minimum(length, L - T)  # torch would raise past the end
         seen = {name: _write(cache[name], new[name], place) for name in new}
         kept = seen
@@ -145,6 +146,56 @@ def next_position(cache: Cache) -> Tensor:
     return cache["length"]
 
 
+def flatten_cache(cache: dict[str, Any]) -> dict[str, Tensor]:
+    """Lays nested caches, a block's or a stack's, out as one dictionary of tensors.
+
+    The signatures of a SavedModel take and return no nested dictionaries. Names are
+    joined by two underscores, which every signature allows.
+
+    Args:
+        cache: A cache, or a dictionary of caches by names without `__`.
+
+    Raises:
+        ValueError: If a name is not a string, or has two underscores.
+
+    Example:
+
+    >>> import keras_mha
+    >>> block = keras_mha.TransformerDecoderBlock(2, 16)
+    >>> block.build((None, None, 8))
+    >>> flat = keras_mha.flatten_cache(block.init_cache(batch_size=3, max_length=5))
+    >>> sorted(flat)
+    ['self__key', 'self__length', 'self__mask', 'self__value']
+    >>> list(keras_mha.unflatten_cache(flat))
+    ['self']
+    """
+    flat: dict[str, Tensor] = {}
+    for name, part in cache.items():
+        if not isinstance(name, str) or _JOINT in name:
+            raise ValueError(
+                f"Names in a cache must be strings without {_JOINT!r}. "
+                f"Received: {name!r}"
+            )
+        if isinstance(part, dict):
+            inner = flatten_cache(part)
+            flat.update({f"{name}{_JOINT}{key}": inner[key] for key in inner})
+        else:
+            flat[name] = part
+    return flat
+
+
+def unflatten_cache(flat: dict[str, Tensor]) -> dict[str, Any]:
+    """Makes of what `flatten_cache` returned what it was given."""
+    cache: dict[str, Any] = {}
+    for joined, tensor in flat.items():
+        *outer, name = joined.split(_JOINT)
+        place = cache
+        for step in outer:
+            place = place.setdefault(step, {})
+        place[name] = tensor
+    return cache
+
+
 def _kept(max_length: int, sliding_window: int | None) -> int:
     """How many positions a cache holds; a window's fewer than `max_length`, or all."""
     if sliding_window is None:
@@ -152,16 +203,39 @@ def _kept(max_length: int, sliding_window: int | None) -> int:
     return max(1, min(max_length, sliding_window - 1))
 
 
-def _check_fit(cache: Cache, key: Tensor, value: Tensor) -> None:
-    """Refuses a cache of another layer or batch size."""
-    for name, new in (("key", key), ("value", value)):
-        have, want = tuple(cache[name].shape), tuple(new.shape)
+def _is_ring(length: Tensor, sliding_window: int | None) -> bool:
+    """Whether a cache of this length holds a window's last positions."""
+    return sliding_window is not None and _kept(length + 1, sliding_window) == length
+
+
+def check_cache(
+    cache: Cache,
+    key_shape: Shape,
+    value_shape: Shape,
+    sliding_window: int | None = None,
+) -> None:
+    """Refuses a cache of another layer, another batch size, or without room.
+
+    Args:
+        cache: The cache.
+        key_shape: `(B, T, K, H)` of the new positions, as far as it is known.
+        value_shape: `(B, T, K, V)`, likewise.
+        sliding_window: The layer's window.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    for name, new in (("key", key_shape), ("value", value_shape)):
+        have, want = tuple(cache[name].shape), tuple(new)
         places = ((0, have[0], want[0]), (2, have[2], want[2]), (3, have[3], want[3]))
         if any(None not in pair[1:] and pair[1] != pair[2] for pair in places):
             raise ValueError(
                 "A cache must be of this layer and of as many rows as the inputs. "
                 f"Received: cached {name} of shape {have}, new one of shape {want}"
             )
+    room = cache["key"].shape[1]
+    if room is not None and not _is_ring(room, sliding_window):
+        _check_room(key_shape[1], room)
 
 
 def _check_room(length: Tensor, room: Tensor) -> None:
@@ -171,6 +245,12 @@ def _check_room(length: Tensor, room: Tensor) -> None:
             "A cache takes no more positions in one call than it can hold. Received: "
             f"{length} positions and a cache for {room}"
         )
+
+
+def _cut(tensor: Tensor, start: Tensor, like: Tensor) -> Tensor:
+    """As many positions as `like` has, from `start` on."""
+    starts = [0, start, *([0] * (len(like.shape) - 2))]
+    return ops.slice(tensor, starts, ops.shape(like))
 
 
 def _write(kept: Tensor, new: Tensor, place: Tensor) -> Tensor:

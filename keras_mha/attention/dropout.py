@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_mha.attention.numeric import plain_integer, plain_number
 from keras_mha.typing import Tensor
 
 _RANGE = 1 << 30  # a power of two: drawing from it is unbiased
@@ -55,8 +56,9 @@ def as_seed(seed: Any) -> Tensor:
     """
     if isinstance(seed, keras.random.SeedGenerator):
         return seed.next()
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return ops.convert_to_tensor([seed % 2**31, 0], dtype=_SEED)
+    number = plain_integer(seed)
+    if number is not None:
+        return ops.convert_to_tensor([number % 2**31, 0], dtype=_SEED)
     if len(getattr(seed, "shape", ())) == 1:
         return seed
     raise TypeError(
@@ -71,12 +73,12 @@ def check_rate(rate: float, name: str) -> float:
     Raises:
         ValueError: If `rate` is not a number with `0 <= rate < 1`.
     """
-    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if not number or not 0 <= rate < 1:
+    number = plain_number(rate)
+    if number is None or not 0 <= number < 1:
         raise ValueError(
             f"`{name}` must be a number with 0 <= {name} < 1. Received: {name}={rate}"
         )
-    return float(rate)
+    return number
 
 
 def dropout(

@@ -9,11 +9,12 @@ Letters: B batch, T query length, S key length, N query heads.
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import KerasTensor, backend, ops
 
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.typing import Shape, Tensor
 
 
@@ -104,6 +105,25 @@ class Mask(NamedTuple):
     __rand__ = __and__
 
 
+class Held:
+    """A mask value that Keras takes for one argument.
+
+    In nested arguments of a layer Keras refuses tensors beside other values.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+
+
+def hold(value: Any) -> Any:
+    """Wraps a mask value that has tensors; returns all else as it is."""
+    if isinstance(value, Mask) and any(
+        not isinstance(field, bool | int | type(None)) for field in value
+    ):
+        return Held(value)
+    return value
+
+
 def CausalMask(offset: Any = 0) -> Mask:  # noqa: N802 - names a kind of mask
     """Query `i` attends to keys `j <= i + offset` only.
 
@@ -185,6 +205,9 @@ def PaddingMask(  # noqa: N802 - as above
 ) -> Mask:
     """Hides what comes after the length of each sequence.
 
+    A length counts as far as there are positions: one beyond S or T hides nothing,
+    and a negative one hides all, as 0 does.
+
     Args:
         key_lengths: Integers `(B,)`: keys from there on are seen by no query.
         query_lengths: Integers `(B,)`: queries from there on attend to nothing.
@@ -215,11 +238,12 @@ def check_window(size: Any, name: str) -> int:
     Raises:
         ValueError: Otherwise.
     """
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    number = plain_integer(size)
+    if number is None or number < 1:
         raise ValueError(
             f"`{name}` must be a positive integer. Received: {name}={size!r}"
         )
-    return size
+    return number
 
 
 def as_boolean(mask: Tensor, name: str) -> Tensor:
@@ -333,10 +357,63 @@ def with_table(mask: Mask, table: Any, score_shape: Shape, attention_rank: int) 
         score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
         attention_rank: Number of attention axes.
     """
+    table = table.mask if isinstance(table, Held) else table
     if isinstance(table, Mask):
+        check_fit(table, score_shape, "attention_mask")
         pairs = as_pairs(table.pairs, score_shape, attention_rank)
         return mask & table._replace(pairs=pairs)
     return mask._replace(pairs=as_pairs(table, score_shape, attention_rank))
+
+
+def check_fit(mask: Mask, score_shape: Shape, name: str) -> None:
+    """Refuses padding and segments that do not fit the scores.
+
+    Args:
+        mask: The mask.
+        score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
+        name: What the caller calls the mask, for the error text.
+
+    Raises:
+        ValueError: If a shape does not fit, or there are other axes than one of
+            positions, whose lengths or segments could not be told.
+    """
+    parts = (
+        (mask.query_padding, "query padding", -2),
+        (mask.query_segments, "query segments", -2),
+        (mask.key_padding, "key padding", -1),
+        (mask.key_segments, "key segments", -1),
+    )
+    for tensor, what, axis in parts:
+        if tensor is None:
+            continue
+        if len(score_shape) != 4:
+            raise ValueError(
+                f"The {what} of `{name}` need inputs (B, T, D): over other axes it is "
+                "not said what they count. Received: attention scores of shape "
+                f"{tuple(score_shape)}"
+            )
+        B, length = score_shape[0], score_shape[axis]
+        shape = tuple(tensor.shape)
+        is_lengths = len(shape) == 1 and "padding" in what
+        batch = shape[0] if len(shape) == 2 or is_lengths else 1
+        fits = batch == 1 if "segments" in what else False
+        if not (fits or _fit(batch, B)) or not (is_lengths or _fit(shape[-1], length)):
+            raise ValueError(
+                f"The {what} of `{name}` must fit B={B}, T={score_shape[-2]} and "
+                f"S={score_shape[-1]}. Received: shape {shape}"
+            )
+
+
+def spell_padding(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
+    """Gives paddings as `(B, T)` and `(B, S)`, where they are lengths."""
+    return mask._replace(
+        query_padding=_spell_lengths(mask.query_padding, query_length),
+        key_padding=_spell_lengths(mask.key_padding, key_length),
+    )
+
+
+def _fit(one: int | None, other: int | None) -> bool:
+    return one is None or other is None or one == other
 
 
 def intersect(*masks: Tensor | None) -> Tensor | None:
@@ -570,8 +647,9 @@ def _one_offset(one: Mask, other: Mask) -> Any:
 def _as_offset(offset: Any) -> Any:
     if isinstance(offset, bool):
         raise TypeError(f"`offset` must be an integer. Received: offset={offset}")
-    if isinstance(offset, Integral):  # of NumPy too, so that equal ones compare equal
-        return int(offset)
+    number = plain_integer(offset)
+    if number is not None:
+        return number
     offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
     return _check_integers(offset, "offset", (0,))
 
@@ -591,7 +669,19 @@ def _as_ids(ids: Tensor, name: str) -> Tensor:
 
 
 def _as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
-    return None if lengths is None else _as_integers(lengths, name, (1,))
+    if lengths is None:
+        return None
+    most = 2**31 - 1
+    if not ops.is_tensor(lengths):
+        # JAX and torch would wrap them around to int32 right away.
+        lengths = np.asarray(lengths)
+        if lengths.dtype.kind in "iu":
+            lengths = np.clip(lengths, 0, most).astype("int32")
+    lengths = _check_integers(ops.convert_to_tensor(lengths), name, (1,))
+    if backend.standardize_dtype(lengths.dtype) in ("uint32", "int64", "uint64"):
+        lengths = ops.minimum(lengths, ops.cast(most, lengths.dtype))
+    lengths = ops.maximum(lengths, ops.cast(0, lengths.dtype))
+    return ops.cast(lengths, "int32")
 
 
 def _as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:

@@ -24,6 +24,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from keras_mha.attention.masks import clear_padding
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.typing import Tensor
 
 Array = NDArray[Any]
@@ -150,9 +151,9 @@ def pack_sequences(
            [ 0,  1,  2,  3],
            [ 4, -1, -1, -1]], dtype=int32)
     """
-    _check_size(row_length, "row_length")
+    row_length = _check_size(row_length, "row_length")
     if num_rows is not None:
-        _check_size(num_rows, "num_rows")
+        num_rows = _check_size(num_rows, "num_rows")
     ragged = _ragged_tokens(sequences, "sequences")
     if ragged is None:
         padded = np.asarray(sequences)
@@ -314,9 +315,11 @@ def _place(
     return places.reshape(*shape, *tokens.shape[1:])
 
 
-def _check_size(size: Any, name: str) -> None:
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+def _check_size(size: Any, name: str) -> int:
+    number = plain_integer(size)
+    if number is None or number < 1:
         raise ValueError(f"`{name}` must be an integer, 1 or more. Received: {size!r}")
+    return number
 
 
 def _check_longest(lengths: Array, row_length: int) -> None:

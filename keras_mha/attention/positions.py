@@ -8,13 +8,13 @@ from __future__ import annotations
 import bisect
 import functools
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from keras import KerasTensor, backend, ops
 
+from keras_mha.attention.numeric import plain_integer, plain_number
 from keras_mha.typing import Tensor
 
 _SCALINGS: dict[str | None, tuple[str, ...]] = {
@@ -56,12 +56,14 @@ class RotaryOptions:
     high_frequency_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number(self.base, "base", 1)
-        if not _is_number(self.fraction) or not 0 < self.fraction <= 1:
+        self._set("base", _as_number(self.base, "base", 1))
+        fraction = plain_number(self.fraction)
+        if fraction is None or not 0 < fraction <= 1:
             raise ValueError(
                 "`fraction` must be a number with 0 < fraction <= 1. "
                 f"Received: fraction={self.fraction!r}"
             )
+        self._set("fraction", fraction)
         if self.scaling not in _SCALINGS:
             raise ValueError(
                 f"`scaling` must be one of {tuple(_SCALINGS)}. "
@@ -79,7 +81,9 @@ class RotaryOptions:
             )
         for name, value in given.items():
             # Factors below 1 would turn faster, not stretch what was learned.
-            _check_number(value, name, 0 if name.endswith("frequency_factor") else 1)
+            lowest = 0 if name.endswith("frequency_factor") else 1
+            checked = _as_integer if name == "original_max_length" else _as_number
+            self._set(name, checked(value, name, lowest))
         if self.scaling == "llama3" and not (
             given["low_frequency_factor"] < given["high_frequency_factor"]
         ):
@@ -87,6 +91,9 @@ class RotaryOptions:
                 "`low_frequency_factor` must be below `high_frequency_factor`. "
                 f"Received: {given}"
             )
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)  # frozen once it is made
 
     def frequencies(self, size: int) -> np.ndarray:
         """Radians that each pair of features turns per position, `(size / 2,)`.
@@ -288,8 +295,8 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     >>> alibi_slopes(3).tolist()
     [0.0625, 0.00390625, 0.25]
     """
-    _check_integer(num_heads, "num_heads", 1)
-    below = 2 ** (int(num_heads).bit_length() - 1)
+    num_heads = _as_integer(num_heads, "num_heads", 1)
+    below = 2 ** (num_heads.bit_length() - 1)
     slopes = 0.5 ** (8 / below * np.arange(1, below + 1))
     between = 0.5 ** (4 / below * np.arange(1, 2 * below, 2))
     return np.concatenate([slopes, between[: num_heads - below]])
@@ -335,28 +342,29 @@ def relative_position_bucket(
     >>> np.asarray(buckets).tolist()
     [15, 8, 1, 0, 17, 24, 31]
     """
-    check_buckets(bidirectional, num_buckets, max_distance)
-    table = _bucket_table(bool(bidirectional), int(num_buckets), int(max_distance))
+    num_buckets, max_distance = check_buckets(bidirectional, num_buckets, max_distance)
+    table = _bucket_table(bool(bidirectional), num_buckets, max_distance)
     limit = len(table) // 2
     places = ops.clip(as_integers(distances, "distances"), -limit, limit) + limit
     return ops.take(ops.convert_to_tensor(table, dtype="int32"), places, axis=0)
 
 
-def check_buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> None:
-    """Checks the options of `relative_position_bucket`, described there.
+def check_buckets(
+    bidirectional: bool, num_buckets: int, max_distance: int
+) -> tuple[int, int]:
+    """Returns the sizes among the options of `relative_position_bucket`, checked.
 
     Raises:
         ValueError: If one is out of its domain.
     """
-    _check_integer(num_buckets, "num_buckets", 4 if bidirectional else 2)
+    num_buckets = _as_integer(num_buckets, "num_buckets", 4 if bidirectional else 2)
     if bidirectional and num_buckets % 2:
         raise ValueError(
             "`num_buckets` must be even if `bidirectional`: each direction has half. "
             f"Received: num_buckets={num_buckets}"
         )
-    _check_integer(
-        max_distance, "max_distance", num_buckets // (4 if bidirectional else 2) + 1
-    )
+    single = num_buckets // (4 if bidirectional else 2)
+    return num_buckets, _as_integer(max_distance, "max_distance", single + 1)
 
 
 def as_integers(values: Tensor, name: str) -> Tensor:
@@ -431,23 +439,21 @@ def _bucket_table(
     return np.concatenate([buckets[::-1], ahead]).astype("int32")
 
 
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _check_number(value: Any, name: str, lowest: float) -> None:
-    if not _is_number(value) or value < lowest:
+def _as_number(value: Any, name: str, lowest: int) -> float:
+    number = plain_number(value)
+    if number is None or number < lowest:
         raise ValueError(
             f"`{name}` must be a finite number of at least {lowest}. "
             f"Received: {name}={value!r}"
         )
+    return number
 
 
-def _check_integer(value: Any, name: str, lowest: int) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or int(value) < lowest:
+def _as_integer(value: Any, name: str, lowest: int) -> int:
+    number = plain_integer(value)
+    if number is None or number < lowest:
         raise ValueError(
             f"`{name}` must be an integer of at least {lowest}. "
             f"Received: {name}={value!r}"
         )
+    return number

@@ -29,7 +29,9 @@ def select(
     """Returns the module that serves a call.
 
     Each implementation says by `refusal` why it cannot serve a call, if so, and
-    those that "auto" asks say by `is_preferred` whether they should.
+    those that "auto" asks say by `is_preferred` whether they should. Where there is
+    nothing to compute, as T, S or the batch is known to be zero, "reference" gives the
+    zeros in place of all.
 
     Args:
         implementations: Modules with a function `attend`, by name.
@@ -52,7 +54,10 @@ def select(
         "dropout": dropout,
         "return_scores": return_scores,
     }
+    is_empty = 0 in (*query.shape[:3], key.shape[1])
     if name == "auto":
+        if is_empty:
+            return implementations["reference"]
         for module in map(implementations.__getitem__, _AUTOMATIC):
             able = module.refusal(**call) is None
             if able and module.is_preferred(query, key, mask):
@@ -67,4 +72,4 @@ def select(
             f"`implementation={name!r}` {reason}; these can: {able}. "
             f"Received: implementation={name!r}"
         )
-    return implementations[name]
+    return implementations["reference" if is_empty else name]

@@ -5,10 +5,12 @@ As in Keras, an argument of a wrong type raises ValueError too.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+
+from keras_mha.attention.numeric import plain_integer, plain_number
 
 
 def check_positive(value: Any, name: str) -> int:
@@ -17,13 +19,13 @@ def check_positive(value: Any, name: str) -> int:
     Raises:
         ValueError: Otherwise.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value <= 0:
+    number = plain_integer(value)
+    if number is None or number <= 0:
         raise ValueError(
             f"Received an invalid value for argument `{name}`, expected a positive "
             f"integer. Received: {name}={value!r}"
         )
-    return int(value)
+    return number
 
 
 def check_optional(value: object, name: str) -> int | None:
@@ -41,23 +43,23 @@ def check_number(value: Any, name: str) -> float:
     Raises:
         ValueError: Otherwise.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    number = plain_number(value)
+    if number is None or number <= 0:
         raise ValueError(
             f"`{name}` must be a positive, finite number. Received: {name}={value!r}"
         )
-    return value
+    return number
 
 
 def check_flag(value: object, name: str) -> bool:
-    """Returns `value` if it is True or False.
+    """Returns `value`, Python's or NumPy's True or False, as Python's.
 
     Raises:
         ValueError: Otherwise: any string that is not empty would count as True.
     """
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
-    return value
+    return bool(value)
 
 
 def check_seed(seed: object) -> int | None:
@@ -66,9 +68,10 @@ def check_seed(seed: object) -> int | None:
     Raises:
         ValueError: Otherwise.
     """
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+    number = plain_integer(seed)
+    if number is None and seed is not None:
         raise ValueError(f"`seed` must be an integer or None. Received: seed={seed!r}")
-    return seed
+    return number
 
 
 def check_output_shape(
@@ -81,12 +84,11 @@ def check_output_shape(
     """
     if output_shape is None:
         return None
-    sizes = (output_shape,) if isinstance(output_shape, int) else output_shape
+    number = plain_integer(output_shape)
+    sizes: Any = output_shape if number is None else (number,)
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or not sizes:
         raise ValueError(
             f"Invalid `output_shape`: {output_shape}. When specified, the "
             "`output_shape` must be a positive integer or a tuple or list of them."
         )
-    for size in sizes:
-        check_positive(size, "output_shape")
-    return tuple(sizes)
+    return tuple(check_positive(size, "output_shape") for size in sizes)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention import api
-from keras_mha.attention.bias import Bias, all_distances, as_bias
+from keras_mha.attention.bias import Bias, all_distances, as_bias, check_bias
 from keras_mha.attention.dropout import check_rate
 from keras_mha.attention.masks import Mask
 from keras_mha.layers import compiled
@@ -70,16 +71,12 @@ class AttentionLayer(SeededLayer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self._num_heads = check_positive(num_heads, "num_heads")
-        self._num_key_value_heads = _check_groups(num_key_value_heads, num_heads)
+        self._num_key_value_heads = _check_groups(num_key_value_heads, self._num_heads)
         self._dropout = check_rate(dropout, "dropout")
         self._output_shape = check_output_shape(output_shape)
         self._projections = projections
-        self._use_gate = use_gate
+        self._use_gate = check_flag(use_gate, "use_gate")
         self._sliding_window = check_optional(sliding_window, "sliding_window")
-        check_flag(use_gate, "use_gate")
-        check_flag(use_sinks, "use_sinks")
-        if flash_attention is not None:
-            check_flag(flash_attention, "flash_attention")
         if qk_norm is not None and qk_norm not in tuple(_QK_NORMS):
             raise ValueError(
                 f"`qk_norm` must be None or one of {sorted(_QK_NORMS)}. "
@@ -91,13 +88,17 @@ class AttentionLayer(SeededLayer):
             if logits_soft_cap is None
             else check_number(logits_soft_cap, "logits_soft_cap")
         )
-        self._use_sinks = use_sinks
-        self._flash_attention = flash_attention
+        self._use_sinks = check_flag(use_sinks, "use_sinks")
+        self._flash_attention = (
+            None
+            if flash_attention is None
+            else check_flag(flash_attention, "flash_attention")
+        )
         self._jit_compile = compiled.check_jit_compile(jit_compile)
-        self.supports_jit = jit_compile is not False
+        self.supports_jit = self._jit_compile is not False
         self.seed = check_seed(seed)
         if self._dropout > 0:
-            self._add_generator(seed)
+            self._add_generator(self.seed)
         self._named_position = position if isinstance(position, str) else None
         with whole():
             self.position_layer = self._own_position(position)
@@ -226,6 +227,8 @@ class AttentionLayer(SeededLayer):
                 "`position` needs a single attention axis: several have no one order "
                 f"of positions. Received: attention_axes={axes}"
             )
+        if isinstance(self.position_layer, RotaryEmbedding):
+            self.position_layer.options.size(key_dim)  # raises where it does not fit
         for norm in (self.query_norm, self.key_norm):
             if norm is not None:
                 norm.build((None, None, self._num_heads, key_dim))
@@ -292,7 +295,7 @@ class AttentionLayer(SeededLayer):
             implementation=implementation,
         )
         if head_mask is not None:
-            mixed = mixed * _spread_heads(head_mask, mixed, self._num_heads)
+            mixed = mixed * _spread_heads(head_mask, mixed)
         return mixed, scores
 
     def _bias(
@@ -303,12 +306,23 @@ class AttentionLayer(SeededLayer):
             lengths = ops.shape(query)[1], ops.shape(key)[1]
             distances = self.position_layer(all_distances(*lengths) - offset)
         sinks = ops.convert_to_tensor(self.sinks) if self._use_sinks else None
+        pairs = as_bias(bias, sinks, 0, 0, "attention_bias")
+        return pairs._replace(distances=distances)
+
+    def _check_factors(
+        self, bias: Any, head_mask: Tensor | None, score_shape: Shape
+    ) -> None:
+        """Refuses what joins the scores or the heads and does not fit them."""
         if callable(bias) and not ops.is_tensor(bias):
             raise TypeError(
                 "`attention_bias` must be a tensor; biases of distances go to the "
                 f"layer's `position`. Received: attention_bias={bias!r}"
             )
-        return as_bias(bias, sinks, 0, 0)._replace(distances=distances)
+        if bias is not None:
+            parts = as_bias(bias, None, 0, 0, "attention_bias")
+            check_bias(parts, score_shape, "attention_bias")
+        if head_mask is not None:
+            _check_head_mask(np.shape(head_mask), score_shape[0], self._num_heads)
 
 
 def _check_groups(num_key_value_heads: int | None, num_heads: int) -> int | None:
@@ -321,16 +335,18 @@ def _check_groups(num_key_value_heads: int | None, num_heads: int) -> int | None
     return heads
 
 
-def _spread_heads(head_mask: Tensor, mixed: Tensor, num_heads: int) -> Tensor:
-    """Brings `(N,)` or `(B, N)` to the rank of the mixed values `(B, ..., N, V)`."""
-    head_mask = ops.cast(head_mask, mixed.dtype)
-    shape, B = tuple(head_mask.shape), mixed.shape[0]
+def _check_head_mask(shape: Shape, B: int | None, num_heads: int) -> None:
     fits_batch = len(shape) == 1 or shape[0] == B or None in (shape[0], B)
     if len(shape) not in (1, 2) or shape[-1] != num_heads or not fits_batch:
         raise ValueError(
             f"`head_mask` must have the shape (N,) or (B, N), N={num_heads}, B={B}. "
-            f"Received: head_mask of shape {tuple(head_mask.shape)}"
+            f"Received: head_mask of shape {tuple(shape)}"
         )
+
+
+def _spread_heads(head_mask: Tensor, mixed: Tensor) -> Tensor:
+    """Brings `(N,)` or `(B, N)` to the rank of the mixed values `(B, ..., N, V)`."""
+    head_mask = ops.cast(head_mask, mixed.dtype)
     inner = tuple(range(1, len(mixed.shape) - 2))
     if len(head_mask.shape) == 2:
         head_mask = ops.expand_dims(head_mask, inner)

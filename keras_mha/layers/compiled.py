@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_mha.typing import Tensor
 
@@ -23,6 +24,8 @@ def check_jit_compile(jit_compile: bool | str) -> bool | str:
         ValueError: If it is anything else, or True on a backend other than
             TensorFlow.
     """
+    if isinstance(jit_compile, np.bool_):
+        jit_compile = bool(jit_compile)
     if not isinstance(jit_compile, bool) and jit_compile != "auto":
         raise ValueError(
             "`jit_compile` must be True, False or 'auto'. "

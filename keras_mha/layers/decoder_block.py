@@ -8,6 +8,8 @@ import keras
 from typing_extensions import override
 
 from keras_mha.attention.cache import Cache
+from keras_mha.attention.masks import as_padding
+from keras_mha.layers.arguments import check_flag
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.seeded_layer import keep_frozen, whole
 from keras_mha.layers.transformer_block import TransformerBlock
@@ -76,9 +78,17 @@ class TransformerDecoderBlock(TransformerBlock):
         training: Whether dropout is active.
         segment_ids: Integers `(B, T)`; see `pack_sequences`.
         cache: What `init_cache` or an earlier call returned.
+        return_attention_scores: Whether to return the probabilities too; not with
+            a `cache`.
+        attention_bias: Floating `(T, T)`, `(B, T, T)` or `(B or 1, N or 1, T, T)`,
+            added to the scores of the self-attention; not with a `cache`.
+        head_mask: Floating `(N,)` or `(B, N)`: factor of each head's mixed values in
+            the self-attention.
 
     Returns:
-        `(B, T, D)`; with `cache`, also the cache for the next call.
+        `(B, T, D)`; with `cache`, also the cache for the next call; with
+        `return_attention_scores`, also the self-attention's `(B, N, T, T)` and, with
+        `cross_attention`, those of the attention to the memory, `(B, N, T, S)`.
 
     Raises:
         ValueError: If an argument is out of its domain, or a memory is missing or
@@ -162,7 +172,7 @@ class TransformerDecoderBlock(TransformerBlock):
             seed=seed,
             **kwargs,
         )
-        self.cross_attention = cross_attention
+        self.cross_attention = check_flag(cross_attention, "cross_attention")
         self._memory_options = {
             "num_heads": num_heads,
             "dropout": self._share_of_attention(dropout),
@@ -213,8 +223,11 @@ class TransformerDecoderBlock(TransformerBlock):
         training: bool | None = None,
         segment_ids: Tensor | None = None,
         cache: dict[str, Cache] | None = None,
+        return_attention_scores: bool = False,
+        attention_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
     ) -> Any:
-        self._check_memory(memory, memory_mask, cache)
+        memory_mask = self._check_memory(memory, memory_mask, cache, inputs.shape[0])
         outputs = self.attention(
             inputs,
             mask=mask,
@@ -223,10 +236,14 @@ class TransformerDecoderBlock(TransformerBlock):
             training=training,
             segment_ids=segment_ids,
             cache=None if cache is None else cache["self"],
+            return_attention_scores=return_attention_scores,
+            attention_bias=attention_bias,
+            head_mask=head_mask,
         )
-        if cache is not None:
-            outputs, kept = outputs
-            cache = {**cache, "self": kept}
+        others: list[Any] = []  # the scores, or the cache
+        if return_attention_scores or cache is not None:
+            outputs, other = outputs
+            others.append(other if cache is None else {**cache, "self": other})
         if self.cross_attention:
             outputs = self.memory_attention(
                 outputs,
@@ -234,9 +251,13 @@ class TransformerDecoderBlock(TransformerBlock):
                 value_mask=memory_mask,
                 training=training,
                 cache=None if cache is None else cache["memory"],
+                return_attention_scores=return_attention_scores,
             )
+            if return_attention_scores:
+                outputs, scores = outputs
+                others.append(scores)
         outputs = self.feed_forward(outputs, training=training)
-        return outputs if cache is None else (outputs, cache)
+        return (outputs, *others) if others else outputs
 
     def init_cache(
         self,
@@ -259,7 +280,7 @@ class TransformerDecoderBlock(TransformerBlock):
             ValueError: If the block is not built, an argument is not positive, or a
                 memory is missing or superfluous.
         """
-        self._check_memory(memory, memory_mask, None)
+        memory_mask = self._check_memory(memory, memory_mask, None, batch_size)
         cache = {"self": self.attention.sublayer.init_cache(batch_size, max_length)}
         if self.cross_attention:
             cache["memory"] = self.memory_attention.sublayer.init_cache(
@@ -280,8 +301,19 @@ class TransformerDecoderBlock(TransformerBlock):
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def _check_memory(
-        self, memory: Tensor | None, memory_mask: Tensor | None, cache: Any
-    ) -> None:
+        self,
+        memory: Tensor | None,
+        memory_mask: Tensor | None,
+        cache: Any,
+        batch_size: Any,
+    ) -> Tensor | None:
+        """Refuses what does not fit, by the block's own names; returns the mask."""
+        names = {"self", "memory"} if self.cross_attention else {"self"}
+        if cache is not None and not names <= cache.keys():
+            raise ValueError(
+                f"A cache of this block holds {sorted(names)}, as `init_cache` makes "
+                f"it. Received: {sorted(cache)}"
+            )
         wants_memory = self.cross_attention and cache is None
         if (memory is not None) != wants_memory:
             raise ValueError(
@@ -296,3 +328,13 @@ class TransformerDecoderBlock(TransformerBlock):
                 "`memory_mask` needs a `memory`; a cache holds the mask of its own. "
                 f"Received: memory=None, memory_mask of shape {memory_mask.shape}"
             )
+        if memory is None:
+            return None
+        shape = tuple(memory.shape)
+        known = isinstance(batch_size, int) and len(shape) > 0 and shape[0] is not None
+        if len(shape) != 3 or (known and shape[0] != batch_size):
+            raise ValueError(
+                "`memory` must have the shape (B, S, any size), with the inputs' B. "
+                f"Received: memory of shape {shape} and B={batch_size}"
+            )
+        return as_padding(memory_mask, shape, "memory_mask")

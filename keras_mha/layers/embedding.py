@@ -8,7 +8,7 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.layers.arguments import check_positive
+from keras_mha.layers.arguments import check_flag, check_positive
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.layers.seeded_layer import keep_frozen
@@ -68,14 +68,14 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.vocabulary_size = check_positive(vocabulary_size, "vocabulary_size")
         self.sequence_length = check_positive(sequence_length, "sequence_length")
         self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
-        self.mask_zero = mask_zero
+        self.mask_zero = check_flag(mask_zero, "mask_zero")
         self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
         self.input_spec = keras.layers.InputSpec(ndim=2)
         # Ids are not cast to the layer's floating dtype.
         self.autocast = False
         self.token_embedding = keras.layers.Embedding(
-            vocabulary_size,
-            embedding_dim,
+            self.vocabulary_size,
+            self.embedding_dim,
             embeddings_initializer=clone_initializer(self.embeddings_initializer),
             dtype=self.dtype_policy,
             name="token_embedding",

@@ -8,7 +8,12 @@ import keras
 from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
-from keras_mha.layers.arguments import check_optional, check_positive, check_seed
+from keras_mha.layers.arguments import (
+    check_flag,
+    check_optional,
+    check_positive,
+    check_seed,
+)
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
@@ -77,17 +82,17 @@ class FeedForward(SeededLayer):
         self.supports_masking = True
         self.hidden_dim = check_positive(hidden_dim, "hidden_dim")
         self.activation = keras.activations.get(activation)
-        self.gated = gated
+        self.gated = check_flag(gated, "gated")
         self.dropout = check_rate(dropout, "dropout")
         self.output_dim = check_optional(output_dim, "output_dim")
-        self.use_bias = use_bias
+        self.use_bias = check_flag(use_bias, "use_bias")
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.seed = check_seed(seed)
         if self.dropout > 0:
-            self._add_generator(seed)
+            self._add_generator(self.seed)
 
     @override
     def get_config(self) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class FusedProjection(Projection):
                 built, has a kernel constraint, is adapted already, or is
                 quantized in another way than int8.
         """
-        check_positive(rank, "rank")
+        rank = check_positive(rank, "rank")
         if lora_alpha is not None:
-            check_number(lora_alpha, "lora_alpha")
+            lora_alpha = check_number(lora_alpha, "lora_alpha")
         targets = (targets,) if isinstance(targets, str) else tuple(targets)
         unknown = [target for target in targets if target not in PARTS]
         if not targets or unknown or len(set(targets)) < len(targets):

@@ -18,8 +18,10 @@ from keras_mha.attention.masks import (
     as_pair,
     as_segments,
     intersect,
+    spell_padding,
     with_table,
 )
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
@@ -311,23 +313,16 @@ class MultiHeadAttention(AttentionLayer):
             use_causal_mask,
             segment_ids,
             attention_bias,
+            head_mask,
         )
+        if len(query.shape) == 3:
+            keys = cache["key"] if cache is not None else key
+            mask = spell_padding(mask, ops.shape(query)[1], ops.shape(keys)[1])
         query = prepare_inputs(query, mask.query_padding)
         if cache is None:
             keys = self._project_keys(value, key, mask.key_padding)
         else:
-            if mask.is_ordered or self.position_layer is not None:
-                raise ValueError(
-                    "A `cache` of projected keys has no order for queries that come "
-                    "one by one: it goes with neither `position`, `sliding_window` "
-                    "nor `use_causal_mask`. `MultiHeadSelfAttention` has a cache that "
-                    "does."
-                )
-            if mask.key_padding is not None:
-                raise ValueError(
-                    "A `cache` holds the padding of its keys. "
-                    "Received: cache with `value_mask` or `key_mask`"
-                )
+            self._check_cached(mask)
             keys = cache["key"], cache["value"]
             mask &= Mask(key_padding=cache["mask"])
         mixed, scores = self._attend(
@@ -440,11 +435,14 @@ class MultiHeadAttention(AttentionLayer):
             use_causal_mask,
             segment_ids,
             attention_bias,
+            head_mask,
         )
+        if cache is not None:
+            self._check_cached(mask)
         outputs = keras.KerasTensor(
             self.compute_output_shape(*shapes), dtype=self.compute_dtype
         )
-        if mask.query_padding is not None:
+        if mask.query_padding is not None and len(mask.query_padding.shape) > 1:
             set_keras_mask(outputs, mask.query_padding)
         if not return_attention_scores:
             return outputs
@@ -459,6 +457,20 @@ class MultiHeadAttention(AttentionLayer):
         values = self._value_dense(prepare_inputs(value, padding))
         return self._turn(keys, self.key_norm), values
 
+    def _check_cached(self, mask: Mask) -> None:
+        if mask.is_ordered or self.position_layer is not None:
+            raise ValueError(
+                "A `cache` of projected keys has no order for queries that come "
+                "one by one: it goes with neither `position`, `sliding_window` "
+                "nor `use_causal_mask`. `MultiHeadSelfAttention` has a cache that "
+                "does."
+            )
+        if mask.key_padding is not None:
+            raise ValueError(
+                "A `cache` holds the padding of its keys. "
+                "Received: cache with `value_mask` or `key_mask`"
+            )
+
     def _mask(
         self,
         shapes: tuple[Shape, Shape, Shape],
@@ -469,8 +481,9 @@ class MultiHeadAttention(AttentionLayer):
         use_causal_mask: bool,
         segment_ids: Any,
         attention_bias: Tensor | None,
+        head_mask: Tensor | None,
     ) -> Mask:
-        """Brings all masks together, and checks them and the inputs' shapes."""
+        """Brings all masks together, and checks them and all else that must fit."""
         query_shape, value_shape, key_shape = shapes
         _check_keys(*shapes)
         axes = self._axes(query_shape)
@@ -489,6 +502,7 @@ class MultiHeadAttention(AttentionLayer):
             as_segments(pair[1], key_shape, "segment_ids"),
         )
         scores = self._score_shape(query_shape, key_shape)
+        self._check_factors(attention_bias, head_mask, scores)
         mask = with_table(mask, attention_mask, scores, len(axes))
         check_order(mask, axes)
         return mask
@@ -516,6 +530,12 @@ def _shapes(
             f"cache={None if cache is None else sorted(cache)}"
         )
     if cache is not None:
+        names = {"key", "value", "mask"}
+        if not names <= cache.keys():
+            raise ValueError(
+                f"A cache holds {sorted(names)}, as `init_cache` makes it. "
+                f"Received: {sorted(cache)}"
+            )
         projected = (*cache["key"].shape[:2], None)
         return query.shape, projected, projected
     return query.shape, value.shape, key.shape
@@ -535,7 +555,10 @@ def _check_keys(
             "`query` and `value` must have as many dimensions. Received: "
             f"query_shape={query_shape} and value_shape={value_shape}"
         )
-    if tuple(value_shape[1:-1]) != tuple(key_shape[1:-1]):
+    if len(value_shape) != len(key_shape) or any(
+        None not in pair and pair[0] != pair[1]
+        for pair in zip(value_shape[:-1], key_shape[:-1], strict=True)
+    ):
         raise ValueError(
             "All dimensions of `value` and `key`, except the last one, must be equal. "
             f"Received: value_shape={value_shape} and key_shape={key_shape}"
@@ -555,12 +578,11 @@ def _check_single_axis(axes: tuple[int, ...], **arguments: Any) -> None:
 def _check_axes(axes: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if axes is None:
         return None
-    axes = (axes,) if isinstance(axes, int) else axes
-    if not isinstance(axes, list | tuple) or not all(
-        isinstance(axis, int) for axis in axes
-    ):
+    given = axes if isinstance(axes, list | tuple) else (axes,)
+    numbers = [plain_integer(axis) for axis in given]
+    if None in numbers:
         raise ValueError(
             "`attention_axes` must be an int, or a list or tuple of ints. "
             f"Received: attention_axes={axes}"
         )
-    return tuple(axes)
+    return tuple(number for number in numbers if number is not None)

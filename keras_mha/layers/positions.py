@@ -18,7 +18,7 @@ from keras_mha.attention.positions import (
     relative_position_bucket,
     rotate,
 )
-from keras_mha.layers.arguments import check_positive
+from keras_mha.layers.arguments import check_flag, check_positive
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.typing import Shape, Tensor
 
@@ -94,7 +94,7 @@ class RotaryEmbedding(keras.layers.Layer):
         self.options = RotaryOptions(
             base,
             fraction,
-            interleaved,
+            check_flag(interleaved, "interleaved"),
             scaling,
             scaling_factor,
             original_max_length,
@@ -277,10 +277,10 @@ class RelativePositionBias(DistanceBias):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_heads, **kwargs)
-        check_buckets(bidirectional, num_buckets, max_distance)
-        self.num_buckets = int(num_buckets)
-        self.max_distance = int(max_distance)
-        self.bidirectional = bidirectional
+        self.bidirectional = check_flag(bidirectional, "bidirectional")
+        self.num_buckets, self.max_distance = check_buckets(
+            self.bidirectional, num_buckets, max_distance
+        )
         self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
         self.embeddings_regularizer = keras.regularizers.get(embeddings_regularizer)
         self.embeddings_constraint = keras.constraints.get(embeddings_constraint)

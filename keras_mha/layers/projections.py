@@ -11,6 +11,7 @@ import keras
 from keras import ops
 from typing_extensions import override
 
+from keras_mha.layers.arguments import check_flag
 from keras_mha.typing import Shape, Tensor
 
 
@@ -34,7 +35,7 @@ class ProjectionOptions:
         kernel_constraint: Any,
         bias_constraint: Any,
     ) -> None:
-        self.use_bias = use_bias
+        self.use_bias = check_flag(use_bias, "use_bias")
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)

@@ -11,7 +11,7 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
-from keras_mha.layers.arguments import check_number, check_seed
+from keras_mha.layers.arguments import check_flag, check_number, check_seed
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
 from keras_mha.typing import Shape, Tensor
@@ -113,8 +113,8 @@ class ResidualNorm(SeededLayer):
                 f"Received: placement={placement!r}"
             )
         if layer_scale is not None:
-            check_number(layer_scale, "layer_scale")
-        check_number(epsilon, "epsilon")
+            layer_scale = check_number(layer_scale, "layer_scale")
+        rezero = check_flag(rezero, "rezero")
         if layer_scale is not None and rezero:
             raise ValueError(
                 "`layer_scale` and `rezero` are two scalings of the same branch; "
@@ -127,7 +127,7 @@ class ResidualNorm(SeededLayer):
         self.stochastic_depth = check_rate(stochastic_depth, "stochastic_depth")
         self.layer_scale = layer_scale
         self.rezero = rezero
-        self.epsilon = epsilon
+        self.epsilon = check_number(epsilon, "epsilon")
         self.seed = check_seed(seed)
         self._named_norm = normalization if isinstance(normalization, str) else None
         self.norm = self._normalization(normalization)
@@ -136,7 +136,7 @@ class ResidualNorm(SeededLayer):
                 clone_layer(self.norm) if placement == "sandwich" else None
             )
         if self.dropout > 0 or self.stochastic_depth > 0:
-            self._add_generator(seed)
+            self._add_generator(self.seed)
 
     @property
     def normalization(self) -> str | keras.layers.Layer:

@@ -11,8 +11,20 @@ from typing_extensions import override
 
 from keras_mha.attention.api import prepare_inputs
 from keras_mha.attention.axes import score_shape
-from keras_mha.attention.cache import Cache, empty_cache, extend_cache, next_position
-from keras_mha.attention.masks import Mask, as_padding, as_segments, with_table
+from keras_mha.attention.cache import (
+    Cache,
+    check_cache,
+    empty_cache,
+    extend_cache,
+    next_position,
+)
+from keras_mha.attention.masks import (
+    Mask,
+    as_padding,
+    as_segments,
+    spell_padding,
+    with_table,
+)
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.fused_projection import FusedProjection
@@ -272,8 +284,16 @@ class MultiHeadSelfAttention(AttentionLayer):
             # Keras fills `mask` only where `inputs` is the only tensor argument.
             mask = get_keras_mask(inputs)
         restrictions = self._mask(
-            inputs, mask, attention_mask, use_causal_mask, segment_ids
+            inputs,
+            mask,
+            attention_mask,
+            use_causal_mask,
+            segment_ids,
+            attention_bias,
+            head_mask,
         )
+        length = ops.shape(inputs)[1]
+        restrictions = spell_padding(restrictions, length, length)
         inputs = prepare_inputs(inputs, restrictions.query_padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
         start = 0 if cache is None else next_position(cache)
@@ -335,8 +355,8 @@ class MultiHeadSelfAttention(AttentionLayer):
         True
         """
         if not ops.is_tensor(batch_size):
-            check_positive(batch_size, "batch_size")
-        check_positive(max_length, "max_length")
+            batch_size = check_positive(batch_size, "batch_size")
+        max_length = check_positive(max_length, "max_length")
         if not self.built:
             raise ValueError("`init_cache` needs a built layer: call it first.")
         key_dim, value_dim = self.qkv_dense.head_sizes
@@ -369,10 +389,30 @@ class MultiHeadSelfAttention(AttentionLayer):
         cache: Cache | None = None,
     ) -> Any:
         # What is wrong raises now rather than in the first run.
-        self._mask(inputs, mask, attention_mask, use_causal_mask, segment_ids)
+        self._mask(
+            inputs,
+            mask,
+            attention_mask,
+            use_causal_mask,
+            segment_ids,
+            attention_bias,
+            head_mask,
+        )
         shape = self.compute_output_shape(inputs.shape)
         outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if cache is not None:
+            next_position(cache)
+            _check_cached(
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+                attention_bias=attention_bias,
+                return_attention_scores=return_attention_scores or None,
+            )
+            heads = (*inputs.shape[:2], self.num_key_value_heads)
+            key_dim, value_dim = self.qkv_dense.head_sizes
+            check_cache(
+                cache, (*heads, key_dim), (*heads, value_dim), self._sliding_window
+            )
             return outputs, {
                 name: keras.KerasTensor(kept.shape, dtype=kept.dtype)
                 for name, kept in cache.items()
@@ -428,8 +468,12 @@ class MultiHeadSelfAttention(AttentionLayer):
         attention_mask: Tensor | None,
         use_causal_mask: bool,
         segment_ids: Tensor | None,
+        attention_bias: Tensor | None,
+        head_mask: Tensor | None,
     ) -> Mask:
-        """Brings all masks together, and checks them."""
+        """Brings all masks together, and checks them and all else that must fit."""
+        scores = self._score_shape(inputs.shape)
+        self._check_factors(attention_bias, head_mask, scores)
         padding = as_padding(padding_mask, inputs.shape, "mask")
         segments = as_segments(segment_ids, inputs.shape, "segment_ids")
         mask = Mask(
@@ -441,7 +485,7 @@ class MultiHeadSelfAttention(AttentionLayer):
             segments,
             segments,
         )
-        return with_table(mask, attention_mask, self._score_shape(inputs.shape), 1)
+        return with_table(mask, attention_mask, scores, 1)
 
     def _divide(self, width: int | None) -> int:
         if width is None or width % self._num_heads:

@@ -71,10 +71,11 @@ class TransformerBlock(SeededLayer):
         }
         super().__init__(**arguments)
         self.supports_masking = True
-        self._attention_dropout = parts["attention_dropout"]
         dropout = check_rate(parts["dropout"], "dropout")
-        if self._attention_dropout is not None:
-            check_rate(self._attention_dropout, "attention_dropout")
+        rate = parts["attention_dropout"]
+        self._attention_dropout = (
+            None if rate is None else check_rate(rate, "attention_dropout")
+        )
         self.seed = check_seed(parts["seed"])
         self._seeds = _derive_seeds(self.seed, seeds)
         self._dense = {

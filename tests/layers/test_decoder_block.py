@@ -448,3 +448,80 @@ def test_a_block_that_is_not_built_has_no_cache() -> None:
 def test_arguments_out_of_their_domain(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformerDecoderBlock(**{"num_heads": N, "hidden_dim": HIDDEN, **options})
+
+
+# Bias, heads and scores.
+
+BIAS = draw(1, N, T, T, seed=11)
+HEADS = draw(B, N, seed=12)
+
+
+@each_memory
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_bias_heads_and_scores_are_those_of_the_attention(
+    placement: str, memory: bool
+) -> None:
+    layer = block(memory, placement=placement)
+    options = {"mask": PADDING, "attention_bias": BIAS, "head_mask": HEADS}
+    found = layer(*given(memory), return_attention_scores=True, **options)
+    attention, x = layer.attention.sublayer, ops.convert_to_tensor(INPUTS)
+
+    def half(residual: Any, x: Any, sublayer: Any) -> Any:
+        if placement == "pre":
+            mixed, *scores = sublayer(residual.norm(x))
+            return x + mixed, *scores
+        mixed, *scores = sublayer(x)
+        return residual.norm(x + mixed), *scores
+
+    x, scores = half(
+        layer.attention,
+        x,
+        lambda x: attention(
+            x, use_causal_mask=True, return_attention_scores=True, **options
+        ),
+    )
+    expected = [scores]
+    if memory:
+        cross = layer.memory_attention.sublayer
+        x, scores = half(
+            layer.memory_attention,
+            x,
+            lambda x: cross(x, MEMORY, return_attention_scores=True),
+        )
+        expected.append(scores)
+    (x,) = half(layer.feed_forward, x, lambda x: [layer.feed_forward.sublayer(x)])
+    assert len(found) == 2 + memory
+    for pair in zip(found, [x, *expected], strict=True):
+        # The padding that the block hands on hides the memory from padded queries.
+        one, other = (np.moveaxis(np.asarray(x), -2, 1)[PADDING] for x in pair)
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    plain = layer(*given(memory), mask=PADDING)
+    assert np.abs(found[0] - plain)[PADDING].max() > 0.01
+    alone = layer(*given(memory), **options)
+    np.testing.assert_allclose(alone, found[0], atol=1e-6)
+
+
+@each_memory
+def test_symbolic_scores_have_their_shapes(memory: bool) -> None:
+    layer = block(memory)
+    inputs = [keras.Input(x.shape[1:]) for x in given(memory)]
+    bias = keras.Input((N, T, T))
+    outputs = layer(*inputs, attention_bias=bias, return_attention_scores=True)
+    shapes = [(None, T, D), (None, N, T, T), (None, N, T, S)][: 2 + memory]
+    assert [output.shape for output in outputs] == shapes
+    model = keras.Model([*inputs, bias], outputs)
+    biases = np.repeat(BIAS, B, axis=0)
+    found = model([*given(memory), biases])
+    expected = layer(*given(memory), attention_bias=BIAS, return_attention_scores=True)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_heads_are_masked_with_a_cache_bias_and_scores_refused() -> None:
+    layer = block(memory=False)
+    cache = layer.init_cache(B, T)
+    found, _ = layer(INPUTS, cache=cache, head_mask=HEADS)
+    np.testing.assert_allclose(found, layer(INPUTS, head_mask=HEADS), atol=1e-5)
+    for name, value in (("attention_bias", BIAS), ("return_attention_scores", True)):
+        with pytest.raises(ValueError, match=f"With a `cache` .*Received: {name}"):
+            layer(INPUTS, cache=cache, **{name: value})
