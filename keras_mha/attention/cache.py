@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from keras import backend, ops
 
 from keras_mha.attention.gradient import with_gradient
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.masks import Mask, clear_padding
 from keras_mha.typing import Shape, Tensor
 
 Cache = dict[str, Any]
@@ -107,6 +107,8 @@ def extend_cache(
     check_cache(cache, key.shape, value.shape, sliding_window)
     batch, T = ops.shape(key)[:2]
     fresh = ops.ones((batch, T), dtype="bool") if padding is None else padding
+    # Cleared once, what is cached need not be cleared at every later step.
+    key, value = (clear_padding(new, padding) for new in (key, value))
     new = {"key": key, "value": value, "mask": fresh}
     new = {name: ops.cast(new[name], cache[name].dtype) for name in new}
     L, length = ops.shape(cache["mask"])[1], cache["length"]
@@ -126,6 +128,7 @@ def extend_cache(
         is_causal=True,
         sliding_window=sliding_window,
         offset=offset,
+        keys_are_finite=True,
     )
     cache = {**kept, "length": length + T}
     return Extended(seen["key"], seen["value"], mask, cache, overflows)

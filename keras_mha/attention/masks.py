@@ -39,6 +39,8 @@ class Mask(NamedTuple):
         key_segments: Integers `(B or 1, S)`, likewise.
         offset: How many keys come before the first query, an int or an integer
             scalar tensor.
+        keys_are_finite: Whether keys and values are known to hold neither NaN nor
+            infinities where they are hidden, so that they need not be cleared.
 
     Example:
 
@@ -60,6 +62,7 @@ class Mask(NamedTuple):
     query_segments: Tensor | None = None
     key_segments: Tensor | None = None
     offset: Any = 0
+    keys_are_finite: bool = False
 
     # NumPy then leaves `array & mask` to the mask.
     __array_ufunc__ = None
@@ -100,6 +103,7 @@ class Mask(NamedTuple):
             segmented.query_segments,
             segmented.key_segments,
             _one_offset(self, other),
+            self.keys_are_finite or other.keys_are_finite,
         )
 
     __rand__ = __and__

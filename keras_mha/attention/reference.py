@@ -85,8 +85,9 @@ def attend(
     visible = materialize(mask, T, S)
     if visible is not None:
         query = _clear(query, ops.any(visible, axis=3, keepdims=True))
-        seen = _any_of_group(visible, query.shape[1], key.shape[1])
-        key, value = _clear(key, seen), _clear(value, seen)
+        if not mask.keys_are_finite:
+            seen = _any_of_group(visible, query.shape[1], key.shape[1])
+            key, value = _clear(key, seen), _clear(value, seen)
 
     scores = grouped_matmul(query, ops.transpose(key, (0, 1, 3, 2)))
     if logits_soft_cap is not None:

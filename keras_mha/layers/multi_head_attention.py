@@ -324,7 +324,7 @@ class MultiHeadAttention(AttentionLayer):
         else:
             self._check_cached(mask)
             keys = cache["key"], cache["value"]
-            mask &= Mask(key_padding=cache["mask"])
+            mask &= Mask(key_padding=cache["mask"], keys_are_finite=True)
         mixed, scores = self._attend(
             self._turn(self._query_dense(query), self.query_norm),
             *keys,

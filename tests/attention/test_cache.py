@@ -79,9 +79,19 @@ def test_a_windows_cache_holds_the_last_positions_the_oldest_first() -> None:
     cache = empty(window=4)
     for start, stop in ((0, 2), (2, 3), (3, 9)):
         cache = extend(cache, slice(start, stop), 4, padded=True).cache
-    np.testing.assert_array_equal(numbers(cache["key"]), KEYS[:, 6:9])
-    np.testing.assert_array_equal(numbers(cache["value"]), VALUES[:, 6:9])
-    np.testing.assert_array_equal(ops.convert_to_numpy(cache["mask"]), REAL[:, 6:9])
+    real = REAL[:, 6:9]
+    for name, given in (("key", KEYS), ("value", VALUES)):
+        expected = np.where(real[..., None, None], given[:, 6:9], 0.0)
+        np.testing.assert_array_equal(numbers(cache[name]), expected)
+    np.testing.assert_array_equal(ops.convert_to_numpy(cache["mask"]), real)
+
+
+def test_nan_in_padding_is_not_kept() -> None:
+    poisoned = [np.where(REAL[..., None, None], x, np.nan) for x in (KEYS, VALUES)]
+    kept = extend_cache(empty(), *poisoned, REAL).cache
+    for name, given in (("key", KEYS), ("value", VALUES)):
+        expected = np.where(REAL[..., None, None], given, 0.0)
+        np.testing.assert_array_equal(numbers(kept[name])[:, :T], expected)
 
 
 @pytest.mark.parametrize(
