@@ -184,6 +184,32 @@ class TFLiteReport(ExportReport):
     files: tuple[TFLiteFile, ...]
 
 
+@dataclass(frozen=True)
+class ONNXReport(ExportReport):
+    """What `export_onnx` wrote and checked.
+
+    Attributes:
+        path: Where the file is.
+        opset: Version of ONNX' operations that it uses.
+        size_bytes: Of the file.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        operators: How often each operation occurs, most frequent first.
+        free_sizes: The sizes that each free one had in the comparison, by the name
+            of the size: `batch`, or the input and the axis, such as `ids_1`.
+        parity: The comparison with the model.
+    """
+
+    path: str
+    opset: int
+    size_bytes: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    operators: dict[str, int]
+    free_sizes: dict[str, tuple[int, ...]]
+    parity: Parity
+
+
 def _sections(title: str, fields: dict[str, Any]) -> list[str]:
     """A table of `fields` under `title`, then one section for each file."""
     files = fields.get("files", [])
@@ -209,6 +235,8 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value)) or "none"
     if isinstance(value, dict) and "dtype" in value:
         return f"{value['name']} {value['dtype']} {value['shape']}"
+    if isinstance(value, dict) and any(isinstance(v, list) for v in value.values()):
+        return "; ".join(f"{key}: {_text(items)}" for key, items in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{key} {count}" for key, count in value.items())
     return str(value)

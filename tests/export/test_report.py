@@ -8,6 +8,7 @@ import pytest
 
 from keras_mha.export import (
     ExportReport,
+    ONNXReport,
     Parity,
     SavedModelReport,
     TensorInfo,
@@ -55,6 +56,28 @@ LITE = TFLiteReport(
         for length in (7, 11)
     ),
 )
+
+ONNX = ONNXReport(
+    model="tiny",
+    parameters=31,
+    keras="3.15.1",
+    tensorflow="2.21.0",
+    blocked=("keras_mha",),
+    path="out/model.onnx",
+    opset=18,
+    size_bytes=999,
+    inputs=(IDS,),
+    outputs=(IDS,),
+    operators={"MatMul": 3, "Add": 1},
+    free_sizes={"batch": (1, 5), "ids_1": (4, 7)},
+    parity=PARITY,
+)
+
+
+def test_an_onnx_report_says_which_sizes_were_run() -> None:
+    assert ONNX.to_dict()["free_sizes"] == {"batch": [1, 5], "ids_1": [4, 7]}
+    assert "| operators | MatMul 3, Add 1 |" in ONNX.to_markdown()
+    assert "| free_sizes | batch: 1, 5; ids_1: 4, 7 |" in ONNX.to_markdown()
 
 
 def test_reports_are_export_reports_and_frozen() -> None:
