@@ -35,7 +35,7 @@ def test_to_saved_model(tmp_path: Path) -> None:
         tmp_path / "model.keras",
         tmp_path / "served",
         *("--samples", tmp_path / "texts.txt"),
-        *("--version", 7, "--warmup", 2, "--output-names", "p"),
+        *("--version", 7, "--warmup", 2, "--output-names", "p", "--tokens"),
         *("--report", tmp_path / "report.json"),
     )
     assert done.returncode == 0, done.stderr
@@ -44,6 +44,7 @@ def test_to_saved_model(tmp_path: Path) -> None:
     assert (report["version"], report["warmup_records"]) == (7, 2)
     assert (report["inputs"][0]["name"], report["outputs"][0]["name"]) == ("text", "p")
     assert report["parity"]["samples"] == len(small_models.TEXTS)
+    assert report["further_signatures"][0]["name"] == "tokens"
     assert (tmp_path / "served" / "7" / "saved_model.pb").exists()
 
 

@@ -11,6 +11,7 @@ from keras_mha.export import (
     ONNXReport,
     Parity,
     SavedModelReport,
+    SignatureReport,
     TensorInfo,
     TFLiteFile,
     TFLiteReport,
@@ -32,7 +33,9 @@ SAVED = SavedModelReport(
     warmup_records=5,
     compiled_marks_removed=0,
     custom_operations=(),
+    batch_difference=1e-8,
     parity=PARITY,
+    further_signatures=(SignatureReport("tokens", (IDS,), (IDS,), PARITY),),
 )
 LITE = TFLiteReport(
     model="tiny",
