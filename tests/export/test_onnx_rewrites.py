@@ -50,7 +50,7 @@ def vectors(*shape: int) -> np.ndarray:
     return np.random.default_rng(11).normal(size=shape).astype("float32")
 
 
-def normalization(axis: int = -1, *, squared: str = "centred") -> Any:
+def normalization(axis: int = -1, *, squared: str = "centred", width: int = 5) -> Any:
     nodes = [
         helper.make_node("ReduceMean", ["x", "axis"], ["mean"]),
         helper.make_node("Neg", ["mean"], ["minus"]),
@@ -69,15 +69,21 @@ def normalization(axis: int = -1, *, squared: str = "centred") -> Any:
     constants = {
         "axis": np.array([axis]),
         "epsilon": np.array(0.25, "float32"),
-        "gamma": vectors(1, 1, 5),
-        "beta": vectors(1, 1, 5) + 1,
+        "gamma": vectors(1, 1, width),
+        "beta": vectors(1, 1, width) + 1,
     }
-    return make(nodes, constants)
+    return make(nodes, constants, shape=("batch", "length", width))
 
 
 @pytest.mark.parametrize("axis", [-1, 2])
 def test_a_layer_normalization_becomes_one_operation(axis: int) -> None:
     assert rewritten(normalization(axis), vectors(2, 3, 5)) == {"LayerNormalization": 1}
+
+
+def test_a_wide_layer_normalization_keeps_its_weights() -> None:
+    # So wide that they are taken out for the shape inference.
+    model = normalization(width=1031)
+    assert rewritten(model, vectors(2, 3, 1031)) == {"LayerNormalization": 1}
 
 
 @pytest.mark.parametrize(
