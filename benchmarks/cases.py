@@ -12,7 +12,12 @@ from typing import Any
 
 CONTENDERS = "benchmarks.contenders"
 # Which package a module of `contenders` needs beside those of keras_mha itself.
-PACKAGES = {"pytorch": "torch", "kerashub": "keras_hub", "jax_stock": "jax"}
+PACKAGES = {
+    "pytorch": "torch",
+    "kerashub": "keras_hub",
+    "jax_stock": "jax",
+    "onnx_files": "onnxruntime",
+}
 BACKWARD_OPERATIONS = 3.5
 PASSES = ((False, "forward"), (True, "forward and backward"))
 
@@ -102,6 +107,11 @@ class Sizes:
             "row": 128,
         }
     )
+    # (B, T, D): one text, and a batch of them
+    classifiers: tuple[tuple[int, int, int], ...] = ((1, 128, 256), (8, 128, 256))
+    classifier: Mapping[str, int] = field(
+        default_factory=lambda: {"num_heads": 4, "hidden_dim": 512}
+    )
     matrix: int = 2048
 
 
@@ -118,6 +128,8 @@ SMOKE = Sizes(
     num_heads=2,
     hidden_dim=24,
     reviews={"batch_size": 4, "batches": 2, "width": 16, "num_heads": 2, "row": 64},
+    classifiers=((2, 12, 16),),
+    classifier={"num_heads": 2, "hidden_dim": 24},
     matrix=128,
 )
 
@@ -336,6 +348,31 @@ def packing(sizes: Sizes) -> Iterator[Comparison]:
     )
 
 
+def onnx(sizes: Sizes) -> Iterator[Comparison]:
+    """A classifier as an ONNX file: by our exporter, and by tf2onnx alone."""
+    for B, T, D in sizes.classifiers:
+        same: dict[str, Any] = {"shape": (B, T, D), **sizes.classifier}
+        yield Comparison(
+            f"ONNX Runtime, one thread, two encoder blocks, B={B} T={T} D={D} "
+            "N={num_heads} hidden={hidden_dim}".format(**sizes.classifier),
+            tuple(
+                entry(
+                    f"{layers}, {exporter}",
+                    "onnx_files.classifier",
+                    layers=layers,
+                    exporter=exporter,
+                    **same,
+                )
+                for layers, exporter in (
+                    ("keras_mha", "export_onnx"),
+                    ("keras_mha", "tf2onnx"),
+                    ("keras", "export_onnx"),
+                    ("keras", "tf2onnx"),
+                )
+            ),
+        )
+
+
 CASES = {
     function.__name__: function
     for function in (
@@ -347,6 +384,7 @@ CASES = {
         encoder,
         decoding,
         packing,
+        onnx,
         memory,
     )
 }

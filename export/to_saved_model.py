@@ -53,6 +53,11 @@ def parse_arguments() -> argparse.Namespace:
         help="number of samples that become warm-up requests (default: %(default)s)",
     )
     parser.add_argument(
+        "--tokens",
+        action="store_true",
+        help="also write the signature `tokens`, which takes ids instead of texts",
+    )
+    parser.add_argument(
         "--report", type=Path, help="also write the report here, as .json or .md"
     )
     arguments = parser.parse_args()
@@ -83,6 +88,7 @@ def main() -> None:
         tolerance=arguments.tolerance,
         output_names=arguments.output_names,
         warmup=arguments.warmup,
+        tokens=arguments.tokens,
     )
     if arguments.report:
         report.write(arguments.report)

@@ -1,10 +1,13 @@
 """Models as files for other runtimes, each checked by value before it is published."""
 
+from keras_mha.export.onnx_file import export_onnx
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
     ExportReport,
+    ONNXReport,
     Parity,
     SavedModelReport,
+    SignatureReport,
     TensorInfo,
     TFLiteFile,
     TFLiteReport,
@@ -15,13 +18,16 @@ from keras_mha.export.tflite import export_tflite
 
 __all__ = [
     "ExportReport",
+    "ONNXReport",
     "Parity",
     "ParityError",
     "SavedModelReport",
+    "SignatureReport",
     "TFLiteFile",
     "TFLiteReport",
     "TensorInfo",
     "VerificationError",
+    "export_onnx",
     "export_saved_model",
     "export_tflite",
     "load_samples",

@@ -45,6 +45,7 @@ class Endpoint:
         specs: Specs,
         *,
         signature_name: str = "serve",
+        further: Mapping[str, Endpoint] | None = None,
     ) -> None:
         """Traces the function for inputs of `specs` into a SavedModel at `path`.
 
@@ -52,6 +53,7 @@ class Endpoint:
             path: A directory that does not exist.
             specs: The inputs; their shapes and types may be narrower than `inputs`.
             signature_name: Its name in the file, besides `serving_default`.
+            further: More signatures, by name: functions of the same weights.
         """
         archive: Any = keras.export.ExportArchive()
         # Tables and other resources of the model. The weights are found through the
@@ -59,8 +61,9 @@ class Endpoint:
         resources: Any = tf.Module()
         resources.model = self.model
         archive.track(resources)
-        named = {n: tf.TensorSpec(s.shape, s.dtype, name=n) for n, s in specs.items()}
-        archive.add_endpoint(signature_name, self.function, [named])
+        archive.add_endpoint(signature_name, self.function, [_named(specs)])
+        for name, other in (further or {}).items():
+            archive.add_endpoint(name, other.function, [_named(other.inputs)])
         archive.write_out(str(path), verbose=False)
 
 
@@ -127,6 +130,10 @@ def describe(
         return dict(zip(names, flat_results, strict=True))
 
     return Endpoint(model, specs, function), arrays
+
+
+def _named(specs: Specs) -> dict[str, tf.TensorSpec]:
+    return {n: tf.TensorSpec(s.shape, s.dtype, name=n) for n, s in specs.items()}
 
 
 def tensor_infos(specs: Specs) -> tuple[TensorInfo, ...]:

@@ -116,6 +116,23 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
+class SignatureReport:
+    """A further signature of a SavedModel, checked like the first.
+
+    Attributes:
+        name: Its name.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        parity: The comparison with the model.
+    """
+
+    name: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    parity: Parity
+
+
+@dataclass(frozen=True)
 class SavedModelReport(ExportReport):
     """What `export_saved_model` wrote and checked.
 
@@ -129,7 +146,10 @@ class SavedModelReport(ExportReport):
         compiled_marks_removed: Number of marks that would have asked for XLA.
         custom_operations: Operations that plain TensorFlow does not know; TF Serving
             has those of tensorflow-text built in.
+        batch_difference: How much the answer to a row changed at most with the other
+            rows of its batch.
         parity: The comparison with the model.
+        further_signatures: Those besides `serving_default` and `serve`.
     """
 
     path: str
@@ -140,7 +160,9 @@ class SavedModelReport(ExportReport):
     warmup_records: int
     compiled_marks_removed: int
     custom_operations: tuple[str, ...]
+    batch_difference: float
     parity: Parity
+    further_signatures: tuple[SignatureReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,17 +206,47 @@ class TFLiteReport(ExportReport):
     files: tuple[TFLiteFile, ...]
 
 
+@dataclass(frozen=True)
+class ONNXReport(ExportReport):
+    """What `export_onnx` wrote and checked.
+
+    Attributes:
+        path: Where the file is.
+        opset: Version of ONNX' operations that it uses.
+        size_bytes: Of the file.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        operators: How often each operation occurs, most frequent first.
+        free_sizes: The sizes that each free one had in the comparison, by the name
+            of the size: `batch`, or the input and the axis, such as `ids_1`.
+        parity: The comparison with the model.
+    """
+
+    path: str
+    opset: int
+    size_bytes: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    operators: dict[str, int]
+    free_sizes: dict[str, tuple[int, ...]]
+    parity: Parity
+
+
 def _sections(title: str, fields: dict[str, Any]) -> list[str]:
-    """A table of `fields` under `title`, then one section for each file."""
+    """A table of `fields` under `title`, then one section for each part."""
     files = fields.get("files", [])
+    signatures = fields.get("further_signatures", [])
+    nested = ("files", "further_signatures", "parity")
     # A nested comparison stands on the level of its owner.
-    flat = {key: fields[key] for key in fields if key not in ("files", "parity")}
+    flat = {key: fields[key] for key in fields if key not in nested}
     flat |= fields.get("parity", {})
     rows = ["| field | value |", "| --- | --- |"]
     rows += [f"| {key} | {_cell(value)} |" for key, value in flat.items()]
     parts = [title, "\n".join(rows)]
     for file in files:
         parts += _sections(f"### {Path(file['path']).name}", file)
+    for signature in signatures:
+        parts += _sections(f"### signature {signature['name']}", signature)
     return parts
 
 
@@ -209,6 +261,8 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value)) or "none"
     if isinstance(value, dict) and "dtype" in value:
         return f"{value['name']} {value['dtype']} {value['shape']}"
+    if isinstance(value, dict) and any(isinstance(v, list) for v in value.values()):
+        return "; ".join(f"{key}: {_text(items)}" for key, items in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{key} {count}" for key, count in value.items())
     return str(value)

@@ -13,8 +13,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
+from keras_mha.export.batching import check_batching, padded
 from keras_mha.export.compiled_marks import strip_compiled_marks
-from keras_mha.export.endpoint import describe, tensor_infos
+from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import (
     highest_version,
     publish_directory,
@@ -23,8 +24,11 @@ from keras_mha.export.files import (
 )
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.parity import check_parity, check_tolerance
-from keras_mha.export.report import SavedModelReport, TensorInfo
+from keras_mha.export.report import SavedModelReport, SignatureReport, TensorInfo
+from keras_mha.export.tokens import INPUT, after_tokenizer
 from keras_mha.export.warmup import MAX_RECORDS, read_warmup, write_warmup
+
+_TOKENS = "tokens"
 
 
 def export_saved_model(
@@ -37,19 +41,24 @@ def export_saved_model(
     tolerance: float = 1e-5,
     output_names: Sequence[str] | None = None,
     warmup: int = 16,
+    tokens: bool = False,
     timeout: float = 600.0,
 ) -> SavedModelReport:
     """Writes `model` as a SavedModel at `<directory>/<version>/`, and checks it.
 
     The signature `serving_default` (and Keras' `serve`) takes every input under its
-    own name, with a free batch dimension, and gives every output under its own.
+    own name, with a free batch dimension, and gives every output under its own. With
+    `tokens=True` a model of texts has the signature `tokens` besides, which takes what
+    its tokenizer gives.
     Marks that ask for XLA are removed, since TF Serving disables it, and the first
     samples become warm-up requests.
 
     What was written is loaded in a fresh process that cannot import `keras_mha`, and
     its values are compared with the model's, for all samples at once and row by row
     for those of the warm-up. On Linux the loader is TensorFlow's C++ one with XLA
-    disabled, which TF Serving is built on; elsewhere Python's.
+    disabled, which TF Serving is built on; elsewhere Python's. A server may batch
+    requests: that an answer does not depend on the other rows is checked too, also for
+    a batch filled up with copies of its first row.
 
     Everything happens under a name beside `<directory>/<version>/` that is no number;
     only a checked version is renamed. After an error nothing is left.
@@ -67,12 +76,16 @@ def export_saved_model(
             renamed away first: for an instant a server sees neither.
         tolerance: Largest absolute difference allowed in any output. The default
             suits float32 probabilities (measured: under 1e-6); those of half precision
-            need about 1e-2 (measured: 4e-3).
+            need about 1e-2 (measured: 4e-3). The other rows of a batch may change
+            an answer by a tenth of it.
         output_names: Names for the outputs, in the order of `keras.tree.flatten`.
             Default: the keys of a dictionary output, else the names of the layers
             that a Functional or Sequential model ends in, else `output_0`, ...
         warmup: Number of samples that become warm-up requests of one row each, at
             most 1000; 0 writes none.
+        tokens: Whether to write the signature `tokens`: the part of the model after
+            its `keras_mha.text.WordpieceTokenizer`, which takes `ids`, and other
+            inputs as they are. The weights are written once.
         timeout: Seconds that the check may take.
 
     Returns:
@@ -83,8 +96,9 @@ def export_saved_model(
         ParityError: If a value differs by more than `tolerance`.
         VerificationError: If the file does not run in the fresh process.
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument has a wrong value, or an input a name that no
-            signature can carry.
+        ValueError: If an argument has a wrong value, an input a name that no
+            signature can carry, or the model is not safe to batch: an output has
+            another first dimension than the batch, or depends on other rows.
 
     Example:
 
@@ -116,25 +130,37 @@ def export_saved_model(
     endpoint, arrays = describe(model, samples, output_names)
     rows = len(next(iter(arrays.values())))
 
+    cut = after_tokenizer(endpoint, arrays) if tokens else None
+
     with staging(directory) as staged:
         path = staged / "model"
-        endpoint.write(path, endpoint.inputs)
+        further = {} if cut is None else {_TOKENS: cut[0]}
+        endpoint.write(path, endpoint.inputs, further=further)
         marks = strip_compiled_marks(path)
         singles = [_row(arrays, i) for i in range(min(rows, max(warmup, 1)))]
         if warmup:
             write_warmup(path, singles)
             singles = read_warmup(path)
         cases = [arrays, *singles]
+        wanted = [endpoint.answer(case) for case in cases]
         signature, operations = _read_graph(path)
-        answers, facts = _run(path, cases, signature, operations, timeout)
+        (filled, *answers), facts = _run(
+            path, [padded(arrays), *cases], signature, operations, timeout
+        )
+        batch_difference = check_batching(
+            answers[0], filled, answers[1:], rows=rows, tolerance=tolerance / 10
+        )
         parity = check_parity(
-            [endpoint.answer(case) for case in cases],
+            wanted,
             answers,
             tolerance=tolerance,
             samples=rows,
             runtime=facts["runtime"],
             runtime_version=facts["version"],
         )
+        signatures = []
+        if cut is not None:
+            signatures = [_check_tokens(path, *cut, wanted[0], tolerance, timeout)]
         size = size_of(path)
         publish_directory(path, final, overwrite=overwrite)
 
@@ -152,7 +178,33 @@ def export_saved_model(
         warmup_records=len(singles) if warmup else 0,
         compiled_marks_removed=marks,
         custom_operations=tuple(facts["custom_operations"]),
+        batch_difference=batch_difference,
         parity=parity,
+        further_signatures=tuple(signatures),
+    )
+
+
+def _check_tokens(
+    path: Path,
+    endpoint: Endpoint,
+    arrays: Mapping[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
+    tolerance: float,
+    timeout: float,
+) -> SignatureReport:
+    """Compares the signature `tokens` with the answers of the whole model."""
+    signature, operations = _read_graph(path, _TOKENS)
+    answers, facts = _run(path, [arrays], signature, operations, timeout, _TOKENS)
+    parity = check_parity(
+        [wanted],
+        answers,
+        tolerance=tolerance,
+        samples=len(arrays[INPUT]),
+        runtime=facts["runtime"],
+        runtime_version=facts["version"],
+    )
+    return SignatureReport(
+        _TOKENS, tensor_infos(endpoint.inputs), _outputs(signature), parity
     )
 
 
@@ -170,15 +222,17 @@ def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
     return {name: array[i : i + 1] for name, array in arrays.items()}
 
 
-def _read_graph(path: Path) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
-    """The serving signature, and the names of all operations in the file."""
+def _read_graph(
+    path: Path, signature_name: str = "serving_default"
+) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
+    """A signature, and the names of all operations in the file."""
     content = (path / "saved_model.pb").read_bytes()
     meta_graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
     graph = meta_graph.graph_def
     functions = {function.signature.name for function in graph.library.function}
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
     operations = sorted({node.op for node in nodes} - functions)
-    return meta_graph.signature_def["serving_default"], operations
+    return meta_graph.signature_def[signature_name], operations
 
 
 def _outputs(signature: meta_graph_pb2.SignatureDef) -> tuple[TensorInfo, ...]:
@@ -195,6 +249,7 @@ def _run(
     signature: meta_graph_pb2.SignatureDef,
     operations: list[str],
     timeout: float,
+    signature_name: str = "serving_default",
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
     options: dict[str, Any] = {
         "operations": operations,
@@ -220,7 +275,8 @@ def _run(
         path,
         cases,
         blocked=("keras_mha",),  # tensorflow itself looks for keras
-        options=options | {"outputs": list(signature.outputs)},
+        options=options
+        | {"outputs": list(signature.outputs), "signature_name": signature_name},
         timeout=timeout,
     )
 

@@ -80,6 +80,7 @@ def test_rivals_name_the_package_they_need() -> None:
     assert found["pytorch"] == "torch"
     assert found["kerashub"] == "keras_hub"
     assert found["jax_stock"] == "jax"
+    assert found["onnx_files"] == "onnxruntime"
     assert found["ours"] is None
 
 

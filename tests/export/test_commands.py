@@ -35,7 +35,7 @@ def test_to_saved_model(tmp_path: Path) -> None:
         tmp_path / "model.keras",
         tmp_path / "served",
         *("--samples", tmp_path / "texts.txt"),
-        *("--version", 7, "--warmup", 2, "--output-names", "p"),
+        *("--version", 7, "--warmup", 2, "--output-names", "p", "--tokens"),
         *("--report", tmp_path / "report.json"),
     )
     assert done.returncode == 0, done.stderr
@@ -44,6 +44,7 @@ def test_to_saved_model(tmp_path: Path) -> None:
     assert (report["version"], report["warmup_records"]) == (7, 2)
     assert (report["inputs"][0]["name"], report["outputs"][0]["name"]) == ("text", "p")
     assert report["parity"]["samples"] == len(small_models.TEXTS)
+    assert report["further_signatures"][0]["name"] == "tokens"
     assert (tmp_path / "served" / "7" / "saved_model.pb").exists()
 
 
@@ -64,16 +65,48 @@ def test_to_tflite(tmp_path: Path) -> None:
     assert {"model_5.tflite", "model_7.tflite"} <= {p.name for p in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("command", ["to_saved_model.py", "to_tflite.py"])
+def test_to_onnx(tmp_path: Path) -> None:
+    small_models.ids_model().save(tmp_path / "model.keras")
+    np.save(tmp_path / "ids.npy", np.array([[3, 1, 4], [1, 5, 0]]))
+    done = run(
+        "to_onnx.py",
+        tmp_path / "model.keras",
+        tmp_path / "onnx" / "classifier.onnx",
+        *("--samples", tmp_path / "ids.npy", "--opset", 17, "--output-names", "p"),
+        *("--report", tmp_path / "report.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("## ONNXReport\n")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["opset"], report["outputs"][0]["name"]) == (17, "p")
+    assert report["inputs"][0]["shape"] == [None, None]
+    assert [p.name for p in (tmp_path / "onnx").iterdir()] == ["classifier.onnx"]
+
+
+def test_to_onnx_refuses_another_kind_of_file_before_the_work() -> None:
+    done = run("to_onnx.py", "a.keras", "model.pb", "--samples", "x.npy")
+    assert done.returncode == 2
+    assert "the path to write must end in .onnx" in done.stderr
+
+
+COMMANDS = {
+    "to_onnx.py": "out.onnx",
+    "to_saved_model.py": "out",
+    "to_tflite.py": "out",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_report_of_another_kind_is_refused_before_the_work(command: str) -> None:
-    done = run(command, "a.keras", "out", "--samples", "x.npy", "--report", "r.txt")
+    out = COMMANDS[command]
+    done = run(command, "a.keras", out, "--samples", "x.npy", "--report", "r.txt")
     assert done.returncode == 2
     assert "--report must end in .json or .md" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["to_saved_model.py", "to_tflite.py"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_file_is_named_in_one_line(command: str) -> None:
-    done = run(command, "a.keras", "out", "--samples", "x.npy")
+    done = run(command, "a.keras", COMMANDS[command], "--samples", "x.npy")
     assert done.returncode == 2
     assert done.stderr.strip().endswith("error: a.keras does not exist")
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from keras_mha.export import files
 from keras_mha.export.files import (
     highest_version,
     publish_directory,
@@ -60,6 +63,86 @@ def test_the_old_directory_comes_back_when_the_new_cannot_be_renamed(
         publish_directory(staged / "absent", final, overwrite=True)
     assert (final / "content").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.fixture
+def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a system that cannot swap two directories in one step."""
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+
+
+@pytest.mark.usefixtures("without_exchange")
+def test_without_an_exchange_the_old_directory_is_replaced_too(tmp_path: Path) -> None:
+    test_an_existing_directory_is_replaced_only_when_asked(tmp_path)
+
+
+@pytest.mark.usefixtures("without_exchange")
+def test_without_an_exchange_the_old_directory_comes_back_too(tmp_path: Path) -> None:
+    test_the_old_directory_comes_back_when_the_new_cannot_be_renamed(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux' own")
+def test_an_exchange_is_one_step(tmp_path: Path) -> None:
+    new, final = make(tmp_path / "a", "new"), make(tmp_path / "1", "old")
+    assert files._exchange(new, final)
+    assert (final / "content").read_text() == "new"
+    assert (new / "content").read_text() == "old"
+    with pytest.raises(FileNotFoundError, match="absent"):
+        files._exchange(tmp_path / "absent", final)
+
+
+LEAVE_STAGING = """
+import os, runpy, signal, sys
+from pathlib import Path
+staging = runpy.run_path(sys.argv[3])["staging"]
+with staging(Path(sys.argv[1])) as staged:
+    (staged / "part").write_bytes(bytes(7))
+    print(staged, flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def start(directory: Path, fate: str) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVE_STAGING, str(directory), fate, files.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(
+    tmp_path: Path,
+) -> None:
+    killed, left = start(tmp_path, "killed")
+    killed.communicate()
+    assert (left / "part").exists()
+    living, kept = start(tmp_path, "living")
+    assert not left.exists()
+    with staging(tmp_path) as own:
+        assert set(tmp_path.iterdir()) == {kept, own}
+        assert (kept / "part").exists()
+    living.communicate()
+    assert (living.returncode, list(tmp_path.iterdir())) == (0, [])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_version_caught_between_two_renames_comes_back(tmp_path: Path) -> None:
+    left = tmp_path / ".staging-of-a-killed-process"
+    (left / "retired").mkdir(parents=True)
+    make(left / "retired" / "1", "old")
+    make(left / "retired" / "2", "older")
+    make(tmp_path / "2", "new")
+    with staging(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+    assert (tmp_path / "1" / "content").read_text() == "old"
+    assert (tmp_path / "2" / "content").read_text() == "new"
 
 
 def test_highest_version(tmp_path: Path) -> None:

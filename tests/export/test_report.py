@@ -8,8 +8,10 @@ import pytest
 
 from keras_mha.export import (
     ExportReport,
+    ONNXReport,
     Parity,
     SavedModelReport,
+    SignatureReport,
     TensorInfo,
     TFLiteFile,
     TFLiteReport,
@@ -31,7 +33,9 @@ SAVED = SavedModelReport(
     warmup_records=5,
     compiled_marks_removed=0,
     custom_operations=(),
+    batch_difference=1e-8,
     parity=PARITY,
+    further_signatures=(SignatureReport("tokens", (IDS,), (IDS,), PARITY),),
 )
 LITE = TFLiteReport(
     model="tiny",
@@ -55,6 +59,28 @@ LITE = TFLiteReport(
         for length in (7, 11)
     ),
 )
+
+ONNX = ONNXReport(
+    model="tiny",
+    parameters=31,
+    keras="3.15.1",
+    tensorflow="2.21.0",
+    blocked=("keras_mha",),
+    path="out/model.onnx",
+    opset=18,
+    size_bytes=999,
+    inputs=(IDS,),
+    outputs=(IDS,),
+    operators={"MatMul": 3, "Add": 1},
+    free_sizes={"batch": (1, 5), "ids_1": (4, 7)},
+    parity=PARITY,
+)
+
+
+def test_an_onnx_report_says_which_sizes_were_run() -> None:
+    assert ONNX.to_dict()["free_sizes"] == {"batch": [1, 5], "ids_1": [4, 7]}
+    assert "| operators | MatMul 3, Add 1 |" in ONNX.to_markdown()
+    assert "| free_sizes | batch: 1, 5; ids_1: 4, 7 |" in ONNX.to_markdown()
 
 
 def test_reports_are_export_reports_and_frozen() -> None:

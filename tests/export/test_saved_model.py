@@ -17,6 +17,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_saved_model
 from keras_mha.export import saved_model as module
+from keras_mha.export.batching import padded
 from tests.export import small_models
 from tests.export.small_models import dense_model, features
 
@@ -247,6 +248,145 @@ def test_integer_and_string_outputs(tmp_path: Path) -> None:
     assert report.parity.max_absolute_difference == 0
 
 
+# Several signatures.
+
+
+def tokens_of(texts: Sequence[str], model: keras.Model) -> np.ndarray:
+    return np.asarray(model.layers[1](tf.constant(texts)))
+
+
+def test_tokens_have_a_signature_of_their_own(tmp_path: Path) -> None:
+    model, texts = small_models.text_model(), small_models.TEXTS
+    report = export_saved_model(model, tmp_path, samples=texts, tokens=True)
+    (signature,) = report.further_signatures
+    (given,), (got,) = signature.inputs, signature.outputs
+    assert (signature.name, report.inputs[0].name) == ("tokens", "text")
+    assert (given.name, given.dtype, given.shape) == ("ids", "int32", (None, None))
+    assert (got.name, got.shape) == ("probabilities", (None, 3))
+    assert signature.parity.runtime == report.parity.runtime
+    assert signature.parity.samples == len(texts)
+    assert signature.parity.max_absolute_difference <= 1e-6
+    assert "### signature tokens" in report.to_markdown()
+
+    signatures = tf.saved_model.load(report.path).signatures
+    assert {"serving_default", "serve", "tokens"} == set(signatures)
+    other = ["bad", "a good good movie"]
+    ids = tokens_of(other, model)
+    answer = signatures["tokens"](ids=tf.constant(ids))["probabilities"]
+    wanted = model(tf.constant(other))
+    assert np.ptp(wanted, axis=0).max() > 0.02
+    np.testing.assert_allclose(answer, wanted, atol=1e-6)
+    written = tf.train.list_variables(f"{report.path}/variables/variables")
+    shapes = sorted(tuple(shape) for name, shape in written if shape)
+    assert shapes == sorted(tuple(weight.shape) for weight in model.weights)
+
+
+def test_tokens_beside_another_input(tmp_path: Path) -> None:
+    text = small_models.text_model()
+    size = keras.Input((2,), name="size")
+    texts = keras.Input((), dtype="string", name="text")
+    ids = text.layers[1](texts)
+    joined = keras.layers.Concatenate()([text.layers[2](ids), size])
+    model = keras.Model({"text": texts, "size": size}, {"joined": joined})
+    x = {"text": small_models.TEXTS, "size": features(5)[:, :2]}
+    tokenizer = text.layers[1]
+    report = export_saved_model(model, tmp_path, samples=x, tokens=True)
+    (signature,) = report.further_signatures
+    assert [given.name for given in signature.inputs] == ["ids", "size"]
+    endpoint = tf.saved_model.load(report.path).signatures["tokens"]
+    got = endpoint(ids=tokenizer(tf.constant(x["text"])), size=tf.constant(x["size"]))[
+        "joined"
+    ]
+    wanted = model({name: tf.constant(value) for name, value in x.items()})["joined"]
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+def test_elsewhere_tokens_run_in_python_s_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_tensorflow_libraries", list)
+    report = export_saved_model(
+        small_models.text_model(), tmp_path, samples=small_models.TEXTS, tokens=True
+    )
+    (signature,) = report.further_signatures
+    assert signature.parity.runtime == "TensorFlow Python loader"
+
+
+def test_wrong_tokens_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = module.after_tokenizer
+
+    def off_by_one(*arguments: Any) -> Any:
+        endpoint, arrays = plain(*arguments)
+        return endpoint, arrays | {"ids": (arrays["ids"] + 1) % 9}
+
+    monkeypatch.setattr(module, "after_tokenizer", off_by_one)
+    with pytest.raises(ParityError, match="Output 'probabilities' .* differs"):
+        export_saved_model(
+            small_models.text_model(),
+            tmp_path / "out",
+            samples=small_models.TEXTS,
+            tokens=True,
+        )
+    assert left_in(tmp_path) == []
+
+
+def test_tokens_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="of its own once.*Sequential with 0 such calls"
+    ):
+        export_saved_model(dense_model(), tmp_path, samples=features(), tokens=True)
+
+
+# Batching.
+
+
+class LessTheMean(keras.layers.Layer):
+    """Looks at the other rows of the batch."""
+
+    def call(self, inputs: Any) -> Any:
+        mean: Any = keras.ops.mean(inputs, axis=0, keepdims=True)
+        return inputs - 1e-4 * mean
+
+
+class Total(keras.layers.Layer):
+    """Gives one number for the whole batch."""
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.sum(inputs)
+
+    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
+        return keras.KerasTensor((), inputs.dtype)
+
+
+def test_the_other_rows_of_a_batch_change_nothing(tmp_path: Path) -> None:
+    report = export_saved_model(
+        small_models.text_model(), tmp_path, samples=small_models.TEXTS
+    )
+    assert 0 <= report.batch_difference <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (LessTheMean, r"must not depend on the other rows.*differ by 0\.000"),
+        (Total, r"the batch as its first dimension.*'last' of shape \(\) for 5 rows"),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_a_model_that_no_server_could_batch_is_refused(
+    tmp_path: Path, layer: type, text: str, warmup: int
+) -> None:
+    inputs = keras.Input((3,), name="features")
+    model = keras.Model(inputs, layer(name="last")(inputs))
+    with pytest.raises(ValueError, match=re.compile(text, re.DOTALL)):
+        export_saved_model(
+            model, tmp_path / "out", samples=features(), warmup=warmup, tolerance=1e-5
+        )
+    assert left_in(tmp_path) == []
+
+
 # What is refused.
 
 
@@ -297,6 +437,7 @@ STEPS = [
     "read_warmup",
     "_read_graph",
     "_run",
+    "check_batching",
     "check_parity",
     "size_of",
     "publish_directory",
@@ -314,8 +455,8 @@ def test_an_interruption_leaves_nothing(
     # Replaying takes a process: not needed where a later step is the one that stops.
     if STEPS.index(step) > STEPS.index("_run"):
         facts = {"runtime": "none", "version": "0"}
-        answers = [{"probabilities": dense_model()(features()).numpy()}]
-        answers += [{"probabilities": dense_model()(features()[:1]).numpy()}]
+        batches = [padded({"": features()})[""], features(), features()[:1]]
+        answers = [{"probabilities": dense_model()(x).numpy()} for x in batches]
         monkeypatch.setattr(module, "_run", lambda *_: (answers, facts))
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "old").touch()

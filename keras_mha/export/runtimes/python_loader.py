@@ -19,6 +19,7 @@ def run(
     outputs: Sequence[str],
     operations: Sequence[str],
     operation_libraries: Sequence[str],
+    signature_name: str = "serving_default",
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
     """Runs every case on the SavedModel at `path`; see `cpp_loader.run`."""
     import tensorflow as tf
@@ -36,7 +37,7 @@ def run(
         raise RuntimeError(
             f"No library at hand registers the operations {unregistered()}"
         )
-    endpoint = tf.saved_model.load(path).signatures["serving_default"]
+    endpoint = tf.saved_model.load(path).signatures[signature_name]
     answers = []
     for case in cases:
         given = {name: tf.constant(array) for name, array in case.items()}
