@@ -271,7 +271,8 @@ def _cut_up(query: Tensor, key: Tensor, call: _Call) -> _Tiling:
     span = S if window is None else _least(S, rows + 2 * window)
     pairs = _most(_TILE // (call.groups * rows * _most(span, 1)), 1)
     batch = _most(pairs // K, 1)
-    batch = batch if isinstance(batch, int) and batch == 1 else _least(B, batch)
+    if not isinstance(batch, int) or batch > 1:
+        batch = _most(_least(B, batch), 1)
     if call.bias.pairs is not None and call.bias.pairs.shape[0] != 1:
         batch = 1  # tiles of one size, whose gradients can be laid side by side
     heads = _divisor(K, pairs)
@@ -280,9 +281,9 @@ def _cut_up(query: Tensor, key: Tensor, call: _Call) -> _Tiling:
         heads,
         rows,
         K // heads,
-        _count(B, batch) * (K // heads),
-        _count(T, rows),
-        *key_ranges(mask, T, S, rows),
+        _most(_count(B, batch), 1) * (K // heads),
+        _most(_count(T, rows), 1),
+        *(_one_or_more(ends) for ends in key_ranges(mask, T, S, rows)),
         *_order(mask, batch * heads * call.groups, rows, S, query.dtype)
         if mask.is_ordered and not call.tables
         else (None, None),
@@ -576,8 +577,11 @@ def _section(index: Any, tiling: _Tiling, call: _Call) -> _Section:
     section = _Section(batch, heads, key_heads, (rows, wide), (rows, shared))
     if call.is_whole:
         return section
-    first = tf.reduce_min(_pick(tiling.first, batch), axis=0)
-    last = tf.reduce_max(_pick(tiling.last, batch), axis=0)
+    # Bounded, because no row of an empty batch tells.
+    first = tf.minimum(
+        tf.reduce_min(_pick(tiling.first, batch), axis=0), call.lengths[1]
+    )
+    last = tf.maximum(tf.reduce_max(_pick(tiling.last, batch), axis=0), 0)
     first, last = _in_order(first, last)
     if call.is_prefix:  # also where a block sees nothing
         first = tf.zeros_like(first)
@@ -842,6 +846,12 @@ def _join_pairs(found: tf.TensorArray, call: _Call, tiling: _Tiling) -> Tensor:
     rows = tf.reshape(rows, (batch, heads, -1, n, s))
     rows = tf.transpose(rows, (0, 1, 3, 2, 4))
     return tf.reshape(rows, _sizes(call.bias.pairs))
+
+
+def _one_or_more(ends: Tensor) -> Tensor:
+    """Gives a sequence without queries one block of none."""
+    missing = tf.maximum(1 - tf.shape(ends)[1], 0)
+    return tf.pad(ends, ((0, 0), (0, missing)))
 
 
 def _pick(tensor: Tensor, places: slice, axis: int = 0) -> Tensor:
