@@ -1,5 +1,6 @@
 """Models as files for other runtimes, each checked by value before it is published."""
 
+from keras_mha.export.lint import Finding, lint_tflite
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
     ExportReport,
@@ -15,6 +16,7 @@ from keras_mha.export.tflite import export_tflite
 
 __all__ = [
     "ExportReport",
+    "Finding",
     "Parity",
     "ParityError",
     "SavedModelReport",
@@ -24,5 +26,6 @@ __all__ = [
     "VerificationError",
     "export_saved_model",
     "export_tflite",
+    "lint_tflite",
     "load_samples",
 ]
