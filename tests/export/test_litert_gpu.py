@@ -1,0 +1,360 @@
+"""LiteRT's GPU delegate on a software driver: where it is right, and where wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_mha.export import VerificationError
+from keras_mha.export.fresh_process import run_in_fresh_process
+from keras_mha.export.graph import read_operators
+from keras_mha.export.lint import GPU_OPERATORS, lint_tflite
+from keras_mha.export.runtimes import litert_gpu
+from tests.export import tflite_files
+from tests.export.tflite_files import D, H, N, S, V, convert, on, values
+
+BLOCKED = ("keras_mha", "keras", "tensorflow")
+
+
+class Answers(NamedTuple):
+    cpu: np.ndarray
+    gpu: np.ndarray
+    facts: dict[str, Any]
+
+    @property
+    def difference(self) -> float:
+        """The largest, relative to the largest value."""
+        cpu = self.cpu.astype(np.float64)
+        return float(np.max(np.abs(self.gpu - cpu)) / max(np.max(np.abs(cpu)), 1.0))
+
+
+@pytest.fixture(scope="module")
+def driver() -> str:
+    try:
+        return str(litert_gpu.find_software_driver())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def run_on_both(path: Path, driver: str, **case: np.ndarray) -> Answers:
+    def run(runtime: str, **options: str) -> tuple[np.ndarray, dict[str, Any]]:
+        (answer,), facts = run_in_fresh_process(
+            runtime,
+            path,
+            [case],
+            blocked=BLOCKED,
+            options={"signature_name": "serving_default", **options},
+            timeout=120.0,
+        )
+        return answer["y"], facts
+
+    cpu, _ = run("litert")
+    gpu, facts = run("litert_gpu", driver=driver)
+    return Answers(cpu, gpu, facts)
+
+
+@pytest.fixture
+def answers(tmp_path: Path, driver: str) -> Callable[..., Answers]:
+    """Converts a function and runs it on both."""
+
+    def convert_and_run(function: Callable[..., Any], **case: np.ndarray) -> Answers:
+        path = tmp_path / "model.tflite"
+        inputs = {
+            name: (array.shape, tf.as_dtype(array.dtype))
+            for name, array in case.items()
+        }
+        path.write_bytes(convert(function, inputs))
+        return run_on_both(path, driver, **case)
+
+    return convert_and_run
+
+
+# Without a driver.
+
+
+def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(litert_gpu, "_MANIFESTS", (Path("/nowhere/a.json"),))
+    monkeypatch.setattr(litert_gpu.ctypes.util, "find_library", lambda _: None)
+    monkeypatch.setenv("VK_ICD_FILENAMES", "/nowhere/vk_swiftshader_icd.json")
+    with pytest.raises(FileNotFoundError, match="SwiftShader.*Vulkan's loader") as got:
+        litert_gpu.find_software_driver()
+    assert "apt-get install chromium libvulkan1" in str(got.value)
+
+
+def test_a_named_driver_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, named = tmp_path / "other.json", tmp_path / "vk_swiftshader_icd.json"
+    for path in (other, named):
+        path.write_text("{}")
+    monkeypatch.setattr(litert_gpu.ctypes.util, "find_library", lambda _: "vulkan")
+    monkeypatch.setenv("VK_ICD_FILENAMES", f"{other}:{named}")
+    assert litert_gpu.find_software_driver() == named
+
+
+# Good files.
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize("optimizations", [[], [tf.lite.Optimize.DEFAULT]])
+def test_a_good_file_is_taken_whole_and_answered_rightly(
+    tmp_path: Path, driver: str, optimizations: list[Any]
+) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(
+        convert(
+            tflite_files.classifier,
+            {"ids": ((1, S), tf.int32)},
+            optimizations=optimizations,
+        )
+    )
+    assert lint_tflite(path, target="gpu") == ()
+    several = []
+    for row in ([3, 1, 4, 1, 5, 9, 2], [5, 10, 0, 0, 0, 0, 0]):
+        ids = np.array([row], "int32")
+        cpu, gpu, facts = run_on_both(path, driver, ids=ids)
+        wanted = tflite_files.classifier(tf.constant(ids)).numpy()
+        np.testing.assert_allclose(gpu, wanted, atol=1e-5)
+        np.testing.assert_allclose(gpu, cpu, atol=1e-5)
+        several.append(gpu)
+    assert np.max(np.abs(several[0] - several[1])) > 0.1  # it does read its input
+    assert facts["fully_accelerated"] is True
+    assert facts["driver"] == driver
+    assert facts["version"].startswith("2.")
+
+
+@pytest.mark.gpu_software
+def test_a_graph_that_is_not_taken_whole_is_known(
+    answers: Callable[..., Answers],
+) -> None:
+    got = answers(lambda x: tf.nn.log_softmax(tf.exp(x)), x=values(1, S, D))
+    assert got.facts["fully_accelerated"] is False
+    assert got.difference < 1e-5
+
+
+@pytest.mark.gpu_software
+def test_another_driver_is_not_taken_for_it(tmp_path: Path, driver: str) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(convert(tf.exp, on((1, S, D))))
+    assert driver
+    with pytest.raises(VerificationError, match="(?i)driver|accelerat|gpu"):
+        run_on_both(path, str(tmp_path / "none.json"), x=values(1, S, D))
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ({"y": values(1, S, D)}, r"takes \['x'\]. Received: \['y'\]"),
+        ({"x": values(1, S, D + 1)}, "Input 'x' must be"),
+        ({"x": values(1, S, D).astype("int32")}, "Input 'x' must be"),
+    ],
+)
+def test_wrong_inputs_are_refused(
+    tmp_path: Path, driver: str, case: dict[str, np.ndarray], text: str
+) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(convert(tf.exp, on((1, S, D))))
+    with pytest.raises(VerificationError, match=text):
+        run_in_fresh_process(
+            "litert_gpu",
+            path,
+            [case],
+            blocked=BLOCKED,
+            options={"signature_name": "serving_default", "driver": driver},
+            timeout=120.0,
+        )
+
+
+# Errors that nothing tells but the values.
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize(
+    ("activation", "constant", "misread"),
+    [
+        ((S, D), (S, D), True),
+        ((S, D), (S, 1), True),
+        ((S, D), (1, S, D), True),
+        ((D,), (D,), True),
+        ((1, S, D), (2, S, D), True),
+        ((2, S, D), (2, 1, 1), True),
+        ((S, D), (1, D), False),
+        ((S, D), (D,), False),
+        ((1, S, D), (1, S, D), False),
+        ((3, 2, S, D), (2, S, D), False),
+    ],
+)
+@pytest.mark.parametrize("operation", [tf.add, tf.multiply, tf.subtract, tf.maximum])
+def test_the_rule_on_constants_is_what_the_delegate_does(
+    answers: Callable[..., Answers],
+    tmp_path: Path,
+    operation: Callable[..., Any],
+    activation: tuple[int, ...],
+    constant: tuple[int, ...],
+    misread: bool,
+) -> None:
+    got = answers(
+        lambda x: operation(tf.nn.relu(x), values(*constant) + 1),
+        x=values(*activation, seed=9),
+    )
+    assert got.facts["fully_accelerated"] is True
+    rules = [one.rule for one in lint_tflite(tmp_path / "model.tflite", "gpu")]
+    if misread:
+        assert got.difference > 0.05
+        assert rules == ["elementwise-constant"]
+    else:
+        assert got.difference < 1e-5
+        assert rules == []
+
+
+@pytest.mark.gpu_software
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+def test_full_int8_attention_is_taken_whole_and_wrong(
+    tmp_path: Path, driver: str
+) -> None:
+    x = values(1, S, D, seed=77)
+    wanted = tflite_files.masked_attention(tf.constant(x)).numpy()
+
+    def error(**settings: Any) -> float:
+        path = tmp_path / "model.tflite"
+        path.write_bytes(
+            convert(tflite_files.masked_attention, on((1, S, D)), **settings)
+        )
+        _, gpu, facts = run_on_both(path, driver, x=x)
+        assert facts["fully_accelerated"] is True
+        return float(np.sqrt(np.mean((gpu - wanted) ** 2) / np.mean(wanted**2)))
+
+    assert error() < 1e-5
+    assert error(**tflite_files.int8_settings()) > 0.5
+
+
+# The list of operators, each in a file of its own.
+
+
+def _split(x: Any) -> Any:
+    first, second, third = tf.split(x, 3, axis=-1)
+    return first * 2.0 + second * 3.0 + third * 5.0
+
+
+FLOATS: dict[str, Callable[[Any], Any]] = {
+    "ABS": tf.abs,
+    "ADD": lambda x: x + tf.exp(x),
+    "ARG_MAX": lambda x: tf.argmax(x, -1, output_type=tf.int32),
+    "ATAN2": lambda x: tf.atan2(x, tf.exp(x)),
+    "BATCH_MATMUL": lambda x: tf.matmul(x, tf.exp(x), transpose_b=True),
+    "CAST": lambda x: tf.cast(x > 0, tf.float32),
+    "CEIL": tf.math.ceil,
+    "CONCATENATION": lambda x: tf.concat([x, tf.exp(x)], -1),
+    "COS": tf.cos,
+    "CUMSUM": lambda x: tf.cumsum(x, axis=1),
+    "DIV": lambda x: x / (tf.exp(x) + 1.0),
+    "ELU": tf.nn.elu,
+    "EQUAL": lambda x: tf.cast(tf.equal(x, tf.abs(x)), tf.float32),
+    "EXP": tf.exp,
+    "FLOOR": tf.floor,
+    "FLOOR_DIV": lambda x: tf.math.floordiv(x, tf.exp(x)),
+    "FLOOR_MOD": lambda x: tf.math.floormod(x, tf.exp(x)),
+    "FULLY_CONNECTED": lambda x: x @ values(D, 5),
+    "GATHER": lambda x: tf.gather(x, [2, 0, 5], axis=1),
+    "GELU": tf.nn.gelu,
+    "GREATER": lambda x: tf.cast(x > tf.tanh(x * -3), tf.float32),
+    "GREATER_EQUAL": lambda x: tf.cast(x >= tf.tanh(x * -3), tf.float32),
+    "HARD_SWISH": lambda x: x * tf.nn.relu6(x + 3) / 6,
+    "LEAKY_RELU": tf.nn.leaky_relu,
+    "LESS": lambda x: tf.cast(x < tf.tanh(x * -3), tf.float32),
+    "LESS_EQUAL": lambda x: tf.cast(x <= tf.tanh(x * -3), tf.float32),
+    "LOG": lambda x: tf.math.log(tf.abs(x) + 1.0),
+    "LOGICAL_AND": lambda x: tf.cast((x > 0) & (x < 1), tf.float32),
+    "LOGICAL_OR": lambda x: tf.cast((x > 1) | (x < -1), tf.float32),
+    "LOGISTIC": tf.sigmoid,
+    "MAXIMUM": lambda x: tf.maximum(x, tf.tanh(x * -3)),
+    "MEAN": lambda x: tf.reduce_mean(x, -1, keepdims=True),
+    "MINIMUM": lambda x: tf.minimum(x, tf.tanh(x * -3)),
+    "MIRROR_PAD": lambda x: tf.pad(x, [[0, 0], [0, 0], [1, 2]], "REFLECT"),
+    "MUL": lambda x: x * tf.exp(x),
+    "NEG": tf.negative,
+    "NOT_EQUAL": lambda x: tf.cast(tf.not_equal(x, tf.abs(x)), tf.float32),
+    "PACK": lambda x: tf.stack([x, tf.exp(x)], 0),
+    "PAD": lambda x: tf.pad(x, [[0, 0], [0, 0], [1, 2]]),
+    "POW": lambda x: tf.pow(tf.abs(x) + 1.0, tf.sigmoid(x)),
+    "REDUCE_ANY": lambda x: tf.cast(tf.reduce_any(x > 1, -1), tf.float32),
+    "REDUCE_MAX": lambda x: tf.reduce_max(x, -1, keepdims=True),
+    "REDUCE_MIN": lambda x: tf.reduce_min(x, -1, keepdims=True),
+    "REDUCE_PROD": lambda x: tf.reduce_prod(x, -1, keepdims=True),
+    "RELU": tf.nn.relu,
+    "RELU6": tf.nn.relu6,
+    "RESHAPE": lambda x: tf.reshape(tf.exp(x), (1, N, S, H)),
+    "REVERSE_V2": lambda x: tf.reverse(x, [1]),
+    "ROUND": tf.round,
+    "RSQRT": lambda x: tf.math.rsqrt(tf.abs(x) + 1.0),
+    "SELECT": lambda x: tf.where(x > 0, x, tf.exp(x)),
+    "SELECT_V2": lambda x: tf.where(x[:, :, :1] > 0, tf.exp(x), tf.tanh(x)),
+    "SIGN": tf.sign,
+    "SIN": tf.sin,
+    "SLICE": lambda x: tf.slice(tf.exp(x), [0, 0, 1], [1, S, 3]),
+    "SOFTMAX": tf.nn.softmax,
+    "SPLIT": _split,
+    "SQRT": lambda x: tf.sqrt(tf.abs(x) + 1.0),
+    "SQUARE": tf.square,
+    "SQUARED_DIFFERENCE": lambda x: tf.math.squared_difference(x, tf.tanh(x * -3)),
+    "STRIDED_SLICE": lambda x: tf.exp(x)[:, ::2, 1:],
+    "SUB": lambda x: x - tf.exp(x),
+    "SUM": lambda x: tf.reduce_sum(x, -1),
+    "TANH": tf.tanh,
+    "TILE": lambda x: tf.tile(x, [1, 1, 3]),
+    "TRANSPOSE": lambda x: tf.transpose(x, (0, 2, 1)),
+    "UNPACK": lambda x: tf.add(*tf.unstack(tf.concat([x, x * 2.0], 0), axis=0)),
+}
+INTEGERS: dict[str, Callable[[Any], Any]] = {
+    "EMBEDDING_LOOKUP": lambda x: tf.one_hot(tf.reshape(x, (S,)), V) @ values(V, D),
+    "ONE_HOT": lambda x: tf.one_hot(x, V),
+}
+# What a quantized file adds; the test of the good files has both.
+QUANTIZED = {"QUANTIZE", "DEQUANTIZE"}
+
+
+def test_each_operator_of_the_list_is_tried() -> None:
+    assert {*FLOATS, *INTEGERS, *QUANTIZED} == GPU_OPERATORS
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS])
+def test_the_operators_of_the_list_are_answered_rightly(
+    name: str, answers: Callable[..., Answers], tmp_path: Path
+) -> None:
+    if name in FLOATS:
+        got = answers(FLOATS[name], x=values(1, S, D, seed=9))
+    else:
+        got = answers(INTEGERS[name], x=np.array([[3, 1, 4, 1, 5, 9, 2]], "int32"))
+    operators = read_operators(tmp_path / "model.tflite", timeout=60.0)
+    assert name in [operator.name for operator in operators]
+    assert got.facts["fully_accelerated"] is True
+    assert np.ptp(got.cpu) > 0
+    # The driver's sine and cosine have an error of 2e-4.
+    assert got.difference < (1e-3 if "SIN" in name or "COS" in name else 1e-5)
+
+
+@pytest.mark.gpu_software
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+def test_dense_layers_in_int8_are_answered_as_on_the_cpu(
+    tmp_path: Path, driver: str
+) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(
+        convert(
+            lambda x: tf.nn.relu(x @ values(D, D)) @ values(D, D, seed=6),
+            on((1, S, D)),
+            **tflite_files.int8_settings(),
+        )
+    )
+    names = {operator.name for operator in read_operators(path, timeout=60.0)}
+    assert names >= QUANTIZED
+    got = run_on_both(path, driver, x=values(1, S, D, seed=77))
+    assert got.facts["fully_accelerated"] is True
+    assert got.difference < 1e-5
