@@ -48,6 +48,8 @@ class Operator:
         inputs: What it reads; optional inputs that are left out are not among them.
         outputs: What it writes.
         options: Its numbers and switches, by their names in the schema.
+        merges: Name of the operator of which this one reads several outputs, and all
+            that anything reads; empty if there is none.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Operator:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     options: Mapping[str, Any]
+    merges: str
 
 
 def read_operators(path: Path, *, timeout: float) -> tuple[Operator, ...]:
@@ -111,6 +114,7 @@ def _operators(subgraph: int, graph: Mapping[str, Any]) -> list[Operator]:
         )
         for number, tensor in enumerate(graph["tensors"])
     ]
+    merged = _merged(graph)
     return [
         Operator(
             name=operator["name"],
@@ -120,6 +124,22 @@ def _operators(subgraph: int, graph: Mapping[str, Any]) -> list[Operator]:
             inputs=tuple(tensors[i] for i in operator["inputs"] if i >= 0),
             outputs=tuple(tensors[i] for i in operator["outputs"]),
             options=operator["options"],
+            merges=merged.get(index, ""),
         )
         for index, operator in enumerate(graph["operators"])
     ]
+
+
+def _merged(graph: Mapping[str, Any]) -> dict[int, str]:
+    """The names of operators whose outputs one other merges, by the number of that."""
+    readers: dict[int, set[int]] = {number: {-1} for number in graph["outputs"]}
+    for index, operator in enumerate(graph["operators"]):
+        for number in operator["inputs"]:
+            readers.setdefault(number, set()).add(index)
+    merged = {}
+    for operator in graph["operators"]:
+        read = [readers[number] for number in operator["outputs"] if number in readers]
+        several = set().union(*read)
+        if len(read) > 1 and len(several) == 1:
+            merged[several.pop()] = operator["name"]
+    return merged

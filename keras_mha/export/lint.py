@@ -250,6 +250,15 @@ def _is_misread(constant: Tensor, activation: Tensor) -> bool:
     return any(size != 1 for size in apart)
 
 
+def _merges_a_split(operator: Operator) -> bool:
+    """Whether it puts together what was split, and nothing else reads the parts.
+
+    Products are answered rightly, and so are sums where one part is used elsewhere.
+    """
+    combining = _ELEMENTWISE - {"MUL"} | {"CONCATENATION"}
+    return operator.merges == "SPLIT" and operator.name in combining
+
+
 def _attends_in_int8(operator: Operator) -> bool:
     return operator.name in ("BATCH_MATMUL", "SOFTMAX") and any(
         tensor.dtype == "int8" for tensor in operator.outputs
@@ -338,6 +347,13 @@ RULES = (
         "its last axis alone, one of rank 3 along its last two. Reshape the activation "
         "to [1, S, D], and keep it so by an operation on that rank, as a product with "
         "a mask [1, S, 1]; the converter folds a reshape alone away.",
+    ),
+    Rule(
+        "split-merge",
+        {"gpu": "error"},
+        _merges_a_split,
+        "The GPU delegate answers wrongly without a word where all parts of a SPLIT go "
+        "to one operator that is no product. Cut the parts by slices x[:, :, a:b].",
     ),
     Rule(
         "int8-attention",

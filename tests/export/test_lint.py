@@ -170,6 +170,13 @@ CONTROLS: list[tuple[str, str | None, str | None, str, Callable[[], bytes]]] = [
             on((1, S), tf.int32),
         ),
     ),
+    (
+        "split-merge",
+        None,
+        "error",
+        "ADD",
+        lambda: convert(lambda x: tf.add(*tf.split(x, 2, -1)), on((1, S, D))),
+    ),
     ("int8-attention", "warning", "error", "BATCH_MATMUL", attention_in_int8),
 ]
 
@@ -273,3 +280,29 @@ def test_which_constants_are_misread(
     )
     rules = [one.rule for one in lint(content, "gpu")]
     assert rules == (["elementwise-constant"] if misread else [])
+
+
+SPLITS: list[tuple[Callable[..., Any], int, bool]] = [
+    (lambda a, b: a + b, 2, True),
+    (lambda a, b: tf.nn.gelu(a - b), 2, True),
+    (lambda a, b: tf.maximum(a, b), 2, True),  # noqa: PLW0108  (it also takes a name)
+    (lambda a, b: tf.concat([b, a], -1), 2, True),
+    (lambda a, b, _: a + b, 3, True),
+    (lambda a, b: a * b, 2, False),
+    (lambda a, b: a * tf.nn.gelu(b), 2, False),
+    (lambda a, b: tf.concat([-b, a], -1), 2, False),
+    (lambda a, b: (a + b) * a, 2, False),
+    (lambda a, b, c: a + b + c, 3, False),
+    (lambda a, b, c: tf.matmul(a, b, transpose_b=True) @ c, 3, False),
+]
+
+
+@pytest.mark.parametrize(("function", "parts", "wrong"), SPLITS)
+def test_which_splits_are_merged(
+    function: Callable[..., Any], parts: int, wrong: bool
+) -> None:
+    content = convert(
+        lambda x: function(*tf.split(tf.exp(x), parts, -1)), on((1, S, D))
+    )
+    rules = [one.rule for one in lint(content, "gpu")]
+    assert rules == (["split-merge"] if wrong else [])

@@ -16,6 +16,7 @@ from keras_mha.export.graph import read_operators
 from keras_mha.export.lint import GPU_OPERATORS, lint_tflite
 from keras_mha.export.runtimes import litert_gpu
 from tests.export import tflite_files
+from tests.export.test_lint import SPLITS
 from tests.export.tflite_files import D, H, N, S, V, convert, on, values
 
 BLOCKED = ("keras_mha", "keras", "tensorflow")
@@ -211,6 +212,21 @@ def test_the_rule_on_constants_is_what_the_delegate_does(
     else:
         assert got.difference < 1e-5
         assert rules == []
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize(("function", "parts", "wrong"), SPLITS)
+def test_the_rule_on_splits_is_what_the_delegate_does(
+    answers: Callable[..., Answers],
+    function: Callable[..., Any],
+    parts: int,
+    wrong: bool,
+) -> None:
+    got = answers(
+        lambda x: function(*tf.split(tf.exp(x), parts, -1)), x=values(1, S, D, seed=9)
+    )
+    assert got.facts["fully_accelerated"] is True
+    assert got.difference > 0.05 if wrong else got.difference < 1e-5
 
 
 @pytest.mark.gpu_software
