@@ -16,7 +16,7 @@ from keras_mha.export.graph import read_operators
 from keras_mha.export.lint import GPU_OPERATORS, lint_tflite
 from keras_mha.export.runtimes import litert_gpu
 from tests.export import tflite_files
-from tests.export.test_lint import SPLITS
+from tests.export.test_lint import CONTROLS, SPLITS, with_new_axis
 from tests.export.tflite_files import D, H, N, S, V, convert, on, values
 
 BLOCKED = ("keras_mha", "keras", "tensorflow")
@@ -331,21 +331,37 @@ INTEGERS: dict[str, Callable[[Any], Any]] = {
     "EMBEDDING_LOOKUP": lambda x: tf.one_hot(tf.reshape(x, (S,)), V) @ values(V, D),
     "ONE_HOT": lambda x: tf.one_hot(x, V),
 }
+IMAGES: dict[str, Callable[[Any], Any]] = {
+    "AVERAGE_POOL_2D": lambda x: tf.nn.avg_pool2d(x, 2, 2, "VALID"),
+    "CONV_2D": lambda x: tf.nn.conv2d(x, values(3, 3, 3, 5), 2, "SAME"),
+    "DEPTHWISE_CONV_2D": lambda x: tf.nn.depthwise_conv2d(
+        x, values(3, 3, 3, 2), (1, 1, 1, 1), "SAME"
+    ),
+    "DEPTH_TO_SPACE": lambda x: tf.nn.depth_to_space(tf.concat([x] * 4, -1), 2),
+    "MAX_POOL_2D": lambda x: tf.nn.max_pool2d(x, 2, 2, "VALID"),
+    "RESIZE_BILINEAR": lambda x: tf.image.resize(x, (14, 22)),
+    "RESIZE_NEAREST_NEIGHBOR": lambda x: tf.image.resize(x, (14, 22), "nearest"),
+    "SPACE_TO_DEPTH": lambda x: tf.nn.space_to_depth(x[:, :6, :10], 2),
+    "LOGICAL_NOT": lambda x: tf.cast(~((x > 0) & (x < 1)), tf.float32),
+    "REDUCE_ALL": lambda x: tf.cast(tf.reduce_all(x > -1, -1), tf.float32),
+}
 # What a quantized file adds; the test of the good files has both.
 QUANTIZED = {"QUANTIZE", "DEQUANTIZE"}
 
 
 def test_each_operator_of_the_list_is_tried() -> None:
-    assert {*FLOATS, *INTEGERS, *QUANTIZED} == GPU_OPERATORS
+    assert {*FLOATS, *INTEGERS, *IMAGES, *QUANTIZED} == GPU_OPERATORS
 
 
 @pytest.mark.gpu_software
-@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS])
+@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS, *IMAGES])
 def test_the_operators_of_the_list_are_answered_rightly(
     name: str, answers: Callable[..., Answers], tmp_path: Path
 ) -> None:
     if name in FLOATS:
         got = answers(FLOATS[name], x=values(1, S, D, seed=9))
+    elif name in IMAGES:
+        got = answers(IMAGES[name], x=values(1, 7, 11, 3, seed=9))
     else:
         got = answers(INTEGERS[name], x=np.array([[3, 1, 4, 1, 5, 9, 2]], "int32"))
     operators = read_operators(tmp_path / "model.tflite", timeout=60.0)
@@ -354,6 +370,85 @@ def test_the_operators_of_the_list_are_answered_rightly(
     assert np.ptp(got.cpu) > 0
     # The driver's sine and cosine have an error of 2e-4.
     assert got.difference < (1e-3 if "SIN" in name or "COS" in name else 1e-5)
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("ADD_N", lambda x: tf.add_n([x, tf.exp(x), tf.abs(x)])),
+        ("L2_NORMALIZATION", lambda x: tf.nn.l2_normalize(x, -1)),
+        ("LOG_SOFTMAX", tf.nn.log_softmax),
+    ],
+)
+def test_operators_off_the_list_are_refused(
+    name: str,
+    function: Callable[[Any], Any],
+    answers: Callable[..., Answers],
+    tmp_path: Path,
+) -> None:
+    got = answers(function, x=values(1, S, D, seed=9))
+    found = lint_tflite(tmp_path / "model.tflite", target="gpu")
+    assert [(one.rule, one.operator) for one in found] == [("gpu-operator", name)]
+    assert got.facts["fully_accelerated"] is False
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize(
+    ("name", "shape", "function"),
+    [
+        ("TOPK_V2", (1, S, D), lambda x: tf.math.top_k(tf.exp(x), 2).values),
+        (
+            "TRANSPOSE_CONV",
+            (1, 7, 11, 3),
+            lambda x: tf.nn.conv2d_transpose(
+                x, values(3, 3, 5, 3), (1, 14, 22, 5), 2, "SAME"
+            ),
+        ),
+    ],
+)
+def test_operators_off_the_list_are_taken_and_wrong(
+    name: str,
+    shape: tuple[int, ...],
+    function: Callable[[Any], Any],
+    answers: Callable[..., Answers],
+    tmp_path: Path,
+) -> None:
+    got = answers(function, x=values(*shape, seed=9))
+    found = lint_tflite(tmp_path / "model.tflite", target="gpu")
+    assert [(one.rule, one.operator) for one in found] == [("gpu-operator", name)]
+    assert got.facts["fully_accelerated"] is True
+    assert got.difference > 0.1
+
+
+REFUSED = {"gather-rank", "rank", "strided-slice-axes", "strided-slice-bool"}
+
+
+@pytest.mark.gpu_software
+@pytest.mark.parametrize(
+    "make",
+    [
+        make
+        for rule, _, _, _, make in CONTROLS
+        # The file with a new axis was edited and does not run.
+        if rule in REFUSED and make is not with_new_axis
+    ],
+)
+def test_what_the_rules_refuse_the_delegate_refuses(
+    make: Callable[[], bytes], tmp_path: Path, driver: str
+) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(make())
+    (given,) = {
+        (tensor.shape, tensor.dtype)
+        for operator in read_operators(path, timeout=60.0)
+        for tensor in operator.inputs
+        if tensor.is_input
+    }
+    case = np.arange(np.prod(given[0])).reshape(given[0]).astype(given[1])
+    got = run_on_both(path, driver, x=case)
+    assert got.facts["fully_accelerated"] is False
+    assert got.difference < 1e-5
 
 
 @pytest.mark.gpu_software
