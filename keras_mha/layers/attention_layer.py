@@ -95,6 +95,9 @@ class AttentionLayer(SeededLayer):
         self._flash_attention = flash_attention
         self._jit_compile = compiled.check_jit_compile(jit_compile)
         self.supports_jit = jit_compile is not False
+        # Factor of the scores; `None` is `1 / sqrt(H)`. An exporter folds it into the
+        # queries' kernel.
+        self._score_scale: float | None = None
         self.seed = check_seed(seed)
         if self._dropout > 0:
             self._add_generator(seed)
@@ -286,6 +289,7 @@ class AttentionLayer(SeededLayer):
                 tuple(part is None for part in parts),
             ),
             axes=axes,
+            scale=self._score_scale,
             logits_soft_cap=self._logits_soft_cap,
             dropout=dropout,
             return_scores=return_scores,
