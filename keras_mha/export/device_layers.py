@@ -20,7 +20,6 @@ from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.typing import Tensor
 
-
 _EMBEDDINGS = (keras.layers.Embedding, TokenAndPositionEmbedding)
 
 

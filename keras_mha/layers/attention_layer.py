@@ -112,6 +112,10 @@ class AttentionLayer(SeededLayer):
                 )
                 for name in ("query_norm", "key_norm")
             )
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                # Keras' RMSNormalization maps each position by itself, unsaid.
+                norm.supports_masking = True
 
     @property
     def num_heads(self) -> int:
