@@ -181,7 +181,7 @@ def test_items_that_are_no_numbers_or_slices_stay() -> None:
 def test_positions_of_packed_rows() -> None:
     given = keras.Input((None,), dtype="int32", name="ids")
     embedding = keras_mha.TokenAndPositionEmbedding(VOCABULARY, LENGTH, WIDTH)
-    model = keras.Model(given, embedding(given, positions=given % LENGTH))
+    model = keras.Model(given, embedding(given, positions=keras.ops.mod(given, LENGTH)))
     assert difference(randomize(model)) < 2e-6
 
 
@@ -251,7 +251,7 @@ class Doubled(keras.layers.LayerNormalization):
     """Overrides `call`, so the form of its base would be wrong."""
 
     def call(self, inputs: Any) -> Any:
-        return 2.0 * super().call(inputs)
+        return keras.ops.multiply(super().call(inputs), 2.0)
 
 
 def test_a_subclass_with_a_call_of_its_own_stays_as_it_is() -> None:
