@@ -1,5 +1,7 @@
 """Models as files for other runtimes, each checked by value before it is published."""
 
+from keras_mha.export.device_form import register_device_form
+from keras_mha.export.device_layers import NoDeviceFormError, Swap
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
     ExportReport,
@@ -15,9 +17,11 @@ from keras_mha.export.tflite import export_tflite
 
 __all__ = [
     "ExportReport",
+    "NoDeviceFormError",
     "Parity",
     "ParityError",
     "SavedModelReport",
+    "Swap",
     "TFLiteFile",
     "TFLiteReport",
     "TensorInfo",
@@ -25,4 +29,5 @@ __all__ = [
     "export_saved_model",
     "export_tflite",
     "load_samples",
+    "register_device_form",
 ]

@@ -101,13 +101,13 @@ def register_device_form(layer_class: type, form: Form) -> None:
     Example:
 
     >>> import keras
-    >>> from keras_mha.export.device_form import FORMS, register_device_form
-    >>> from keras_mha.export.device_layers import in_place_of_call
+    >>> from keras_mha.export import Swap, register_device_form
+    >>> from keras_mha.export.device_form import FORMS
     >>> class Square(keras.layers.Layer):
     ...     def call(self, inputs):
     ...         return keras.ops.power(inputs, 2)
     >>> def square(layer):
-    ...     return in_place_of_call(layer, lambda inputs: inputs * inputs)
+    ...     return [Swap(layer, "call", lambda inputs: inputs * inputs)]
     >>> register_device_form(Square, square)
     >>> FORMS.pop(Square) is square
     True
@@ -179,10 +179,12 @@ def reads_padded_queries(endpoint: Endpoint, ids: np.ndarray, *, seed: int = 0) 
         ids: Integers `(n, T)`.
         seed: Of the padding.
     """
-    ids = ids[:8]
-    shares = np.linspace(0.1, 0.9, len(ids))[:, None]
-    padded = np.random.default_rng(seed).random(ids.shape) < shares
-    padded[:, -1] = False  # a row of padding alone is outside the form's domain
+    generator = np.random.default_rng(seed)
+    ids = np.resize(ids, (16, ids.shape[1]))
+    padded = generator.random(ids.shape) < np.linspace(0.3, 0.9, 16)[:, None]
+    # A row of padding alone is outside the form's domain.
+    seen = generator.integers(ids.shape[1], size=16)
+    padded[np.arange(16), seen] = False
     visible = np.maximum(ids, 1)  # samples may be padded themselves
     (name,) = endpoint.inputs
     case = {name: np.where(padded, 0, visible).astype(ids.dtype)}
@@ -191,8 +193,8 @@ def reads_padded_queries(endpoint: Endpoint, ids: np.ndarray, *, seed: int = 0) 
     with device_form(endpoint.model, padded_queries_read=False):
         answers = endpoint.answer(case)
     return any(
-        not np.array_equal(cleared[name], answers[name], equal_nan=True)
-        for name in cleared
+        not np.array_equal(cleared[output], answers[output], equal_nan=True)
+        for output in cleared
     )
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,20 @@ def quantize_dense(
     quantizer = Quantizer(content)
     quantizer.add_static_config(".*", TFLOperationName.FULLY_CONNECTED, 8, 8)
     quantizer.add_weight_only_config(".*", TFLOperationName.EMBEDDING_LOOKUP, 8)
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports there
+    with _quietly():
         ranges = quantizer.calibrate({signature_name: list(cases)}, num_threads=1)
         result: Any = quantizer.quantize(ranges, enable_progress_report=False)
     return bytes(result.quantized_model)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps progress bars, and a warning of how calibration works, to itself."""
+    nowhere = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        warnings.filterwarnings("ignore", "(?s).*experimental_preserve_all_tensors")
+        yield

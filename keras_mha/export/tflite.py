@@ -167,6 +167,7 @@ def export_tflite(
                 if ranges is None
                 else _pad(ranges, length, "representative_data"),
                 target=target,
+                notes=notes,
                 signature_name=signature_name,
                 tolerances=(tolerance, allowed),
                 timeout=timeout,
@@ -314,7 +315,12 @@ def _trace(
     tf.saved_model.save(module, str(path), signatures={signature_name: traced})
 
 
-def _convert(graph: Path, signature_name: str, quantization: str | None) -> bytes:
+def _convert(
+    graph: Path,
+    signature_name: str,
+    quantization: str | None,
+    notes: Sequence[str],
+) -> bytes:
     converter = tf.lite.TFLiteConverter.from_saved_model(
         str(graph), signature_keys=[signature_name]
     )
@@ -326,8 +332,9 @@ def _convert(graph: Path, signature_name: str, quantization: str | None) -> byte
         names = sorted({one.operator.name for one in error.errors} - {""})
         if not names:
             raise
+        suspects = f"; {'; '.join(notes)}" if notes else ""
         raise ValueError(
-            f"`model` needs operations that TFLite has not built in: {names}"
+            f"`model` needs operations that TFLite has not built in: {names}{suspects}"
         ) from error
 
 
@@ -340,6 +347,7 @@ def _export_one(
     quantization: str | None,
     ranges: np.ndarray | None,
     target: str,
+    notes: Sequence[str],
     signature_name: str,
     tolerances: tuple[float, float | None],
     timeout: float,
@@ -353,7 +361,7 @@ def _export_one(
         endpoint.model, target=target, padded_queries_read=padded_queries_read
     ):
         _trace(endpoint, name, spec, graph, signature_name)
-    content = _convert(graph, signature_name, quantization)
+    content = _convert(graph, signature_name, quantization, notes)
     if ranges is not None:
         cases = [{name: batch} for batch in _batches(ranges, batch_size)]
         content = quantize_dense(content, signature_name, cases)

@@ -230,6 +230,8 @@ BLOCK = keras_mha.TransformerEncoderBlock
         (lambda: pooled(lambda x: BLOCK(2, 17)(BLOCK(2, 17)(x))), False),
         (lambda: tagger(BLOCK(2, 17)), True),
         (lambda: pooled(BLOCK(2, 17), lambda x: x[:, 0]), True),
+        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, -1]), True),
+        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, 5]), True),
         (lambda: pooled(BLOCK(2, 17), lambda x: keras.ops.max(x, axis=1)), True),
         (lambda: pooled(lambda x: keras.ops.mean(x, axis=1), lambda x: x), False),
     ],
@@ -240,6 +242,8 @@ def test_whether_padded_queries_are_read(
     made = model()
     endpoint, _ = describe(made, ids())
     assert reads_padded_queries(endpoint, ids()) is read
+    # One sample, without padding, tells as much.
+    assert reads_padded_queries(endpoint, np.full((1, LENGTH), 3, "int32")) is read
     changed = difference(made, padded_queries_read=False) > 1e-4
     assert changed is read
 

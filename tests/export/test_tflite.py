@@ -99,10 +99,13 @@ def _without_delegates() -> Any:
 
 
 def test_int64_ids_are_taken_as_int32(tmp_path: Path) -> None:
-    ids = keras.Input((None,), dtype="int64", name="ids")
+    ids = keras.Input((None,), dtype="int64", name="tokens")
     model = keras.Model(ids, keras.layers.Embedding(11, 3)(ids))
     report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
-    assert report.files[0].inputs[0].dtype == "int32"
+    (given,) = report.files[0].inputs
+    assert (given.name, given.dtype) == ("tokens", "int32")
+    (given,) = interpreter(report.files[0].path).get_input_details()
+    assert given["dtype"] == np.int32
 
 
 def encoder(**kwargs: Any) -> keras.Model:
@@ -198,7 +201,6 @@ def test_a_row_for_each_token_is_right_in_padding_too(tmp_path: Path) -> None:
     ("quantization", "share"),
     [("float16", 0.6), ("dynamic_int8", 0.4), ("int8_dense", 0.45)],
 )
-@pytest.mark.filterwarnings("ignore:.*experimental_preserve_all_tensors")
 def test_quantized_files(tmp_path: Path, quantization: str, share: float) -> None:
     model = wide()
     data = {"representative_data": ROWS} if quantization == "int8_dense" else {}
@@ -240,15 +242,14 @@ def wide() -> keras.Model:
 
 
 def test_int8_leaves_attention_in_float(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="experimental_preserve_all_tensors"):
-        (file,) = export_tflite(
-            wide(),
-            tmp_path,
-            sequence_lengths=(7,),
-            samples=ROWS,
-            quantization="int8_dense",
-            representative_data=np.array(padded(7)),
-        ).files
+    (file,) = export_tflite(
+        wide(),
+        tmp_path,
+        sequence_lengths=(7,),
+        samples=ROWS,
+        quantization="int8_dense",
+        representative_data=padded(7),
+    ).files
     plain = Interpreter(
         model_path=file.path, experimental_op_resolver_type=_without_delegates()
     )
@@ -368,8 +369,9 @@ def test_operations_that_are_not_built_in_are_named(tmp_path: Path) -> None:
             return tf.math.betainc(x, x, x) + tf.math.bessel_i0(x)
 
     ids = keras.Input((None,), dtype="int32", name="ids")
-    model = keras.Model(ids, Rare()(ids))
-    with pytest.raises(ValueError, match=r"has not built in: \['tf.Bes.*tf.Betainc'\]"):
+    model = keras.Model(ids, Rare(name="rare")(ids))
+    text = r"has not built in: \['tf.Bes.*tf.Betainc'\]; layer 'rare' \(Rare\) has no"
+    with pytest.raises(ValueError, match=text):
         export_tflite(model, tmp_path / "out", sequence_lengths=(7,), samples=ROWS)
     assert left_in(tmp_path) == []
 
