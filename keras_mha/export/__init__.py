@@ -1,5 +1,6 @@
 """Models as files for other runtimes, each checked by value before it is published."""
 
+from keras_mha.export.lint import Finding, lint_tflite
 from keras_mha.export.onnx_file import export_onnx
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
@@ -18,6 +19,7 @@ from keras_mha.export.tflite import export_tflite
 
 __all__ = [
     "ExportReport",
+    "Finding",
     "ONNXReport",
     "Parity",
     "ParityError",
@@ -30,5 +32,6 @@ __all__ = [
     "export_onnx",
     "export_saved_model",
     "export_tflite",
+    "lint_tflite",
     "load_samples",
 ]

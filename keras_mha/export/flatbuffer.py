@@ -1,12 +1,11 @@
-"""Reads a TFLite file: which operations it has, and their inputs' and outputs' sizes.
-
-Source: the schema of TensorFlow Lite, version 3, as ai-edge-litert ships it.
-"""
+"""Counts what a TFLite file holds: its operations, and the tensors of free size."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from keras_mha.export.runtimes.tflite_graph import read_graphs
 
 
 class Contents(NamedTuple):
@@ -24,31 +23,17 @@ class Contents(NamedTuple):
 
 
 def read_contents(content: bytes) -> Contents:
-    """Reads the file's `content`."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    builtin: Any = schema.BuiltinOperator
-    names = {number: name for name, number in vars(builtin).items() if name.isupper()}
-    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
-    # Codes above 127 stand in the newer of the two fields alone.
-    codes = [
-        max(code.builtinCode, code.deprecatedBuiltinCode)
-        for code in model.operatorCodes
-    ]
-    custom = [
-        code.customCode.decode()
-        for code, number in zip(model.operatorCodes, codes, strict=True)
-        if number == builtin.CUSTOM
-    ]
-    counts = Counter(
-        names[codes[operator.opcodeIndex]]
-        for graph in model.subgraphs
-        for operator in graph.operators
+    """Reads the `content` of a file that this process wrote itself."""
+    graphs = read_graphs(content)
+    operators = [operator for graph in graphs for operator in graph["operators"]]
+    counts = Counter(operator["name"] for operator in operators)
+    custom = dict.fromkeys(
+        operator["custom"] for operator in operators if operator["name"] == "CUSTOM"
     )
     dynamic = [
-        tensor.name.decode()
-        for graph in model.subgraphs
-        for tensor in graph.tensors
-        if tensor.shapeSignature is not None and -1 in tensor.shapeSignature
+        tensor["name"]
+        for graph in graphs
+        for tensor in graph["tensors"]
+        if -1 in tensor["shape"]
     ]
     return Contents(dict(counts.most_common()), tuple(custom), tuple(dynamic))

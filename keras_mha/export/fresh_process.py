@@ -17,6 +17,8 @@ from keras_mha.export.parity import VerificationError
 from keras_mha.export.runtimes import exchange
 
 _CHILD = Path(exchange.__file__).with_name("child.py")
+# -P: neither the script's nor the current directory becomes importable.
+_PYTHON = (sys.executable, "-P")
 
 
 def run_in_fresh_process(
@@ -27,6 +29,7 @@ def run_in_fresh_process(
     blocked: Sequence[str],
     options: Mapping[str, Any],
     timeout: float,
+    python: Sequence[str] = _PYTHON,
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
     """Runs every case on the file at `path`.
 
@@ -37,6 +40,7 @@ def run_in_fresh_process(
         blocked: Top-level packages that the process must be unable to import.
         options: Further arguments of the runtime's `run`.
         timeout: Seconds that the process may take.
+        python: The command that starts Python, without a script.
 
     Returns:
         The arrays by output name for each run, and facts about the runtime.
@@ -56,7 +60,7 @@ def run_in_fresh_process(
         (directory / "request.json").write_text(json.dumps(request), "utf-8")
         for i, case in enumerate(cases):
             exchange.write_arrays(directory / f"case_{i}.npz", case)
-        _start(directory, f"{runtime} on {path.name}", timeout)
+        _start(python, directory, f"{runtime} on {path.name}", timeout)
         facts = json.loads((directory / "result.json").read_text("utf-8"))
         answers = [
             exchange.read_arrays(directory / f"answer_{i}.npz")
@@ -65,15 +69,14 @@ def run_in_fresh_process(
     return answers, facts | {"blocked": tuple(blocked)}
 
 
-def _start(directory: Path, what: str, timeout: float) -> None:
+def _start(python: Sequence[str], directory: Path, what: str, timeout: float) -> None:
     # The comparison is one of CPU results; a visible GPU would only be occupied.
     settings = {"CUDA_VISIBLE_DEVICES": "-1"}
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
         settings["TF_CPP_MIN_LOG_LEVEL"] = "2"
     try:
-        # -P: neither the script's nor the current directory becomes importable.
         done = subprocess.run(
-            [sys.executable, "-P", str(_CHILD), str(directory)],
+            [*python, str(_CHILD), str(directory)],
             env=os.environ | settings,
             capture_output=True,
             timeout=timeout,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_mha.export import load_samples
-from tests.export import small_models
+from tests.export import small_models, tflite_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +88,38 @@ def test_to_onnx_refuses_another_kind_of_file_before_the_work() -> None:
     done = run("to_onnx.py", "a.keras", "model.pb", "--samples", "x.npy")
     assert done.returncode == 2
     assert "the path to write must end in .onnx" in done.stderr
+
+
+def test_lint_tflite(tmp_path: Path) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(
+        tflite_files.convert(tf.exp, tflite_files.on((None, 3)))  # free, so not on GPUs
+    )
+    done = run("lint_tflite.py", path)
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first.startswith("warning: dynamic-shape: EXP (operator 0 of graph 0; ")
+    assert last == f"{path}, target cpu: 0 errors, 1 warnings"
+    done = run("lint_tflite.py", path, "--target", "gpu")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("error: dynamic-shape: EXP ")
+    assert done.stdout.endswith("target gpu: 1 errors, 0 warnings\n")
+
+
+def test_lint_tflite_names_what_is_no_such_file(tmp_path: Path) -> None:
+    small_models.dense_model().save(tmp_path / "model.keras")
+    done = run("lint_tflite.py", tmp_path / "model.keras")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'model.keras'} cannot be read as a TFLite file: "
+    )
+    assert "zip archive" in done.stderr
+    done = run("lint_tflite.py", tmp_path / "a.tflite")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(
+        f"error: {tmp_path / 'a.tflite'} does not exist"
+    )
 
 
 COMMANDS = {

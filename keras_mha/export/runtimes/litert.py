@@ -5,6 +5,7 @@ Stand-alone: ai_edge_litert and NumPy, no import of tensorflow.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -34,6 +35,7 @@ def run(
     facts = {
         "runtime": "LiteRT interpreter, CPU",
         "version": version("ai-edge-litert"),
+        "machine": platform.machine(),
         "delegate_partitions": _count_partitions(interpreter),
     }
     return answers, facts

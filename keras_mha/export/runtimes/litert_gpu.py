@@ -1,0 +1,148 @@
+"""Runs a TFLite file on LiteRT's GPU delegate, over a Vulkan driver in software.
+
+What it shows are the delegate's own kernels and orders of axes, in float32. It is no
+phone: the speed, half precision and faults of a phone's driver are not seen.
+
+Stand-alone: ai_edge_litert and NumPy, no import of tensorflow.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Vulkan's own variable, and where distributions put Chromium's driver.
+_VARIABLE = "VK_ICD_FILENAMES"
+_MANIFESTS = (
+    Path("/usr/lib/chromium/vk_swiftshader_icd.json"),
+    Path("/usr/lib64/chromium-browser/vk_swiftshader_icd.json"),
+    Path("/opt/google/chrome/vk_swiftshader_icd.json"),
+)
+_LIBRARY = "libvk_swiftshader.so"
+
+
+def find_software_driver() -> Path:
+    """Finds the manifest of the software Vulkan driver SwiftShader.
+
+    `VK_ICD_FILENAMES` comes first where it names one that is there.
+
+    Raises:
+        FileNotFoundError: If the driver or Vulkan's loader is missing; it says what to
+            install.
+    """
+    named = os.environ.get(_VARIABLE, "").split(os.pathsep)
+    places = [*(Path(name) for name in named if "swiftshader" in name), *_MANIFESTS]
+    found = next((place for place in places if place.is_file()), None)
+    missing = []
+    if found is None:
+        missing.append("the software Vulkan driver SwiftShader (chromium)")
+    if ctypes.util.find_library("vulkan") is None:
+        missing.append("Vulkan's loader (libvulkan1)")
+    if found is None or missing:
+        raise FileNotFoundError(
+            f"The GPU delegate needs {' and '.join(missing)}. On Debian: apt-get "
+            f"install chromium libvulkan1; or name the driver's manifest in {_VARIABLE}"
+        )
+    return found
+
+
+def run(
+    path: str,
+    cases: Sequence[Mapping[str, np.ndarray]],
+    *,
+    signature_name: str,
+    driver: str,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    """Runs every case on the signature `signature_name` of the file at `path`.
+
+    Args:
+        path: The file.
+        cases: Arrays by input name, for each run.
+        signature_name: The signature's name.
+        driver: The manifest that `find_software_driver` found.
+
+    Returns:
+        The arrays by output name for each case, and facts about the runtime: among
+        them `fully_accelerated`, whether the delegate took the whole graph. Where it
+        did not, the CPU ran the rest.
+
+    Raises:
+        RuntimeError: If the driver was not used.
+    """
+    os.environ[_VARIABLE] = driver
+    model, complete = _compile(path)
+    answers = [_answer(model, signature_name, case) for case in cases]
+    if _LIBRARY not in Path("/proc/self/maps").read_text("utf-8"):
+        raise RuntimeError(f"The GPU delegate did not load the driver of {driver}")
+    facts = {
+        "runtime": "LiteRT GPU delegate, software Vulkan",
+        "version": version("ai-edge-litert"),
+        "driver": driver,
+        "fully_accelerated": complete,
+    }
+    return answers, facts
+
+
+def _compile(path: str) -> tuple[Any, bool]:
+    """Loads the file, and says whether the delegate took its whole graph."""
+    from ai_edge_litert.compiled_model import (
+        CompiledModel,
+        GpuOptions,
+        HardwareAccelerator,
+        Options,
+    )
+
+    def load(accelerators: HardwareAccelerator) -> CompiledModel:
+        options = Options(
+            hardware_accelerators=accelerators,
+            gpu_options=GpuOptions(enforce_f32=True),
+        )
+        return CompiledModel.from_file(path, options=options)
+
+    # With the CPU beside it every graph counts as fully accelerated: XNNPACK is an
+    # accelerator too. Without it, a graph that is not is an error.
+    try:
+        model = load(HardwareAccelerator.GPU)
+    except RuntimeError as error:
+        if "not accelerated" not in str(error):
+            raise
+        return load(HardwareAccelerator.GPU | HardwareAccelerator.CPU), False
+    return model, model.is_fully_accelerated()
+
+
+def _answer(
+    model: Any, signature: str, case: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    given = model.get_input_tensor_details(signature)
+    if set(given) != set(case):
+        raise ValueError(f"The file takes {sorted(given)}. Received: {sorted(case)}")
+    inputs = {}
+    for name, array in case.items():
+        wanted = (given[name]["dtype"], tuple(given[name]["shape"]))
+        if wanted != (array.dtype.name, array.shape):
+            raise ValueError(
+                f"Input {name!r} must be {wanted}. Received: "
+                f"{(array.dtype.name, array.shape)}"
+            )
+        inputs[name] = model.create_input_buffer_by_name(signature, name)
+        inputs[name].write(np.ascontiguousarray(array))
+    results = model.get_output_tensor_details(signature)
+    outputs = {
+        name: model.create_output_buffer_by_name(signature, name) for name in results
+    }
+    model.run_by_name(signature, inputs, outputs)
+    return {
+        name: _read(outputs[name], detail["dtype"], detail["shape"])
+        for name, detail in results.items()
+    }
+
+
+def _read(buffer: Any, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    kind = np.dtype(dtype).type
+    return np.array(buffer.read(int(np.prod(shape)), kind)).reshape(shape)
