@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,9 +104,9 @@ class VerificationReport(ExportReport):
         found = {check.status for check in self.checks}
         return "ok" in found and not found & {"wrong", "failed"}
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, and `passed`, as dictionaries, lists, strings and numbers."""
-        return super().to_dict() | {"passed": self.passed}
+    def to_json(self) -> str:
+        """All fields as indented JSON, and `passed` with them."""
+        return json.dumps({"passed": self.passed, **asdict(self)}, indent=2)
 
     def to_markdown(self) -> str:
         """A table with a row for each file and runtime, and what it was made with."""
