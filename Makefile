@@ -44,6 +44,22 @@ test-backends: $(DEV) $(VENV)/.installed-backends ## Run the tests that hold on 
 benchmarks: $(VENV)/.installed-benchmarks ## Measure speed and memory beside rivals: an hour
 	$(RUN)/python -m benchmarks --output benchmarks/results
 
+# What no registry of packages has. Where it cannot be installed the report says so.
+DEBIAN := chromium libvulkan1 qemu-user-static
+
+.PHONY: deploy-check
+deploy-check: $(DEV) dist/sentiment/model.keras ## Run the sentiment model in every runtime
+	@dpkg --status $(DEBIAN) >/dev/null 2>&1 || { \
+		become=$$( [[ $$(id -u) == 0 ]] || echo sudo ); \
+		$$become apt-get update --quiet && \
+		$$become apt-get install --yes --quiet --no-install-recommends $(DEBIAN); \
+	} || echo "Not installed: $(DEBIAN)" >&2
+	@PYTHON=$(RUN)/python .ci/arm_root.sh || echo "No arm64 Python" >&2
+	$(RUN)/python examples/sentiment/deploy_check.py --directory dist/sentiment
+
+dist/sentiment/model.keras:
+	$(MAKE) sentiment
+
 .PHONY: check
 check: $(DEV) ## Check format, lint, types and import direction
 	$(RUN)/ruff format --check .

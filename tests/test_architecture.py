@@ -41,6 +41,7 @@ LATE = (
     "matplotlib",
     "onnx",
     "onnxruntime",
+    "openvino",
     "sklearn",
     "tensorflow_text",
     "tf2onnx",

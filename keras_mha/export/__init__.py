@@ -18,6 +18,8 @@ from keras_mha.export.report import (
 from keras_mha.export.samples import load_samples
 from keras_mha.export.saved_model import export_saved_model
 from keras_mha.export.tflite import export_tflite
+from keras_mha.export.verification import verify
+from keras_mha.export.verification_report import RuntimeCheck, VerificationReport
 
 __all__ = [
     "ExportReport",
@@ -26,6 +28,7 @@ __all__ = [
     "ONNXReport",
     "Parity",
     "ParityError",
+    "RuntimeCheck",
     "SavedModelReport",
     "SignatureReport",
     "Swap",
@@ -33,10 +36,12 @@ __all__ = [
     "TFLiteReport",
     "TensorInfo",
     "VerificationError",
+    "VerificationReport",
     "export_onnx",
     "export_saved_model",
     "export_tflite",
     "lint_tflite",
     "load_samples",
     "register_device_form",
+    "verify",
 ]

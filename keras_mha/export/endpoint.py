@@ -217,7 +217,10 @@ def _is_one_for_each(samples: Any, specs: Specs) -> bool:
 
 def _as_array(name: str, samples: Any) -> np.ndarray:
     """The samples as NumPy sees them; strings as `bytes` in an object array."""
-    array = np.asarray(samples)
+    try:
+        array = np.asarray(samples)
+    except UnicodeDecodeError:  # str beside bytes that are no ASCII
+        array = np.array(samples, object)
     if array.dtype.kind in "biuf":
         return array
     # Anew from the samples: NumPy's own bytes type drops trailing NULs.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from keras_mha.export.parity import VerificationError
-from keras_mha.export.runtimes import exchange
+from keras_mha.export.runtimes import exchange, turns
 
 _CHILD = Path(exchange.__file__).with_name("child.py")
 # -P: neither the script's nor the current directory becomes importable.
@@ -48,53 +50,151 @@ def run_in_fresh_process(
     Raises:
         VerificationError: If the process fails, is killed or takes too long.
     """
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        request = {
-            "runtime": runtime,
-            "path": str(path.resolve()),
-            "cases": len(cases),
-            "blocked": list(blocked),
-            "options": dict(options),
-        }
-        (directory / "request.json").write_text(json.dumps(request), "utf-8")
-        for i, case in enumerate(cases):
-            exchange.write_arrays(directory / f"case_{i}.npz", case)
-        _start(python, directory, f"{runtime} on {path.name}", timeout)
-        facts = json.loads((directory / "result.json").read_text("utf-8"))
+    with FreshProcess(
+        runtime, path, cases, blocked=blocked, options=options, python=python
+    ) as process:
+        return process.finish(timeout)
+
+
+class FreshProcess:
+    """A process that runs every case on a file; it ends with the `with` block.
+
+    Args:
+        in_turns: Whether it afterwards runs the last case again whenever asked, so
+            that it can be timed in turns with others.
+
+    The other arguments are those of `run_in_fresh_process`.
+    """
+
+    def __init__(
+        self,
+        runtime: str,
+        path: Path,
+        cases: Sequence[Mapping[str, np.ndarray]],
+        *,
+        blocked: Sequence[str],
+        options: Mapping[str, Any],
+        python: Sequence[str] = _PYTHON,
+        in_turns: bool = False,
+    ) -> None:
+        self._what = f"{runtime} on {path.name}"
+        self._cases = len(cases)
+        self._blocked = tuple(blocked)
+        self._channel: socket.socket | None = None
+        with ExitStack() as stack:
+            self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            channel = None
+            if in_turns:
+                self._channel, channel = map(stack.enter_context, socket.socketpair())
+            request = {
+                "runtime": runtime,
+                "path": str(path.resolve()),
+                "cases": len(cases),
+                "blocked": list(blocked),
+                "options": dict(options),
+                "channel": channel and channel.fileno(),
+            }
+            (self._directory / "request.json").write_text(json.dumps(request), "utf-8")
+            for i, case in enumerate(cases):
+                exchange.write_arrays(self._directory / f"case_{i}.npz", case)
+            # A file: nobody need empty it while others have their turns.
+            stderr = stack.enter_context((self._directory / "stderr").open("wb"))
+            self._process = subprocess.Popen(
+                [*python, str(_CHILD), str(self._directory)],
+                env=os.environ | _settings(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=[] if channel is None else [channel.fileno()],
+            )
+            stderr.close()
+            if channel is not None:
+                channel.close()  # so that the child's end is the only one
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stack.close()
+
+    def wait_for_values(self, timeout: float) -> None:
+        """Waits until every case was run once; needs `in_turns`.
+
+        Raises:
+            VerificationError: If the process fails, is killed or takes too long.
+        """
+        self._hear(timeout)
+
+    def time_call(self, timeout: float) -> float:
+        """The seconds that the last case took, run once more; needs `in_turns`.
+
+        Raises:
+            VerificationError: If the process fails, is killed or takes too long.
+        """
+        return self._hear(timeout, asked=b"?")
+
+    def finish(
+        self, timeout: float
+    ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+        """Waits for the end, and reads what `run_in_fresh_process` returns.
+
+        Raises:
+            VerificationError: If the process fails, is killed or takes too long.
+        """
+        if self._channel is not None:
+            self._channel.close()
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise self._took_too_long(timeout) from None
+        if status != 0:
+            end = (
+                f"was killed by signal {-status}"
+                if status < 0
+                else f"failed with exit status {status}"
+            )
+            raise VerificationError(f"{self._what} {end}.{self._tail()}")
+        facts = json.loads((self._directory / "result.json").read_text("utf-8"))
         answers = [
-            exchange.read_arrays(directory / f"answer_{i}.npz")
-            for i in range(len(cases))
+            exchange.read_arrays(self._directory / f"answer_{i}.npz")
+            for i in range(self._cases)
         ]
-    return answers, facts | {"blocked": tuple(blocked)}
+        return answers, facts | {"blocked": self._blocked}
+
+    def _hear(self, timeout: float, asked: bytes = b"") -> float:
+        """What the process tells of its turn."""
+        if self._channel is None:
+            raise RuntimeError("the process was not started with `in_turns`")
+        self._channel.settimeout(timeout)
+        try:
+            self._channel.sendall(asked)
+            told = self._channel.recv(turns.SECONDS.size)
+        except TimeoutError:
+            raise self._took_too_long(timeout) from None
+        except ConnectionError:
+            told = b""
+        if not told:
+            self.finish(timeout)  # says why
+            raise VerificationError(f"{self._what} ended too early.{self._tail()}")
+        return turns.SECONDS.unpack(told)[0]
+
+    def _took_too_long(self, timeout: float) -> VerificationError:
+        return VerificationError(
+            f"{self._what} took longer than timeout={timeout} s.{self._tail()}"
+        )
+
+    def _tail(self) -> str:
+        content = (self._directory / "stderr").read_bytes().decode("utf-8", "replace")
+        lines = content.strip().splitlines()
+        return "\nIts last words:\n" + "\n".join(lines[-20:]) if lines else ""
 
 
-def _start(python: Sequence[str], directory: Path, what: str, timeout: float) -> None:
+def _settings() -> dict[str, str]:
     # The comparison is one of CPU results; a visible GPU would only be occupied.
     settings = {"CUDA_VISIBLE_DEVICES": "-1"}
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
         settings["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    try:
-        done = subprocess.run(
-            [*python, str(_CHILD), str(directory)],
-            env=os.environ | settings,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise VerificationError(
-            f"{what} took longer than timeout={timeout} s.{_tail(error.stderr)}"
-        ) from None
-    if done.returncode != 0:
-        end = (
-            f"was killed by signal {-done.returncode}"
-            if done.returncode < 0
-            else f"failed with exit status {done.returncode}"
-        )
-        raise VerificationError(f"{what} {end}.{_tail(done.stderr)}")
-
-
-def _tail(stderr: bytes | None) -> str:
-    lines = (stderr or b"").decode("utf-8", "replace").strip().splitlines()
-    return "\nIts last words:\n" + "\n".join(lines[-20:]) if lines else ""
+    return settings

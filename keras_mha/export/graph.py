@@ -65,6 +65,14 @@ class Operator:
 def read_operators(path: Path, *, timeout: float) -> tuple[Operator, ...]:
     """Reads the operators of all graphs of the file at `path`, in their order.
 
+    See `read_graphs`.
+    """
+    return operators_of(read_graphs(path, timeout=timeout))
+
+
+def read_graphs(path: Path, *, timeout: float) -> list[dict[str, Any]]:
+    """Reads all graphs of the file at `path`, as the runtime `tflite_graph` does.
+
     The file need not be trusted: a fresh process reads it, in bounded time and memory.
 
     Raises:
@@ -93,7 +101,7 @@ def read_operators(path: Path, *, timeout: float) -> tuple[Operator, ...]:
         raise ValueError(f"{path} cannot be read as a TFLite file: {error}") from error
     if "broken" in facts:
         raise ValueError(f"{path} cannot be read as a TFLite file: {facts['broken']}")
-    return operators_of(facts["graphs"])
+    return facts["graphs"]
 
 
 def operators_of(graphs: Sequence[Mapping[str, Any]]) -> tuple[Operator, ...]:

@@ -143,7 +143,7 @@ def export_saved_model(
             singles = read_warmup(path)
         cases = [arrays, *singles]
         wanted = [endpoint.answer(case) for case in cases]
-        signature, operations = _read_graph(path)
+        signature, operations = read_graph(path)
         (filled, *answers), facts = _run(
             path, [padded(arrays), *cases], signature, operations, timeout
         )
@@ -193,7 +193,7 @@ def _check_tokens(
     timeout: float,
 ) -> SignatureReport:
     """Compares the signature `tokens` with the answers of the whole model."""
-    signature, operations = _read_graph(path, _TOKENS)
+    signature, operations = read_graph(path, _TOKENS)
     answers, facts = _run(path, [arrays], signature, operations, timeout, _TOKENS)
     parity = check_parity(
         [wanted],
@@ -222,10 +222,10 @@ def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
     return {name: array[i : i + 1] for name, array in arrays.items()}
 
 
-def _read_graph(
+def read_graph(
     path: Path, signature_name: str = "serving_default"
 ) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
-    """A signature, and the names of all operations in the file."""
+    """A signature, empty if there is none, and the names of all operations."""
     content = (path / "saved_model.pb").read_bytes()
     meta_graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
     graph = meta_graph.graph_def
@@ -251,34 +251,32 @@ def _run(
     timeout: float,
     signature_name: str = "serving_default",
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    runtime, arguments = loader(signature, operations, signature_name)
+    return run_in_fresh_process(runtime, path, cases, timeout=timeout, **arguments)
+
+
+def loader(
+    signature: meta_graph_pb2.SignatureDef,
+    operations: list[str],
+    signature_name: str = "serving_default",
+) -> tuple[str, dict[str, Any]]:
+    """The runtime for a SavedModel, and further arguments of `run_in_fresh_process`."""
     options: dict[str, Any] = {
         "operations": operations,
         "operation_libraries": _operation_libraries(),
     }
     libraries = _tensorflow_libraries()
     if libraries:
-        return run_in_fresh_process(
-            "cpp_loader",
-            path,
-            cases,
-            blocked=("keras_mha", "keras", "tensorflow"),
-            options=options
-            | {
-                "inputs": {n: info.name for n, info in signature.inputs.items()},
-                "outputs": {n: info.name for n, info in signature.outputs.items()},
-                "tensorflow_libraries": libraries,
-            },
-            timeout=timeout,
-        )
-    return run_in_fresh_process(
-        "python_loader",
-        path,
-        cases,
-        blocked=("keras_mha",),  # tensorflow itself looks for keras
-        options=options
-        | {"outputs": list(signature.outputs), "signature_name": signature_name},
-        timeout=timeout,
-    )
+        options |= {
+            "inputs": {n: info.name for n, info in signature.inputs.items()},
+            "outputs": {n: info.name for n, info in signature.outputs.items()},
+            "tensorflow_libraries": libraries,
+        }
+        blocked = ("keras_mha", "keras", "tensorflow")
+        return "cpp_loader", {"blocked": blocked, "options": options}
+    options |= {"outputs": list(signature.outputs), "signature_name": signature_name}
+    # tensorflow itself looks for keras
+    return "python_loader", {"blocked": ("keras_mha",), "options": options}
 
 
 def _tensorflow_libraries() -> list[str]:

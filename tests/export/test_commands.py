@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mha.export import load_samples
+from keras_mha.export import export_saved_model, load_samples
 from tests.export import small_models, tflite_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +150,43 @@ def test_to_tflite_wants_representative_data_for_ranges(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "--representative-data goes with --quantization int8_dense" in done.stderr
+
+
+def test_verify(tmp_path: Path) -> None:
+    model = small_models.dense_model()
+    model.save(tmp_path / "model.keras")
+    rows = small_models.features()
+    np.save(tmp_path / "rows.npy", rows)
+    export_saved_model(model, tmp_path / "served", samples=rows)
+    arguments = (
+        *(tmp_path / "model.keras", "--samples", tmp_path / "rows.npy"),
+        *("--saved-model", tmp_path / "served", "--runtimes", "saved_model"),
+    )
+    reports = [tmp_path / "report.md", tmp_path / "report.json"]
+    done = run("verify.py", *arguments, "--report", *reports)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("## Verification of sequential")
+    assert reports[0].read_text() == done.stdout
+    assert json.loads(reports[1].read_text())["passed"] is True
+
+    model.layers[-1].bias.assign_add([0.1, 0.0])
+    model.save(tmp_path / "model.keras")
+    done = run("verify.py", *arguments)
+    assert done.returncode == 1, done.stderr
+    assert "| wrong: the tolerance is 1e-05 |" in done.stdout
+
+    done = run("verify.py", *arguments[:-1], "tvm")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: `runtimes` must be")
+
+
+def test_verify_wants_a_file() -> None:
+    done = run("verify.py", "a.keras", "--samples", "x.npy")
+    assert done.returncode == 2
+    assert "one of --saved-model, --tflite and --onnx must be given" in done.stderr
+    done = run("verify.py", "a.keras", "--samples", "x.npy", "--onnx", "a.onnx")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("error: a.keras does not exist")
 
 
 COMMANDS = {

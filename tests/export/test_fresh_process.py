@@ -102,6 +102,77 @@ def test_an_end_of_the_child_is_an_error(
         run(failing, tmp_path, monkeypatch, timeout=timeout)
 
 
+SLOW_AT_TWO = """
+import time
+
+def run(path, cases, *, factor):
+    answers = []
+    for case in cases:
+        if case["x"][0, 0] == 2.5:
+            time.sleep(0.2)
+        answers.append({"y": case["x"] * (factor + len(answers))})
+    return answers, {"runtime": "probe"}
+"""
+DIES_AT_THREE = """
+import os
+
+def run(path, cases, *, factor):
+    for i, case in enumerate(cases):
+        if i == 3:
+            os._exit(5)
+"""
+
+
+def in_turns(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> fresh_process.FreshProcess:
+    source = Path(exchange.__file__).parent
+    for name in ("child.py", "exchange.py", "turns.py"):
+        shutil.copy(source / name, tmp_path / name)
+    (tmp_path / "probe.py").write_text(runtime, "utf-8")
+    monkeypatch.setattr(fresh_process, "_CHILD", tmp_path / "child.py")
+    return fresh_process.FreshProcess(
+        "probe",
+        tmp_path / "model",
+        CASES,
+        blocked=("keras_mha",),
+        options={"factor": 3},
+        in_turns=True,
+    )
+
+
+def test_the_last_case_is_timed_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_turns(SLOW_AT_TWO, tmp_path, monkeypatch) as process:
+        process.wait_for_values(60.0)
+        assert all(process.time_call(60.0) >= 0.2 for _ in range(2))
+        answers, facts = process.finish(60.0)
+    # The answers are those of the first time.
+    assert [answer["y"].tolist() for answer in answers] == [[[4.5]], [[10.0]]]
+    assert facts["blocked"] == ("keras_mha",)
+
+
+def test_an_end_in_a_turn_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_turns(DIES_AT_THREE, tmp_path, monkeypatch) as process:
+        process.wait_for_values(60.0)
+        process.time_call(60.0)
+        with pytest.raises(VerificationError, match="probe on .* exit status 5"):
+            process.time_call(60.0)
+
+
+def test_an_unfinished_process_ends_with_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_turns(SLOW_AT_TWO, tmp_path, monkeypatch) as process:
+        process.wait_for_values(60.0)
+        with pytest.raises(VerificationError, match="longer than timeout=0.01 s"):
+            process.time_call(0.01)
+    assert process._process.returncode == -9
+
+
 def test_arrays_survive_the_exchange(tmp_path: Path) -> None:
     strings = np.empty((2, 2), object)
     strings[:] = [[b"", b"a\0b\0"], ["\u00fc".encode(), b"\xff"]]

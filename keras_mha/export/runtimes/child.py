@@ -57,8 +57,10 @@ def main(directory: Path) -> None:
         exchange.read_arrays(directory / f"case_{i}.npz")
         for i in range(request["cases"])
     ]
+    if request["channel"] is not None:
+        cases = _load_sibling("turns").Turns(cases, request["channel"])
     answers, facts = runtime.run(request["path"], cases, **request["options"])
-    for i, answer in enumerate(answers):
+    for i, answer in enumerate(answers[: len(cases)]):  # not those of later turns
         exchange.write_arrays(directory / f"answer_{i}.npz", answer)
     imported = sorted(set(request["blocked"]) & set(sys.modules))
     if imported:
