@@ -13,6 +13,9 @@ of the values.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from keras import ops
@@ -22,7 +25,9 @@ from keras_mha.attention.masks import Mask, materialize, spell_out
 from keras_mha.attention.reference import add_bias, grouped_matmul, softmax
 from keras_mha.typing import Tensor
 
-_HIDDEN = 1e4  # float16 ends at 65504
+HIDDEN = 1e4  # what is taken off hidden scores; float16 ends at 65504
+
+_padded_queries: ContextVar[bool] = ContextVar("padded_queries", default=True)
 
 
 def refusal(*, dropout: float, **call: Any) -> str | None:
@@ -64,7 +69,8 @@ def attend(
     query = ops.transpose(query, (0, 2, 1, 3))
     key = ops.transpose(key, (0, 2, 3, 1))
     value = ops.transpose(value, (0, 2, 1, 3))
-    query = query * scale
+    if scale != 1.0:
+        query = query * scale
     T, S = ops.shape(query)[2], ops.shape(key)[3]
 
     scores = grouped_matmul(query, key)
@@ -72,15 +78,82 @@ def attend(
         scores = ops.tanh(scores * (1.0 / logits_soft_cap)) * logits_soft_cap
     scores = add_bias(scores, bias, T, S)
     mask = spell_out(mask, T, S)
-    # A padded query would hide every key of its row; its row is cleared below.
-    visible = materialize(mask._replace(query_padding=None), T, S)
+    visible = _visible(mask, dtype, T, S)
     if visible is not None:
-        visible = ops.cast(visible, dtype)
-        scores = scores + (visible - 1.0) * _HIDDEN
+        scores = scores + (visible - 1.0) * HIDDEN
     probabilities = softmax(scores, bias.sinks)
-    if mask.query_padding is not None:
-        rows = ops.cast(mask.query_padding, dtype)
-        probabilities = probabilities * ops.reshape(rows, (-1, 1, T, 1))
+    mixed = grouped_matmul(probabilities, value)
+    counts = _counts(mask, visible, dtype, T)
+    if counts is not None:
+        mixed, probabilities = mixed * counts, probabilities * counts
+    return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
+
+
+@contextmanager
+def padded_queries_unread() -> Iterator[None]:
+    """Inside, rows of padded queries hold anything finite, which saves a product.
+
+    For models in which nothing reads them: their outputs are pooled by mask.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.attention.bias import Bias
+    >>> from keras_mha.attention.masks import Mask
+    >>> from keras_mha.attention.portable import attend, padded_queries_unread
+    >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> padding = np.array([[True, False]])
+    >>> mask = Mask(padding, padding)
+    >>> np.asarray(attend(one, one, value, mask, Bias(), scale=1.0)[0]).ravel().tolist()
+    [1.0, 0.0]
+    >>> with padded_queries_unread():
+    ...     mixed, _ = attend(one, one, value, mask, Bias(), scale=1.0)
+    >>> np.asarray(mixed).ravel().tolist()
+    [1.0, 1.0]
+    """
+    token = _padded_queries.set(False)
+    try:
+        yield
+    finally:
+        _padded_queries.reset(token)
+
+
+def padded_queries_are_read() -> bool:
+    """Returns whether rows of padded queries must be right now."""
+    return _padded_queries.get()
+
+
+def with_floats(padding: Tensor, floats: Tensor) -> Tensor:
+    """Returns a boolean mask that knows itself as floats, 1 for True and 0 for False.
+
+    Where the floats come from ids by arithmetic, a file that uses them alone holds no
+    boolean operation, which delegates do not take.
+    """
+    padding._keras_mha_floats = floats  # as Keras attaches masks to tensors
+    return padding
+
+
+def as_floats(padding: Tensor, dtype: Any) -> Tensor:
+    """Returns a boolean mask as floats, those it knows itself as if there are any."""
+    floats = getattr(padding, "_keras_mha_floats", None)
+    return ops.cast(padding if floats is None else floats, dtype)
+
+
+def _visible(mask: Mask, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None:
+    """1 where a query sees a key and else 0, `(B or 1, N or 1, T or 1, S)`.
+
+    A padded query would hide every key of its row; see `_counts`.
+    """
+    pairs = materialize(mask._replace(query_padding=None, key_padding=None), T, S)
+    visible = None if pairs is None else ops.cast(pairs, dtype)
+    if mask.key_padding is None:
+        return visible
+    keys = ops.reshape(as_floats(mask.key_padding, dtype), (-1, 1, 1, S))
+    return keys if visible is None else keys * visible
+
+
+def _counts(mask: Mask, visible: Tensor | None, dtype: Any, T: Tensor) -> Tensor | None:
+    """0 for queries whose row is zero, else 1, `(B or 1, N or 1, T or 1, 1)`."""
     # In self-attention with padding alone, a query that is none sees itself. Without
     # padding nothing tells self-attention; the first key is seen, if no window is set.
     sees_itself = (
@@ -91,7 +164,10 @@ def attend(
         and isinstance(mask.offset, int)
         and mask.offset == 0
     )
+    counts = None
     if visible is not None and not sees_itself:
-        probabilities = probabilities * ops.max(visible, axis=-1, keepdims=True)
-    mixed = grouped_matmul(probabilities, value)
-    return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
+        counts = ops.max(visible, axis=-1, keepdims=True)
+    if mask.query_padding is not None and padded_queries_are_read():
+        rows = ops.reshape(as_floats(mask.query_padding, dtype), (-1, 1, T, 1))
+        counts = rows if counts is None else counts * rows
+    return counts

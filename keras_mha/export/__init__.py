@@ -1,5 +1,7 @@
 """Models as files for other runtimes, each checked by value before it is published."""
 
+from keras_mha.export.device_form import register_device_form
+from keras_mha.export.device_layers import NoDeviceFormError, Swap
 from keras_mha.export.onnx_file import export_onnx
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
@@ -18,11 +20,13 @@ from keras_mha.export.tflite import export_tflite
 
 __all__ = [
     "ExportReport",
+    "NoDeviceFormError",
     "ONNXReport",
     "Parity",
     "ParityError",
     "SavedModelReport",
     "SignatureReport",
+    "Swap",
     "TFLiteFile",
     "TFLiteReport",
     "TensorInfo",
@@ -31,4 +35,5 @@ __all__ = [
     "export_saved_model",
     "export_tflite",
     "load_samples",
+    "register_device_form",
 ]

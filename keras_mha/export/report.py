@@ -199,10 +199,16 @@ class TFLiteReport(ExportReport):
 
     Attributes:
         signature_name: The name of the signature in every file.
+        quantization: How the files' numbers were made smaller, or `None`.
+        target: What the files are for.
+        notes: One sentence for each layer that was exported as it is.
         files: One entry for each sequence length.
     """
 
     signature_name: str
+    quantization: str | None
+    target: str
+    notes: tuple[str, ...]
     files: tuple[TFLiteFile, ...]
 
 

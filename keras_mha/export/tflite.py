@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,23 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python.convert_phase import ConverterError
 
-from keras_mha.attention.api import implementation_scope
+from keras_mha.export.device_form import (
+    TARGETS,
+    device_form,
+    layers_as_they_are,
+    reads_padded_queries,
+)
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import size_of, staging
 from keras_mha.export.flatbuffer import read_contents
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.parity import check_parity, check_tolerance
+from keras_mha.export.quantization import (
+    TOLERANCES,
+    ask_converter,
+    check_quantization,
+    quantize_dense,
+)
 from keras_mha.export.report import TensorInfo, TFLiteFile, TFLiteReport
 
 _BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text")
@@ -31,7 +44,11 @@ def export_tflite(
     sequence_lengths: Sequence[int] = (128,),
     batch_size: int = 1,
     samples: Any,
+    quantization: str | None = None,
+    representative_data: Any = None,
+    target: str = "cpu",
     tolerance: float = 1e-5,
+    quantized_tolerance: float | None = None,
     signature_name: str = "serving_default",
     timeout: float = 600.0,
 ) -> TFLiteReport:
@@ -39,9 +56,15 @@ def export_tflite(
 
     A file takes int32 ids `(batch_size, S)` and gives the model's outputs, both under
     the model's own names in the signature `signature_name`. All its shapes are fixed
-    and all its operations built in. Shorter texts are padded with 0. The attention
-    layers are traced in their portable form (`keras_mha.attention.portable`), whose
-    values are the same for rows with at least one id that is not padding.
+    and all its operations built in. Shorter texts are padded with 0.
+
+    The model is traced in its device form (`keras_mha.export.device_form`), in which
+    our layers and stock Keras ones compute the same values in few operations, which
+    delegates take: attention in its portable form (`keras_mha.attention.portable`),
+    with one product for queries, keys and values. The values are the same for rows
+    with at least one id that is not padding. Layers that are not known to have such a
+    form are traced as they are, with a warning; outputs that are pooled by mask let
+    attention skip what it gives to padding.
 
     Each file is loaded by ai-edge-litert in a fresh process that can import none of
     `keras_mha`, `keras` and `tensorflow`, and its values are compared with the model's
@@ -50,13 +73,27 @@ def export_tflite(
 
     Args:
         model: A built Keras model on the TensorFlow backend with one integer input
-            `(B, T)`, the ids.
+            `(B, T)`, the ids. Layers that Keras quantized to int8 are dequantized,
+            which is exact in the weights; Keras also rounds activations.
         directory: Where the files go; made if absent.
         sequence_lengths: The lengths S.
         batch_size: The fixed number of rows.
         samples: Ids: an array `(n, T)`, or a list of rows that may differ in length.
-        tolerance: Largest absolute difference allowed in any output. The default
-            suits probabilities (measured: under 1e-6).
+        quantization: How the file's numbers are made smaller. `"dynamic_int8"` keeps
+            the weights of dense layers and embeddings in int8, a quarter of the size,
+            and rounds what is multiplied by them row by row: the one to choose first.
+            `"int8_dense"` also fixes the ranges of dense layers' inputs and outputs
+            beforehand, from `representative_data`; attention stays float. `"float16"`
+            halves the size, for delegates that compute in it.
+        representative_data: Ids like `samples`, not longer than any S, from which
+            `"int8_dense"` takes those ranges. Some hundred typical rows do.
+        target: `"cpu"`, or `"gpu"` for files that LiteRT's GPU delegate is to take
+            over whole: layers that stay as they are then raise instead of warning.
+        tolerance: Largest absolute difference allowed in any output of a float file.
+            The default suits probabilities (measured: under 1e-6).
+        quantized_tolerance: The same for quantized files, and for models that Keras
+            quantized. Defaults, for probabilities, to 0.002 for `"float16"` and to
+            0.05 otherwise.
         signature_name: Name of the signature.
         timeout: Seconds that the check of one file may take.
 
@@ -68,10 +105,14 @@ def export_tflite(
         ParityError: If a value differs by more than `tolerance`.
         VerificationError: If a file does not run in the fresh process.
         TypeError: If an argument has the wrong type.
-        ValueError: If the model is no such model, is quantized or computes in half
-            precision, needs
-            operations that TFLite has not built in, or a sample is longer than one of
-            `sequence_lengths`.
+        ValueError: If the model is no such model, is quantized by Keras in another
+            way than int8, computes in half precision, needs operations that TFLite
+            has not built in, or has a layer that `target` cannot take; if a sample is
+            longer than one of `sequence_lengths`, or an argument is out of its domain
+            or would be ignored.
+
+    Warns:
+        UserWarning: For each layer that was exported as it is.
 
     Example:
 
@@ -100,21 +141,35 @@ def export_tflite(
     lengths = _check_sizes("sequence_lengths", sequence_lengths)
     _check_sizes("batch_size", [batch_size])
     check_tolerance(tolerance)
+    check_quantization(quantization, representative_data)
     _check_input(model)
-    _check_precision(model)
-    rows = _as_rows(samples)
+    rounded = _check_precision(model)
+    allowed = _tolerance_of_rounded(quantized_tolerance, quantization, rounded)
+    notes = _check_target(model, target, quantization)
+    rows = _as_rows(samples, "samples")
+    ranges = (
+        None
+        if representative_data is None
+        else _as_rows(representative_data, "representative_data")
+    )
     directory = Path(directory)
     with staging(directory) as staged:
         files = []
         for length in lengths:
-            endpoint, arrays = describe(model, _pad(rows, length))
+            endpoint, arrays = describe(model, _pad(rows, length, "samples"))
             file = _export_one(
                 endpoint,
                 next(iter(arrays.values())),
                 staged / f"model_{length}.tflite",
                 batch_size=batch_size,
+                quantization=quantization,
+                ranges=None
+                if ranges is None
+                else _pad(ranges, length, "representative_data"),
+                target=target,
+                notes=notes,
                 signature_name=signature_name,
-                tolerance=tolerance,
+                tolerances=(tolerance, allowed),
                 timeout=timeout,
             )
             files.append(file)
@@ -124,6 +179,8 @@ def export_tflite(
             Path(file.path).replace(final)
             files[i] = replace(file, path=str(final))
 
+    for note in notes:
+        warnings.warn(f"`export_tflite`: {note}", UserWarning, stacklevel=2)
     return TFLiteReport(
         model=model.name,
         parameters=model.count_params(),
@@ -131,6 +188,9 @@ def export_tflite(
         tensorflow=tf.__version__,
         blocked=_BLOCKED,
         signature_name=signature_name,
+        quantization=quantization,
+        target=target,
+        notes=notes,
         files=tuple(files),
     )
 
@@ -163,55 +223,118 @@ def _check_input(model: keras.Model) -> None:
         )
 
 
-def _check_precision(model: keras.Model) -> None:
-    for layer in model._flatten_layers(include_self=False):
-        if layer.quantization_mode is not None:
-            raise ValueError(
-                "`model` must not be quantized by Keras, whose form TFLite cannot "
-                f"take. Received: layer {layer.name!r} with quantization mode "
-                f"{layer.quantization_mode!r}"
-            )
+def _check_precision(model: keras.Model) -> bool:
+    """Refuses half precision; returns whether Keras quantized any layer."""
+    layers = model._flatten_layers(include_self=False)
+    for layer in layers:
         if layer.compute_dtype in ("float16", "bfloat16"):
             raise ValueError(
                 "`model` must compute in float32, as TFLite does. Received: layer "
                 f"{layer.name!r} with compute_dtype={layer.compute_dtype!r}. Load "
                 "the weights into a model made with the policy 'float32'."
             )
+    return any(
+        layer.quantization_mode is not None
+        for layer in model._flatten_layers(include_self=False)
+    )
 
 
-def _as_rows(samples: Any) -> list[np.ndarray]:
+def _check_target(
+    model: keras.Model, target: str, quantization: str | None
+) -> tuple[str, ...]:
+    """Returns which layers stay as they are, or refuses them for the target."""
+    if target not in TARGETS:
+        raise ValueError(
+            f"`target` must be one of {list(TARGETS)}. Received: target={target!r}"
+        )
+    notes = layers_as_they_are(model)
+    if target == "gpu" and notes:
+        raise ValueError(
+            "`target='gpu'` needs every layer in its device form. Received: "
+            + "; ".join(notes)
+        )
+    if target == "gpu" and quantization == "int8_dense":
+        raise ValueError(
+            "`target='gpu'` takes float activations: GPU delegates answer wrongly on "
+            "int8 ones, without a word. Received: quantization='int8_dense'"
+        )
+    return notes
+
+
+def _tolerance_of_rounded(
+    tolerance: float | None, quantization: str | None, rounded: bool
+) -> float | None:
+    """What a quantized file or model may differ by; `None` where nothing is."""
+    if quantization is None and not rounded:
+        if tolerance is not None:
+            raise ValueError(
+                "`quantized_tolerance` is for quantized files and models; the float "
+                "file's is `tolerance`. Received: "
+                f"quantized_tolerance={tolerance} with quantization=None"
+            )
+        return None
+    if tolerance is None:
+        return max(TOLERANCES.get(quantization or "", 0), 0.05 * rounded)
+    check_tolerance(tolerance)
+    return tolerance
+
+
+def _as_rows(samples: Any, argument: str) -> list[np.ndarray]:
     rows = [np.asarray(row) for row in samples]
     if not rows or any(row.ndim != 1 or row.dtype.kind not in "iu" for row in rows):
         raise ValueError(
-            "`samples` must be one or more rows of integer ids. Received: "
+            f"`{argument}` must be one or more rows of integer ids. Received: "
             f"{[(str(row.dtype), row.shape) for row in rows[:3]]}"
         )
     return rows
 
 
-def _pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+def _pad(rows: Sequence[np.ndarray], length: int, argument: str) -> np.ndarray:
     longest = max(map(len, rows))
     if longest > length:
         raise ValueError(
-            "`samples` must not be longer than any of `sequence_lengths`. Received: "
-            f"a row of {longest} ids for the length {length}"
+            f"`{argument}` must not be longer than any of `sequence_lengths`. "
+            f"Received: a row of {longest} ids for the length {length}"
         )
     return np.stack([np.pad(row, (0, length - len(row))) for row in rows])
 
 
-def _convert(graph: Path, signature_name: str) -> bytes:
+def _trace(
+    endpoint: Endpoint, name: str, spec: tf.TensorSpec, path: Path, signature_name: str
+) -> None:
+    """Traces the model into a SavedModel, once; it need not be loaded by Keras."""
+
+    def function(ids: Any) -> dict[str, Any]:
+        return endpoint.function({name: ids})
+
+    named = tf.TensorSpec(spec.shape, spec.dtype, name=name)
+    traced = tf.function(function, autograph=False).get_concrete_function(named)
+    module: Any = tf.Module()
+    # What the function reads must hang on the module.
+    module.weights = [v.value for v in endpoint.model.variables]
+    tf.saved_model.save(module, str(path), signatures={signature_name: traced})
+
+
+def _convert(
+    graph: Path,
+    signature_name: str,
+    quantization: str | None,
+    notes: Sequence[str],
+) -> bytes:
     converter = tf.lite.TFLiteConverter.from_saved_model(
         str(graph), signature_keys=[signature_name]
     )
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    ask_converter(converter, quantization)
     try:
         return converter.convert()
     except ConverterError as error:
         names = sorted({one.operator.name for one in error.errors} - {""})
         if not names:
             raise
+        suspects = f"; {'; '.join(notes)}" if notes else ""
         raise ValueError(
-            f"`model` needs operations that TFLite has not built in: {names}"
+            f"`model` needs operations that TFLite has not built in: {names}{suspects}"
         ) from error
 
 
@@ -221,17 +344,27 @@ def _export_one(
     path: Path,
     *,
     batch_size: int,
+    quantization: str | None,
+    ranges: np.ndarray | None,
+    target: str,
+    notes: Sequence[str],
     signature_name: str,
-    tolerance: float,
+    tolerances: tuple[float, float | None],
     timeout: float,
 ) -> TFLiteFile:
     """Writes the file at `path`, checks it, and says what it found."""
     ((name, free),) = endpoint.inputs.items()
     spec = tf.TensorSpec((batch_size, ids.shape[1]), tf.int32)
     graph = path.with_suffix("")
-    with implementation_scope("portable"):
-        endpoint.write(graph, {name: spec}, signature_name=signature_name)
-    content = _convert(graph, signature_name)
+    padded_queries_read = reads_padded_queries(endpoint, ids)
+    with device_form(
+        endpoint.model, target=target, padded_queries_read=padded_queries_read
+    ):
+        _trace(endpoint, name, spec, graph, signature_name)
+    content = _convert(graph, signature_name, quantization, notes)
+    if ranges is not None:
+        cases = [{name: batch} for batch in _batches(ranges, batch_size)]
+        content = quantize_dense(content, signature_name, cases)
     contents = read_contents(content)
     if contents.custom or contents.dynamic:
         raise ValueError(
@@ -241,25 +374,32 @@ def _export_one(
         )
     path.write_bytes(content)
 
-    # The last batch is filled up with its own last row.
-    rows = np.pad(ids, ((0, -len(ids) % batch_size), (0, 0)), "edge")
-    wanted = endpoint.answer({name: rows.astype(free.dtype.as_numpy_dtype)})
-    starts = range(0, len(rows), batch_size)
+    batches = _batches(ids, batch_size)
     answers, facts = run_in_fresh_process(
         "litert",
         path,
-        [{name: rows[i : i + batch_size].astype(np.int32)} for i in starts],
+        [{name: batch} for batch in batches],
         blocked=_BLOCKED,
         options={"signature_name": signature_name},
         timeout=timeout,
     )
-    parity = check_parity(
-        [{n: a[i : i + batch_size] for n, a in wanted.items()} for i in starts],
-        answers,
-        tolerance=tolerance,
+    rows = np.concatenate(batches).astype(free.dtype.as_numpy_dtype)
+    compare = functools.partial(
+        check_parity,
+        actual=answers,
         samples=len(ids),
         runtime=facts["runtime"],
         runtime_version=facts["version"],
+    )
+    exact, rounded = tolerances
+    if rounded is not None and quantization is None:
+        # The weights that Keras rounded, without its rounding of activations.
+        with device_form(endpoint.model, target=target):
+            wanted = endpoint.answer({name: rows})
+        compare(_cut(wanted, batch_size), tolerance=exact)
+    wanted = endpoint.answer({name: rows})
+    parity = compare(
+        _cut(wanted, batch_size), tolerance=exact if rounded is None else rounded
     )
     return TFLiteFile(
         path=str(path),
@@ -275,3 +415,17 @@ def _export_one(
         delegate_partitions=facts["delegate_partitions"],
         parity=parity,
     )
+
+
+def _batches(ids: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cuts rows into batches, the last one filled up with its own last row."""
+    rows = np.pad(ids, ((0, -len(ids) % size), (0, 0)), "edge").astype(np.int32)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _cut(answers: Mapping[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
+    rows = len(next(iter(answers.values())))
+    return [
+        {name: array[i : i + size] for name, array in answers.items()}
+        for i in range(0, rows, size)
+    ]

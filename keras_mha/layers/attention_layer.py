@@ -96,6 +96,9 @@ class AttentionLayer(SeededLayer):
         )
         self._jit_compile = compiled.check_jit_compile(jit_compile)
         self.supports_jit = self._jit_compile is not False
+        # Factor of the scores; `None` is `1 / sqrt(H)`. An exporter folds it into the
+        # queries' kernel.
+        self._score_scale: float | None = None
         self.seed = check_seed(seed)
         if self._dropout > 0:
             self._add_generator(self.seed)
@@ -110,6 +113,10 @@ class AttentionLayer(SeededLayer):
                 )
                 for name in ("query_norm", "key_norm")
             )
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                # Keras' RMSNormalization maps each position by itself, unsaid.
+                norm.supports_masking = True
 
     @property
     def num_heads(self) -> int:
@@ -289,6 +296,7 @@ class AttentionLayer(SeededLayer):
                 tuple(part is None for part in parts),
             ),
             axes=axes,
+            scale=self._score_scale,
             logits_soft_cap=self._logits_soft_cap,
             dropout=dropout,
             return_scores=return_scores,

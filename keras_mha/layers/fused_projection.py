@@ -84,7 +84,7 @@ class FusedProjection(Projection):
 
     def split(self, projected: Tensor) -> Any:
         """Cuts it into `(B, T, N, H)`, `(B, T, K, H)` and `(B, T, K, V)`."""
-        query, key, value = self._cut(projected)
+        query, key, value = self.cut(projected)
         if self._shared != self._num_heads:
             batch, length = ops.shape(query)[:2]
             heads = (batch, length, self._num_heads, self._key_dim)
@@ -175,7 +175,7 @@ class FusedProjection(Projection):
                     "A kernel with low-rank factors can be quantized to int8 only. "
                     f"Received: mode={mode}"
                 )
-            self._kernel.assign(self._merged_kernel())
+            self._kernel.assign(self.merged_kernel())
             self._reset_factors()
         super().quantize(mode, type_check=type_check, config=config)
 
@@ -184,7 +184,7 @@ class FusedProjection(Projection):
         if not self._adapted:
             super().save_own_variables(store)
             return
-        values = {"kernel": self._merged_kernel()}
+        values = {"kernel": self.merged_kernel()}
         if self.quantization_mode == "int8":
             values["kernel"], scale = keras.quantizers.abs_max_quantize(
                 values["kernel"], axis=0, to_numpy=True
@@ -231,7 +231,8 @@ class FusedProjection(Projection):
             ops.zeros_like(outputs),
         )
 
-    def _merged_kernel(self) -> Tensor:
+    def merged_kernel(self) -> Tensor:
+        """The kernel in float, low-rank factors merged in; its columns: `cut`."""
         kernel = self._kernel
         if self.quantization_mode == "int8":
             scale = ops.reshape(self.kernel_scale, (1, *kernel.shape[1:]))
@@ -242,14 +243,22 @@ class FusedProjection(Projection):
         delta = self._spread(deltas, ops.zeros(kernel.shape))
         return ops.cast(ops.cast(kernel, "float32") + delta, kernel.dtype)
 
-    def _cut(self, columns: Tensor) -> Any:
-        """Cuts the last axis into queries', keys' and values' columns."""
+    def cut(self, columns: Tensor) -> Any:
+        """Cuts the last axis into queries', keys' and values' columns.
+
+        Args:
+            columns: `(..., K, G H + H + V)`, as the kernel and the bias have them.
+
+        Returns:
+            `(..., K, G H)`, of which the last two axes are `(N, H)` in order, then
+            `(..., K, H)` and `(..., K, V)`.
+        """
         query, key, _ = self._sizes
         return ops.split(columns, (query, query + key), axis=-1)
 
     def _spread(self, deltas: dict[str, Tensor], zeros: Tensor) -> Tensor:
         """Lays the parts' deltas `(..., N * size)` out as `zeros`, scaled."""
-        blanks = zip(PARTS, self._cut(zeros), strict=True)
+        blanks = zip(PARTS, self.cut(zeros), strict=True)
         parts = [
             ops.reshape(deltas[name], ops.shape(blank)) * self._scaling
             if name in deltas

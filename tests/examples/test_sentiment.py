@@ -20,6 +20,9 @@ import h5py
 import numpy as np
 import pytest
 
+from keras_mha.export import export_tflite
+from tests.export.small_models import randomize
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
 # The modules of the example, which its programs import by these short names.
 MODULES = ("data", "model", "report", "train", "predict")
@@ -379,6 +382,30 @@ def test_batches_keep_the_order(example: dict[str, ModuleType]) -> None:
     for row, expected in zip(rows.numpy(), ids, strict=True):
         assert row[row != 0].tolist() == expected.tolist()
     assert labels.numpy().tolist() == [[1, 0], [0, 1], [0, 1]]
+
+
+def test_the_committee_is_one_part_on_a_device(
+    example: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    model = example["model"]
+    recipe = dataclasses.replace(
+        model.Recipe(), max_length=13, embedding_dim=12, num_heads=3, hidden_dim=17
+    )
+    members = [
+        randomize(model.build_member(97, recipe, f"member_{i}"), seed=i)
+        for i in range(2)
+    ]
+    report = export_tflite(
+        model.committee(members),
+        tmp_path,
+        sequence_lengths=(13,),
+        samples=[[3, 1, 4], [5, 9, 2, 6] * 3],
+    )
+    (file,) = report.files
+    assert not report.notes
+    assert file.delegate_partitions == 1
+    assert sum(file.operators.values()) <= 90
+    assert file.parity.max_absolute_difference <= 1e-6
 
 
 def test_the_committee_is_its_members_mean(

@@ -65,6 +65,36 @@ def test_to_tflite(tmp_path: Path) -> None:
     assert {"model_5.tflite", "model_7.tflite"} <= {p.name for p in tmp_path.iterdir()}
 
 
+def test_to_tflite_quantizes(tmp_path: Path) -> None:
+    small_models.ids_model().save(tmp_path / "model.keras")
+    np.save(tmp_path / "ids.npy", np.array([[3, 1, 4], [1, 5, 0]]))
+    done = run(
+        "to_tflite.py",
+        tmp_path / "model.keras",
+        tmp_path,
+        *("--samples", tmp_path / "ids.npy", "--sequence-lengths", 5),
+        *("--quantization", "int8_dense", "--representative-data"),
+        *(tmp_path / "ids.npy", "--quantized-tolerance", 0.3),
+        *("--report", tmp_path / "report.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["quantization"], report["target"]) == ("int8_dense", "cpu")
+    assert report["files"][0]["operators"]["QUANTIZE"] > 0
+    assert report["files"][0]["parity"]["tolerance"] == 0.3
+
+
+def test_to_tflite_wants_representative_data_for_ranges(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    done = run(
+        "to_tflite.py",
+        *(tmp_path / "a", tmp_path, "--samples", tmp_path / "a"),
+        *("--quantization", "int8_dense", "--target", "gpu"),
+    )
+    assert done.returncode == 2
+    assert "--representative-data goes with --quantization int8_dense" in done.stderr
+
+
 def test_to_onnx(tmp_path: Path) -> None:
     small_models.ids_model().save(tmp_path / "model.keras")
     np.save(tmp_path / "ids.npy", np.array([[3, 1, 4], [1, 5, 0]]))

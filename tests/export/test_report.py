@@ -44,6 +44,9 @@ LITE = TFLiteReport(
     tensorflow="2.21.0",
     blocked=("keras_mha", "keras"),
     signature_name="classify",
+    quantization=None,
+    target="cpu",
+    notes=("layer 'a' (Rare) has no device form",),
     files=tuple(
         TFLiteFile(
             path=f"out/model_{length}.tflite",
@@ -117,6 +120,7 @@ def test_markdown() -> None:
         "### model_7.tflite",
         "### model_11.tflite",
     ]
+    assert "| notes | layer 'a' (Rare) has no device form |" in lines
     assert lines.count("| operators | ADD 3, MUL 1 |") == 2
 
 

@@ -99,10 +99,13 @@ def _without_delegates() -> Any:
 
 
 def test_int64_ids_are_taken_as_int32(tmp_path: Path) -> None:
-    ids = keras.Input((None,), dtype="int64", name="ids")
+    ids = keras.Input((None,), dtype="int64", name="tokens")
     model = keras.Model(ids, keras.layers.Embedding(11, 3)(ids))
     report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
-    assert report.files[0].inputs[0].dtype == "int32"
+    (given,) = report.files[0].inputs
+    assert (given.name, given.dtype) == ("tokens", "int32")
+    (given,) = interpreter(report.files[0].path).get_input_details()
+    assert given["dtype"] == np.int32
 
 
 def encoder(**kwargs: Any) -> keras.Model:
@@ -131,6 +134,173 @@ def test_our_layers_are_traced_in_their_portable_form(
     assert current_implementation() == "auto"
 
 
+def classifier() -> keras.Model:
+    """Two blocks, whose normalizations are not trivial."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras_mha.TokenAndPositionEmbedding(61, 13, 12)(ids)
+    for _ in range(2):
+        hidden = keras_mha.TransformerEncoderBlock(3, 29)(hidden)
+    pooled = keras.layers.GlobalAveragePooling1D()(hidden)
+    head = keras.layers.Dense(2, activation="softmax", name="probabilities")
+    return small_models.randomize(keras.Model(ids, head(pooled)))
+
+
+def test_the_device_form_is_small_and_one_partition(tmp_path: Path) -> None:
+    for target in ("cpu", "gpu"):
+        (file,) = export_tflite(
+            classifier(), tmp_path, sequence_lengths=(13,), samples=ROWS, target=target
+        ).files
+        assert sum(file.operators.values()) <= 75
+        assert file.delegate_partitions == 1
+        assert file.parity.max_absolute_difference <= 1e-6
+        assert file.operators["EMBEDDING_LOOKUP"] == 1
+        refused = {"GATHER", "SELECT_V2", "NOT_EQUAL", "LOGICAL_AND", "SHAPE"}
+        assert not refused & set(file.operators)
+
+
+def test_stock_layers_take_the_form_too(tmp_path: Path) -> None:
+    (file,) = export_tflite(
+        ids_model(), tmp_path, sequence_lengths=(7,), samples=ROWS
+    ).files
+    assert file.delegate_partitions == 1
+    assert not {"GATHER", "NOT_EQUAL", "SELECT_V2"} & set(file.operators)
+
+
+def test_what_stands_in_padding_does_not_count(tmp_path: Path) -> None:
+    model = classifier()
+    table = model.layers[1].token_embedding.embeddings
+    table.assign(np.concatenate([np.full((1, 12), 50.0), np.asarray(table)[1:]]))
+    export_tflite(model, tmp_path, sequence_lengths=(5, 13), samples=ROWS)
+    answers = [
+        interpreter(tmp_path / f"model_{length}.tflite").get_signature_runner()(
+            ids=padded(length)[1:2]
+        )["probabilities"]
+        for length in (5, 13)
+    ]
+    np.testing.assert_allclose(*answers, atol=1e-6)
+
+
+def test_a_row_for_each_token_is_right_in_padding_too(tmp_path: Path) -> None:
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras_mha.TokenAndPositionEmbedding(11, 7, 6)(ids)
+    hidden = keras_mha.TransformerEncoderBlock(2, 14, position="rotary", key_dim=4)(
+        hidden, use_causal_mask=True
+    )
+    model = small_models.randomize(
+        keras.Model(ids, keras.layers.Dense(3, name="tags")(hidden))
+    )
+    (file,) = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS).files
+    assert file.delegate_partitions == 1
+    assert file.parity.max_absolute_difference <= 1e-5
+
+
+# Quantized files.
+
+
+@pytest.mark.parametrize(
+    ("quantization", "share"),
+    [("float16", 0.6), ("dynamic_int8", 0.4), ("int8_dense", 0.45)],
+)
+def test_quantized_files(tmp_path: Path, quantization: str, share: float) -> None:
+    model = wide()
+    data = {"representative_data": ROWS} if quantization == "int8_dense" else {}
+    lengths = {"sequence_lengths": (7,), "samples": ROWS}
+    plain = export_tflite(model, tmp_path, **lengths)
+    small = export_tflite(model, tmp_path, quantization=quantization, **lengths, **data)
+    assert (plain.quantization, small.quantization) == (None, quantization)
+    assert small.files[0].size_bytes < share * plain.files[0].size_bytes
+    parity = small.files[0].parity
+    # Rounded, so not equal; and yet near.
+    assert 1e-6 < parity.max_absolute_difference < parity.tolerance
+
+
+def test_a_quantized_file_that_is_too_far_off_is_caught(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="tolerance is 1e-07"):
+        export_tflite(
+            wide(),
+            tmp_path / "out",
+            sequence_lengths=(7,),
+            samples=ROWS,
+            quantization="dynamic_int8",
+            quantized_tolerance=1e-7,
+        )
+    assert left_in(tmp_path) == []
+
+
+def wide() -> keras.Model:
+    """Wide enough that its weights, not its graph, make the file's size."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras_mha.TokenAndPositionEmbedding(997, 7, 32)(ids)
+    hidden = keras_mha.TransformerEncoderBlock(2, 127)(hidden)
+    pooled = keras.layers.GlobalAveragePooling1D()(hidden)
+    head = keras.layers.Dense(2, activation="softmax", name="probabilities")
+    model = keras.Model(ids, head(pooled))
+    generator = np.random.default_rng(3)
+    for weight in model.weights:
+        weight.assign(generator.normal(scale=0.2, size=weight.shape))
+    return model
+
+
+def test_int8_leaves_attention_in_float(tmp_path: Path) -> None:
+    (file,) = export_tflite(
+        wide(),
+        tmp_path,
+        sequence_lengths=(7,),
+        samples=ROWS,
+        quantization="int8_dense",
+        representative_data=padded(7),
+    ).files
+    plain = Interpreter(
+        model_path=file.path, experimental_op_resolver_type=_without_delegates()
+    )
+    types = {t["index"]: t["dtype"] for t in plain.get_tensor_details()}
+    seen = {}
+    for operation in plain._get_ops_details():
+        # The third input of a dense layer, its bias, is int32 then.
+        ends = [*operation["inputs"][:2], *operation["outputs"]]
+        seen.setdefault(operation["op_name"], set()).update(types[i] for i in ends)
+    assert seen["FULLY_CONNECTED"] == {np.int8}
+    for float_operation in ("BATCH_MATMUL", "RSQRT", "MEAN"):
+        assert seen[float_operation] - {np.int32} == {np.float32}
+
+
+def test_a_model_quantized_by_keras(tmp_path: Path) -> None:
+    model = wide()
+    expected = model.predict(padded(7), verbose=0)
+    for layer in model._flatten_layers():
+        if isinstance(
+            layer,
+            keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding,
+        ):
+            layer.quantize("int8", type_check=False)
+    (file,) = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS).files
+    assert file.parity.tolerance == 0.05
+    assert 0 < file.parity.max_absolute_difference < 0.02
+    answer = interpreter(file.path).get_signature_runner()(ids=padded(7)[:1])
+    gap = np.abs(answer["probabilities"] - expected[:1]).max()
+    assert 1e-6 < gap < 0.02
+
+
+class Sine(keras.layers.Layer):
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.sin(inputs)
+
+
+def test_a_layer_of_unknown_form_is_named(tmp_path: Path) -> None:
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras.layers.Embedding(11, 3)(ids)
+    model = keras.Model(ids, Sine(name="wave")(hidden))
+    note = r"layer 'wave' \(Sine\) has no device form"
+    with pytest.warns(UserWarning, match=f"`export_tflite`: {note}"):
+        report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
+    assert len(report.notes) == 1
+    assert re.fullmatch(note, report.notes[0])
+    with pytest.raises(ValueError, match=f"`target='gpu'` needs every layer.*{note}"):
+        export_tflite(
+            model, tmp_path, sequence_lengths=(7,), samples=ROWS, target="gpu"
+        )
+
+
 # What is refused.
 
 
@@ -140,8 +310,8 @@ def test_a_perturbed_weight_is_caught_and_nothing_is_left(
     model = ids_model()
     convert = module._convert
 
-    def convert_and_perturb(graph: Path, signature_name: str) -> bytes:
-        content = convert(graph, signature_name)
+    def convert_and_perturb(graph: Path, *arguments: Any) -> bytes:
+        content = convert(graph, *arguments)
         if graph.name == "model_13":
             model.layers[-1].bias.assign_add([1e-3, 0.0, 0.0])
         return content
@@ -161,8 +331,8 @@ def test_a_damaged_file_is_caught(
 ) -> None:
     convert = module._convert
 
-    def convert_and_damage(graph: Path, signature_name: str) -> bytes:
-        content = bytearray(convert(graph, signature_name))
+    def convert_and_damage(graph: Path, *arguments: Any) -> bytes:
+        content = bytearray(convert(graph, *arguments))
         content[len(content) // 2 :: 7] = bytes(len(content[len(content) // 2 :: 7]))
         return bytes(content)
 
@@ -199,8 +369,9 @@ def test_operations_that_are_not_built_in_are_named(tmp_path: Path) -> None:
             return tf.math.betainc(x, x, x) + tf.math.bessel_i0(x)
 
     ids = keras.Input((None,), dtype="int32", name="ids")
-    model = keras.Model(ids, Rare()(ids))
-    with pytest.raises(ValueError, match=r"has not built in: \['tf.Bes.*tf.Betainc'\]"):
+    model = keras.Model(ids, Rare(name="rare")(ids))
+    text = r"has not built in: \['tf.Bes.*tf.Betainc'\]; layer 'rare' \(Rare\) has no"
+    with pytest.raises(ValueError, match=text):
         export_tflite(model, tmp_path / "out", sequence_lengths=(7,), samples=ROWS)
     assert left_in(tmp_path) == []
 
@@ -253,6 +424,27 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
         ({"samples": [[0.5, 1.0]]}, r"rows of integer ids.*float64"),
         ({"samples": []}, "one or more rows of integer ids"),
         ({"samples": [[[1, 2]]]}, r"rows of integer ids.*\(1, 2\)"),
+        ({"target": "tpu"}, r"`target` must be one of \['cpu', 'gpu'\].*'tpu'"),
+        ({"quantization": "int4"}, "`quantization` must be None or one of.*'int4'"),
+        ({"quantization": "int8_dense"}, "`representative_data` is needed.*None"),
+        ({"representative_data": ROWS}, "for that alone.*quantization=None"),
+        (
+            {
+                "quantization": "int8_dense",
+                "representative_data": ROWS,
+                "target": "gpu",
+            },
+            "`target='gpu'` takes float activations",
+        ),
+        (
+            {"quantization": "int8_dense", "representative_data": [[1] * 8]},
+            "`representative_data` must not be longer.*8 ids for the length 7",
+        ),
+        ({"quantized_tolerance": 0.1}, "`quantized_tolerance` is for quantized files"),
+        (
+            {"quantization": "float16", "quantized_tolerance": -1.0},
+            "`tolerance` must be at least 0",
+        ),
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], text: str) -> None:
@@ -273,14 +465,15 @@ def test_a_missing_runtime_names_the_extra(
         export_tflite(ids_model(), tmp_path, samples=ROWS)
 
 
-def test_models_quantized_by_keras_are_refused(tmp_path: Path) -> None:
+def test_models_quantized_by_keras_to_less_than_int8_are_refused(
+    tmp_path: Path,
+) -> None:
     ids = keras.Input((None,), dtype="int32", name="ids")
     hidden = keras.layers.Embedding(11, 4, name="table")(ids)
     pooled = keras.layers.GlobalAveragePooling1D()(hidden)
     model = keras.Model(ids, keras.layers.Dense(2, name="dense")(pooled))
-    for layer in (model.get_layer("dense"),):
-        layer.quantize("int8")
-    with pytest.raises(ValueError, match="not be quantized.*'dense'.*'int8'"):
+    model.get_layer("dense").quantize("int4")
+    with pytest.raises(ValueError, match=r"quantized.*'dense' \(Dense\) .*'int4'"):
         export_tflite(model, tmp_path, sequence_lengths=(3,), samples=[[1, 2]])
     assert not list(tmp_path.iterdir())
 
