@@ -1,0 +1,230 @@
+"""Exports a model to the formats asked for, and tells how that goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keras_mha_cli import options
+
+if TYPE_CHECKING:
+    from keras_mha.export import ExportReport
+
+# How reading a file fails: as a whole, or where an entry of it is missing.
+_UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
+_FAILED, _MISSING_PACKAGE, _INTERRUPTED = 1, 3, 130
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line.
+
+    Attributes:
+        model: The `.keras` file.
+        samples: The file of samples.
+        places: Where each format goes, by its name.
+        options: What was given of `options.OPTIONS`, by the exporters' names.
+        report: Where the report goes, if anywhere.
+        debug: Whether errors are shown with their traceback.
+        in_full: Whether the whole report is printed, and not its summary.
+    """
+
+    model: Path
+    samples: Path
+    places: Mapping[str, Path]
+    options: Mapping[str, Any]
+    report: Path | None
+    debug: bool
+    in_full: bool
+
+
+class _StepError(Exception):
+    """A step that failed in a way that was to be expected."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def export(request: Request) -> int:
+    """Does what was asked for; returns the exit code."""
+    packages, extras = options.absent_packages(tuple(request.places))
+    if packages:
+        _say(
+            f"error: {', '.join(packages)} not installed: "
+            f"pip install 'keras-mha[{','.join(extras)}]'"
+        )
+        return _MISSING_PACKAGE
+    # TensorFlow reads it when it is imported; its notes on the machine help nobody.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _export(request)
+    except _StepError as error:
+        return error.code
+    except KeyboardInterrupt:
+        _say("interrupted; what is unfinished was removed")
+        return _INTERRUPTED
+
+
+def _export(request: Request) -> int:
+    with _step("start Keras and TensorFlow", request.debug):
+        import keras_mha.export
+        import keras_mha.text
+    with _step(f"load {request.model}", request.debug, _UNREADABLE):
+        model = _load_model(request.model)
+    with _step(f"load {request.samples}", request.debug, _UNREADABLE):
+        samples = keras_mha.export.load_samples(request.samples)
+        values = dict(request.options)
+        if "representative_data" in values:
+            values["representative_data"] = keras_mha.export.load_samples(
+                values["representative_data"]
+            )
+
+    reports: dict[str, ExportReport] = {}
+    failures: dict[str, _StepError] = {}
+    for name, place in request.places.items():
+        exporter = getattr(keras_mha.export, options.FORMATS[name].exporter)
+        chosen = options.of_format(values, name)
+        try:
+            with _step(
+                f"export to {name}, {place}",
+                request.debug,
+                (ValueError, OSError, keras_mha.export.VerificationError),
+            ):
+                reports[name] = exporter(model, place, samples=samples, **chosen)
+        except _StepError as failure:
+            failures[name] = failure
+    _tell(request, reports, failures)
+    return max((failure.code for failure in failures.values()), default=0)
+
+
+def _load_model(path: Path) -> Any:
+    import keras
+
+    try:
+        return keras.saving.load_model(path)
+    except TypeError as error:
+        # Keras adds the whole configuration to it.
+        told = str(error).split("\n\nconfig=")[0].split(" Full object config")[0]
+        raise ValueError(
+            f"{told}\nThis command loads layers of Keras and of keras_mha. For layers "
+            "of your own, import them and call `keras_mha.export` in Python."
+        ) from error
+
+
+@contextmanager
+def _step(
+    label: str, debug: bool, expected: Sequence[type[Exception]] = ()
+) -> Iterator[None]:
+    """Says what is done, and how long it took or why it failed.
+
+    Raises:
+        _StepError: For an ImportError, and for errors that are `expected`.
+    """
+    _say(f"{label} ...")
+    start = time.perf_counter()
+    try:
+        yield
+    except (ImportError, *expected) as error:
+        if debug:
+            traceback.print_exc()
+        message = _as_options(f"{error}" or type(error).__name__)
+        _say(f"error: {message}")
+        missing = isinstance(error, ImportError)
+        raise _StepError(message, _MISSING_PACKAGE if missing else _FAILED) from error
+    _say(f"{label}: done in {time.perf_counter() - start:.1f} s")
+
+
+def _as_options(message: str) -> str:
+    """Calls arguments of the exporters by the names that they have on a command line.
+
+    Example:
+
+    >>> _as_options("pass `overwrite=True` or another `version`, not `target='gpu'`")
+    'pass `--overwrite` or another `--version`, not `--target gpu`'
+    """
+    flags = {option.argument: option.flag for option in options.OPTIONS}
+    flags |= {"samples": "--samples", "model": "MODEL"}
+
+    def rename(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags:
+            return found[0]
+        told = "" if value in (None, "True") else f" {value.strip(chr(39))}"
+        return f"`{flags[name]}{told}`"
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", rename, message)
+
+
+def _say(message: str) -> None:
+    print(f"keras-mha: {message}", file=sys.stderr, flush=True)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {_as_options(str(message))}")
+
+
+def _tell(
+    request: Request,
+    reports: Mapping[str, ExportReport],
+    failures: Mapping[str, _StepError],
+) -> None:
+    """Prints what was found out, and writes it where asked."""
+    if request.in_full:  # then there is one format
+        for report in reports.values():
+            print(report.to_markdown())
+            if request.report is not None:
+                with _step(f"write {request.report}", request.debug, (OSError,)):
+                    report.write(request.report)
+        return
+    summary = _summary(request.places, reports)
+    print(summary)
+    if request.report is None:
+        return
+    if request.report.suffix == ".json":
+        found = {name: report.to_dict() for name, report in reports.items()}
+        found |= {name: {"error": str(error)} for name, error in failures.items()}
+        text = json.dumps(found, indent=2)
+    else:
+        told = [f"## {name}: not written\n\n{e}" for name, e in failures.items()]
+        full = [report.to_markdown() for report in reports.values()]
+        text = "\n\n".join([summary, *full, *told])
+    with _step(f"write {request.report}", request.debug, (OSError,)):
+        beside = request.report.with_name(f".{request.report.name}.part")
+        beside.write_text(text + "\n", "utf-8")
+        beside.replace(request.report)
+
+
+def _summary(places: Mapping[str, Path], reports: Mapping[str, ExportReport]) -> str:
+    """A Markdown table with a line for each file."""
+    rows = [
+        "| format | written | size in bytes | largest difference | allowed | run by |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for name in places:
+        if name not in reports:
+            rows.append(f"| {name} | nothing: it failed | | | | |")
+            continue
+        fields = reports[name].to_dict()
+        for file in fields.get("files", [fields]):
+            parity = file["parity"]
+            rows.append(
+                f"| {name} | {file['path']} | {file['size_bytes']} | "
+                f"{parity['max_absolute_difference']:.3g} | "
+                f"{parity['tolerance']:.3g} | "
+                f"{parity['runtime']} {parity['runtime_version']} |"
+            )
+    return "\n".join(rows)
