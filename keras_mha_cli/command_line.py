@@ -113,7 +113,10 @@ class _Version(argparse.Action):
     """Prints the version; reading it only then keeps the rest fast."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:  # noqa: A002  (argparse's own name)
-        super().__init__(option_strings, dest, nargs=0, help=help)
+        # Without a default: `export` has a `--version` too, and shares the result.
+        super().__init__(
+            option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help
+        )
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"{parser.prog} {importlib.metadata.version('keras-mha')}")
@@ -155,11 +158,13 @@ def _request(
     wrong = options.misplaced(values, tuple(places))
     if wrong is not None:
         parser.error(wrong)
-    folder = report and report.parent
-    data = values.get("representative_data")
-    for path in (parsed.model, parsed.samples, data, folder):
-        if path is not None and not path.exists():
-            parser.error(f"{path} does not exist")
+    if report is not None and not report.parent.is_dir():
+        parser.error(f"the directory {report.parent} does not exist")
+    for path in (parsed.model, parsed.samples, values.get("representative_data")):
+        if path is not None and not path.is_file():
+            parser.error(
+                f"{path} {'is no file' if path.exists() else 'does not exist'}"
+            )
     if not zipfile.is_zipfile(parsed.model):
         parser.error(
             f"{parsed.model} is no .keras file, which `model.save('name.keras')` writes"

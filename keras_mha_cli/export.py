@@ -68,6 +68,8 @@ def export(request: Request) -> int:
         return _MISSING_PACKAGE
     # TensorFlow reads it when it is imported; its notes on the machine help nobody.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # What the files answer is computed on the CPU, and compared.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -83,7 +85,7 @@ def _export(request: Request) -> int:
     with _step("start Keras and TensorFlow", request.debug):
         import keras_mha.export
         import keras_mha.text
-    with _step(f"load {request.model}", request.debug, _UNREADABLE):
+    with _step(f"load {request.model}", request.debug, (ValueError,)):
         model = _load_model(request.model)
     with _step(f"load {request.samples}", request.debug, _UNREADABLE):
         samples = keras_mha.export.load_samples(request.samples)
@@ -116,13 +118,25 @@ def _load_model(path: Path) -> Any:
 
     try:
         return keras.saving.load_model(path)
-    except TypeError as error:
-        # Keras adds the whole configuration to it.
-        told = str(error).split("\n\nconfig=")[0].split(" Full object config")[0]
+    except TypeError as error:  # a layer's class is unknown, or cannot be made
+        _raise_import_error(error)
+        # Keras quotes the configuration of every layer around the one that failed.
+        told = str(error).rsplit("Exception encountered: ")[-1]
         raise ValueError(
-            f"{told}\nThis command loads layers of Keras and of keras_mha. For layers "
-            "of your own, import them and call `keras_mha.export` in Python."
+            f"{told.split(' Full object config')[0]}\nThis command loads layers of "
+            "Keras and of keras_mha. For layers of your own, import them and call "
+            "`keras_mha.export` in Python."
         ) from error
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} holds no whole model: {error}") from error
+
+
+def _raise_import_error(error: BaseException | None) -> None:
+    """Raises the ImportError that led to `error`, if one did."""
+    while error is not None:
+        if isinstance(error, ImportError):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager
