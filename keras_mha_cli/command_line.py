@@ -36,8 +36,8 @@ examples:
     keras-mha export classifier.keras --to saved_model tflite onnx --out dist \\
         --samples ids.npy --sequence-lengths 64 128
 
-  A model that takes texts, for TensorFlow Serving, by text and by ids:
-    keras-mha export model.keras --to saved_model --out dist \\
+  Everything, from a model that takes texts:
+    keras-mha export model.keras --to saved_model tflite onnx --out dist \\
         --samples reviews.txt --tokens --report report.md
 
   A quarter of the size for a phone:
@@ -45,7 +45,6 @@ examples:
         --samples ids.npy --quantization dynamic_int8
 
 What to give as --samples: some dozen inputs like those that the model will meet.
-tflite and onnx take no texts: give them the part of the model after its tokenizer.
 
 {_EXIT_CODES}"""
 

@@ -66,8 +66,8 @@ def export(request: Request) -> int:
             f"pip install 'keras-mha[{','.join(extras)}]'"
         )
         return _MISSING_PACKAGE
-    # TensorFlow reads it when it is imported; its notes on the machine help nobody.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Read when TensorFlow is imported, whose notes on the machine hide what is said.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if request.debug else "3")
     # What the files answer is computed on the CPU, and compared.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     try:
@@ -95,18 +95,33 @@ def _export(request: Request) -> int:
                 values["representative_data"]
             )
 
+    tokens = values.pop("tokens", False)
+    formats = {name: options.FORMATS[name] for name in request.places}
+    given = {True: (model, samples)}  # by whether texts are taken
+    given[False] = given[True]
+    ranges = "representative_data"
+    if tokens and not all(one.takes_texts for one in formats.values()):
+        with _step("cut the model after its tokenizer", request.debug, (ValueError,)):
+            cut = keras_mha.export.without_tokenizer
+            given[False] = cut(model, samples)
+            if ranges in values:
+                values[ranges] = cut(model, values[ranges])[1]
+
     reports: dict[str, ExportReport] = {}
     failures: dict[str, _StepError] = {}
     for name, place in request.places.items():
-        exporter = getattr(keras_mha.export, options.FORMATS[name].exporter)
+        exporter = getattr(keras_mha.export, formats[name].exporter)
         chosen = options.of_format(values, name)
+        if tokens and formats[name].takes_texts:
+            chosen["tokens"] = True
+        part, inputs = given[formats[name].takes_texts]
         try:
             with _step(
                 f"export to {name}, {place}",
                 request.debug,
                 (ValueError, OSError, keras_mha.export.VerificationError),
             ):
-                reports[name] = exporter(model, place, samples=samples, **chosen)
+                reports[name] = exporter(part, place, samples=inputs, **chosen)
         except _StepError as failure:
             failures[name] = failure
     _tell(request, reports, failures)
@@ -171,7 +186,7 @@ def _as_options(message: str) -> str:
     'pass `--overwrite` or another `--version`, not `--target gpu`'
     """
     flags = {option.argument: option.flag for option in options.OPTIONS}
-    flags |= {"samples": "--samples", "model": "MODEL"}
+    flags |= {"samples": "--samples", "model": "MODEL", "without_tokenizer": "--tokens"}
 
     def rename(found: re.Match[str]) -> str:
         name, value = found.groups()

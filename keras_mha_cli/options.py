@@ -1,4 +1,4 @@
-"""The formats, and the options that each exporter takes, without its defaults."""
+"""The formats, and the options of each. The defaults are the exporters' own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Format:
         place: Where it goes below `--out`.
         packages: What that function needs beside TensorFlow.
         extra: The extra of keras-mha that installs them.
+        takes_texts: Whether that function takes models of texts.
     """
 
     name: str
@@ -30,12 +31,19 @@ class Format:
     place: str
     packages: tuple[str, ...] = ()
     extra: str = ""
+    takes_texts: bool = False
 
 
 FORMATS: Mapping[str, Format] = {
     one.name: one
     for one in (
-        Format("saved_model", "export_saved_model", "directory", "saved_model"),
+        Format(
+            "saved_model",
+            "export_saved_model",
+            "directory",
+            "saved_model",
+            takes_texts=True,
+        ),
         Format(
             "tflite",
             "export_tflite",
@@ -58,7 +66,7 @@ FORMATS: Mapping[str, Format] = {
 
 @dataclass(frozen=True)
 class Option:
-    """An option that is handed to the exporters of some formats, where it is given.
+    """An option of the exports to some formats.
 
     Attributes:
         flag: How it is written.
@@ -120,6 +128,15 @@ OPTIONS: Sequence[Option] = (
         },
     ),
     Option(
+        "--tokens",
+        _ALL,
+        {
+            "action": "store_true",
+            "help": "for a model of texts: tflite and onnx hold what follows its "
+            "tokenizer and take ids; saved_model has a signature for ids besides",
+        },
+    ),
+    Option(
         "--output-names",
         ("saved_model", "onnx"),
         {
@@ -153,15 +170,6 @@ OPTIONS: Sequence[Option] = (
         },
     ),
     Option(
-        "--tokens",
-        ("saved_model",),
-        {
-            "action": "store_true",
-            "help": "also write the signature `tokens`, which takes ids instead of "
-            "texts",
-        },
-    ),
-    Option(
         "--sequence-lengths",
         ("tflite",),
         {
@@ -192,7 +200,8 @@ OPTIONS: Sequence[Option] = (
         {
             "type": Path,
             "metavar": "FILE",
-            "help": "typical ids, an .npy file, from which int8_dense takes its ranges",
+            "help": "typical inputs, a file like that of --samples, from which "
+            "int8_dense takes its ranges",
         },
     ),
     Option(

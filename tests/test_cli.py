@@ -18,6 +18,7 @@ import pytest
 
 import keras_mha.export
 from keras_mha.export import onnx_file
+from keras_mha.text import WordpieceTokenizer
 from keras_mha_cli import main, options
 from tests.export import small_models
 
@@ -145,8 +146,33 @@ def test_texts_are_refused_by_what_to_change(
         ]
     )
     assert code == 1
-    assert "Pass the part of the model after its tokenizer" in capsys.readouterr().err
+    assert "after its tokenizer: `--tokens` gives it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_texts_goes_where_ids_are_taken(files: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    code = main(
+        [
+            *("export", str(files / "texts.keras"), "--tokens"),
+            *("--to", "tflite", "onnx", "--sequence-lengths", "7"),
+            *("--quantization", "int8_dense", "--quantized-tolerance", "0.3"),
+            *("--representative-data", str(files / "texts.txt")),
+            *("--samples", str(files / "texts.txt")),
+            *("--out", str(out), "--report", str(report)),
+        ]
+    )
+    assert code == 0
+    found = json.loads(report.read_text())
+    assert found["tflite"]["files"][0]["inputs"][0]["name"] == "ids"
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx")
+    tokenizer = WordpieceTokenizer(small_models.VOCABULARY, max_length=6)
+    ids = tokenizer(np.array(small_models.TEXTS))
+    (answer,) = session.run(None, {"ids": np.asarray(ids)})
+    wanted = small_models.text_model()(np.array(small_models.TEXTS))
+    np.testing.assert_allclose(answer, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +227,7 @@ def test_layers_that_are_not_known_are_named(
     ("formats", "further", "message"),
     [
         (["tflite"], ["--opset", "17"], "--opset is for onnx, not for tflite"),
-        (["onnx"], ["--tokens"], "--tokens is for saved_model, not for onnx"),
+        (["onnx"], ["--warmup", "2"], "--warmup is for saved_model, not for onnx"),
         (["tflite"], ["--output-names", "p"], "is for saved_model and onnx, not"),
         (["onnx"], ["--opset", "12"], "must be 13 to 18, not 12"),
         (["onnx"], ["--tolerance", "nan"], "must be finite and at least 0, not nan"),
@@ -287,7 +313,9 @@ def test_help_names_every_option_and_exit_code() -> None:
 def test_every_argument_of_an_exporter_is_an_option(one: options.Format) -> None:
     parameters = inspect.signature(getattr(keras_mha.export, one.exporter)).parameters
     takes = {o.argument for o in options.OPTIONS if one.name in o.formats}
-    assert set(parameters) - {"model", one.destination, "samples"} == takes
+    # For those that take no texts, the command cuts the model.
+    cut = set() if one.takes_texts else {"tokens"}
+    assert set(parameters) - {"model", one.destination, "samples"} == takes - cut
 
 
 def test_the_installed_script_is_main() -> None:

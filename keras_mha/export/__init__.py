@@ -17,6 +17,7 @@ from keras_mha.export.report import (
 from keras_mha.export.samples import load_samples
 from keras_mha.export.saved_model import export_saved_model
 from keras_mha.export.tflite import export_tflite
+from keras_mha.export.tokens import without_tokenizer
 
 __all__ = [
     "ExportReport",
@@ -36,4 +37,5 @@ __all__ = [
     "export_tflite",
     "load_samples",
     "register_device_form",
+    "without_tokenizer",
 ]
