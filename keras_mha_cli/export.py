@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # How reading a file fails: as a whole, or where an entry of it is missing.
 _UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
+_RANGES = "representative_data"
 _FAILED, _MISSING_PACKAGE, _INTERRUPTED = 1, 3, 130
 
 
@@ -84,48 +85,51 @@ def export(request: Request) -> int:
 def _export(request: Request) -> int:
     with _step("start Keras and TensorFlow", request.debug):
         import keras_mha.export
-        import keras_mha.text
+        import keras_mha.text  # registers the layers that models hold
     with _step(f"load {request.model}", request.debug, (ValueError,)):
         model = _load_model(request.model)
+    values = dict(request.options)
     with _step(f"load {request.samples}", request.debug, _UNREADABLE):
-        samples = keras_mha.export.load_samples(request.samples)
-        values = dict(request.options)
-        if "representative_data" in values:
-            values["representative_data"] = keras_mha.export.load_samples(
-                values["representative_data"]
-            )
-
-    tokens = values.pop("tokens", False)
-    formats = {name: options.FORMATS[name] for name in request.places}
-    given = {True: (model, samples)}  # by whether texts are taken
-    given[False] = given[True]
-    ranges = "representative_data"
-    if tokens and not all(one.takes_texts for one in formats.values()):
-        with _step("cut the model after its tokenizer", request.debug, (ValueError,)):
-            cut = keras_mha.export.without_tokenizer
-            given[False] = cut(model, samples)
-            if ranges in values:
-                values[ranges] = cut(model, values[ranges])[1]
+        values["samples"] = keras_mha.export.load_samples(request.samples)
+        if _RANGES in values:
+            values[_RANGES] = keras_mha.export.load_samples(values[_RANGES])
+    formats = [options.FORMATS[name] for name in request.places]
+    # By whether the format takes texts.
+    given = {True: (model, values), False: (model, values)}
+    if values.pop("tokens", False):
+        if not all(one.takes_texts for one in formats):
+            label = "cut the model after its tokenizer"
+            with _step(label, request.debug, (ValueError, TypeError)):
+                given[False] = _without_tokenizer(model, values)
+        given[True] = (model, values | {"tokens": True})
 
     reports: dict[str, ExportReport] = {}
     failures: dict[str, _StepError] = {}
-    for name, place in request.places.items():
-        exporter = getattr(keras_mha.export, formats[name].exporter)
-        chosen = options.of_format(values, name)
-        if tokens and formats[name].takes_texts:
-            chosen["tokens"] = True
-        part, inputs = given[formats[name].takes_texts]
+    expected = (ValueError, OSError, keras_mha.export.VerificationError)
+    for one in formats:
+        exporter = getattr(keras_mha.export, one.exporter)
+        part, chosen = given[one.takes_texts]
+        place = request.places[one.name]
         try:
-            with _step(
-                f"export to {name}, {place}",
-                request.debug,
-                (ValueError, OSError, keras_mha.export.VerificationError),
-            ):
-                reports[name] = exporter(part, place, samples=inputs, **chosen)
+            with _step(f"export to {one.name}, {place}", request.debug, expected):
+                reports[one.name] = exporter(
+                    part, place, **options.of_format(chosen, one.name)
+                )
         except _StepError as failure:
-            failures[name] = failure
+            failures[one.name] = failure
     _tell(request, reports, failures)
     return max((failure.code for failure in failures.values()), default=0)
+
+
+def _without_tokenizer(model: Any, values: dict[str, Any]) -> tuple[Any, dict]:
+    """The part of the model that takes ids, and `values` with ids for texts."""
+    from keras_mha.export import without_tokenizer
+
+    part, samples = without_tokenizer(model, values["samples"])
+    cut = values | {"samples": samples}
+    if _RANGES in values:
+        cut[_RANGES] = without_tokenizer(model, values[_RANGES])[1]
+    return part, cut
 
 
 def _load_model(path: Path) -> Any:

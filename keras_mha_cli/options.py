@@ -268,7 +268,9 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def of_format(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Those of `values` that the exporter of the format `name` takes."""
-    takes = {option.argument for option in OPTIONS if name in option.formats}
+    takes = {"samples"} | {
+        option.argument for option in OPTIONS if name in option.formats
+    }
     return {key: value for key, value in values.items() if key in takes}
 
 
