@@ -105,13 +105,14 @@ def _export(request: Request) -> int:
 
     reports: dict[str, ExportReport] = {}
     failures: dict[str, _StepError] = {}
-    expected = (ValueError, OSError, keras_mha.export.VerificationError)
+    # TypeError: the samples' types are known only now.
+    unfit = (ValueError, TypeError, OSError, keras_mha.export.VerificationError)
     for one in formats:
         exporter = getattr(keras_mha.export, one.exporter)
         part, chosen = given[one.takes_texts]
         place = request.places[one.name]
         try:
-            with _step(f"export to {one.name}, {place}", request.debug, expected):
+            with _step(f"export to {one.name}, {place}", request.debug, unfit):
                 reports[one.name] = exporter(
                     part, place, **options.of_format(chosen, one.name)
                 )

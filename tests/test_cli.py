@@ -175,6 +175,17 @@ def test_a_model_of_texts_goes_where_ids_are_taken(files: Path, tmp_path: Path) 
     np.testing.assert_allclose(answer, wanted, atol=1e-5)
 
 
+def test_samples_of_another_type_are_refused_in_one_line(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = of_ids(files, tmp_path / "out", "saved_model")
+    arguments[1] = str(files / "texts.keras")
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "`--samples` for input 'text' must be of type string" in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(
     ("formats", "absent", "extras"),
     [
