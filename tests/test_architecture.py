@@ -46,7 +46,7 @@ LATE = (
     "tensorflow_text",
     "tf2onnx",
 )
-COMMAND_FOLDERS = ("examples", "export", "benchmarks")
+COMMAND_FOLDERS = ("examples", "export", "benchmarks", "keras_mha_cli")
 
 
 class Import(NamedTuple):

@@ -18,6 +18,7 @@ from keras_mha.export.report import (
 from keras_mha.export.samples import load_samples
 from keras_mha.export.saved_model import export_saved_model
 from keras_mha.export.tflite import export_tflite
+from keras_mha.export.tokens import without_tokenizer
 from keras_mha.export.verification import verify
 from keras_mha.export.verification_report import RuntimeCheck, VerificationReport
 
@@ -44,4 +45,5 @@ __all__ = [
     "load_samples",
     "register_device_form",
     "verify",
+    "without_tokenizer",
 ]

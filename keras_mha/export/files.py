@@ -23,10 +23,10 @@ def staging(directory: Path) -> Iterator[Path]:
 
     Being on the same file system, what is in it can be renamed into place. Its name
     is no number, so TF Serving never takes it for a version, not even where a killed
-    process left it behind. What killed processes left is removed first. A `directory`
-    made for this is removed if it stays empty.
+    process left it behind. What killed processes left is removed first. `directory`
+    and those above it that are made for this are removed if they stay empty.
     """
-    created = not directory.exists()
+    created = [p for p in (directory, *directory.parents) if not p.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(directory)
     staged, lock = _make_locked(directory)
@@ -36,9 +36,9 @@ def staging(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staged)
         if lock is not None:
             os.close(lock)
-        if created:
-            with suppress(OSError):  # something was published
-                directory.rmdir()
+        with suppress(OSError):  # something was published
+            for path in created:
+                path.rmdir()
 
 
 def _make_locked(directory: Path) -> tuple[Path, int | None]:

@@ -114,8 +114,8 @@ def export_onnx(
     if tf.string in [spec.dtype for spec in endpoint.inputs.values()]:
         raise ValueError(
             "`model` must not take strings, which ONNX' own operations cannot cut into "
-            "tokens. Pass the part of the model after its tokenizer. Received the "
-            f"inputs {_described(endpoint)}"
+            "tokens. Pass the part of the model after its tokenizer: "
+            f"`without_tokenizer` gives it. Received the inputs {_described(endpoint)}"
         )
     with staging(path.parent) as staged:
         written = staged / path.name

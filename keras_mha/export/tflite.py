@@ -216,8 +216,8 @@ def _check_input(model: keras.Model) -> None:
     if any(x.dtype == "string" for x in inputs):
         raise ValueError(
             "`model` must take integer ids; strings need operations that TFLite has "
-            "not built in. Pass the part of the model after its tokenizer. Received "
-            f"the inputs {described}"
+            "not built in. Pass the part of the model after its tokenizer: "
+            f"`without_tokenizer` gives it. Received the inputs {described}"
         )
     if len(inputs) != 1 or "int" not in inputs[0].dtype or len(inputs[0].shape) != 2:
         raise ValueError(

@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keras_mha.export
+from keras_mha.export import onnx_file
+from keras_mha.text import WordpieceTokenizer
+from keras_mha_cli import main, options
+from tests.export import small_models
+
+ROOT = Path(__file__).resolve().parents[1]
+# What the installed script does.
+SCRIPT = "import sys, keras_mha_cli; sys.exit(keras_mha_cli.main())"
+IDS = np.array([[3, 1, 4], [1, 5, 0]])
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model of ids, one of texts, and samples for both."""
+    directory = tmp_path_factory.mktemp("files")
+    small_models.ids_model().save(directory / "ids.keras")
+    small_models.text_model().save(directory / "texts.keras")
+    np.save(directory / "ids.npy", IDS)
+    (directory / "texts.txt").write_text("\n".join(small_models.TEXTS), "utf-8")
+    return directory
+
+
+def of_ids(files: Path, out: Path, *formats: str) -> list[str]:
+    return [
+        "export",
+        str(files / "ids.keras"),
+        *("--to", *formats),
+        *("--samples", str(files / "ids.npy")),
+        *("--out", str(out)),
+    ]
+
+
+def test_all_formats_in_one_command(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    report = tmp_path / "report.json"
+    done = run(
+        *of_ids(files, out, "saved_model", "tflite", "onnx"),
+        *("--sequence-lengths", 5, "--opset", 17, "--warmup", 1, "--report", report),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "saved_model" / "1" / "saved_model.pb").exists()
+    found = json.loads(report.read_text())
+    assert list(found) == ["saved_model", "tflite", "onnx"]
+    # An option reaches the exporters that take it.
+    assert found["onnx"]["opset"] == 17
+    assert found["tflite"]["files"][0]["inputs"][0]["shape"] == [1, 5]
+    assert found["saved_model"]["warmup_records"] == 1
+    # The table on stdout alone, the progress on stderr alone.
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("| ") for line in lines)
+    assert str(out / "tflite" / "model_5.tflite") in lines[3]
+    for name in found:
+        assert f"keras-mha: export to {name}, " in done.stderr
+    assert done.stderr.count(": done in ") == 7
+    # By value, outside the exporters' own comparison.
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx")
+    (answer,) = session.run(None, {"ids": IDS.astype(np.int32)})
+    wanted = small_models.ids_model()(IDS)
+    np.testing.assert_allclose(answer, wanted, atol=1e-5)
+
+
+def test_a_wrong_value_ends_with_1_and_leaves_nothing(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = onnx_file.run_in_fresh_process
+
+    def perturbed(*args: Any, **kwargs: Any) -> Any:
+        answers, facts = original(*args, **kwargs)
+        return [{n: a + np.float32(1e-3) for n, a in x.items()} for x in answers], facts
+
+    monkeypatch.setattr(onnx_file, "run_in_fresh_process", perturbed)
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    arguments = of_ids(files, out, "onnx")
+    assert main([*arguments, "--report", str(report)]) == 1
+    told = capsys.readouterr()
+    assert "'probabilities' of the exported file differs from the model's" in told.err
+    assert "Traceback" not in told.err
+    assert "| onnx | nothing: it failed |" in told.out
+    assert "differs" in json.loads(report.read_text())["onnx"]["error"]
+    assert not out.exists()
+    # The comparison is what failed.
+    assert main([*arguments, "--tolerance", "0.01"]) == 0
+    assert (out / "onnx" / "model.onnx").exists()
+
+
+def test_a_format_that_fails_does_not_stop_the_others(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = of_ids(files, tmp_path / "out", "tflite", "onnx")
+    assert main([*arguments, "--sequence-lengths", "2", "--debug"]) == 1
+    told = capsys.readouterr()
+    assert "`--samples` must not be longer than any of `--sequence-lengths`" in told.err
+    assert "Traceback" in told.err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["onnx"]
+    assert "| tflite | nothing: it failed |" in told.out
+    assert "| onnx | /" in told.out
+
+
+def test_texts_are_refused_by_what_to_change(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        [
+            *("export", str(files / "texts.keras"), "--to", "tflite"),
+            *("--samples", str(files / "texts.txt"), "--out", str(tmp_path / "out")),
+        ]
+    )
+    assert code == 1
+    assert "after its tokenizer: `--tokens` gives it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_texts_goes_where_ids_are_taken(files: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    code = main(
+        [
+            *("export", str(files / "texts.keras"), "--tokens"),
+            *("--to", "tflite", "onnx", "--sequence-lengths", "7"),
+            *("--quantization", "int8_dense", "--quantized-tolerance", "0.3"),
+            *("--representative-data", str(files / "texts.txt")),
+            *("--samples", str(files / "texts.txt")),
+            *("--out", str(out), "--report", str(report)),
+        ]
+    )
+    assert code == 0
+    found = json.loads(report.read_text())
+    assert found["tflite"]["files"][0]["inputs"][0]["name"] == "ids"
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx")
+    tokenizer = WordpieceTokenizer(small_models.VOCABULARY, max_length=6)
+    ids = tokenizer(np.array(small_models.TEXTS))
+    (answer,) = session.run(None, {"ids": np.asarray(ids)})
+    wanted = small_models.text_model()(np.array(small_models.TEXTS))
+    np.testing.assert_allclose(answer, wanted, atol=1e-5)
+
+
+def test_samples_of_another_type_are_refused_in_one_line(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = of_ids(files, tmp_path / "out", "saved_model")
+    arguments[1] = str(files / "texts.keras")
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "`--samples` for input 'text' must be of type string" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("formats", "absent", "extras"),
+    [
+        (["onnx", "tflite"], ["tf2onnx", "ai_edge_litert"], "onnx,tflite"),
+        (["saved_model", "onnx"], ["onnxruntime"], "onnx"),
+    ],
+)
+def test_absent_packages_end_with_3_and_the_command_to_run(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    formats: Sequence[str],
+    absent: Sequence[str],
+    extras: str,
+) -> None:
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(of_ids(files, tmp_path / "out", *formats)) == 3
+    assert f"pip install 'keras-mha[{extras}]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_the_model_needs_ends_with_3(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
+    arguments = of_ids(files, tmp_path / "out", "saved_model")
+    arguments[1] = str(files / "texts.keras")
+    assert main(arguments) == 3
+    assert "pip install 'keras-mha[text]'" in capsys.readouterr().err
+
+
+def test_layers_that_are_not_known_are_named(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_models.compiled_model().save(tmp_path / "own.keras")
+    arguments = of_ids(files, tmp_path / "out", "saved_model")
+    arguments[1] = str(tmp_path / "own.keras")
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "CompiledSoftmax" in told
+    assert "call `keras_mha.export` in Python" in told
+
+
+@pytest.mark.parametrize(
+    ("formats", "further", "message"),
+    [
+        (["tflite"], ["--opset", "17"], "--opset is for onnx, not for tflite"),
+        (["onnx"], ["--warmup", "2"], "--warmup is for saved_model, not for onnx"),
+        (["tflite"], ["--output-names", "p"], "is for saved_model and onnx, not"),
+        (["onnx"], ["--opset", "12"], "must be 13 to 18, not 12"),
+        (["onnx"], ["--tolerance", "nan"], "must be finite and at least 0, not nan"),
+        (["onnx"], ["--tolerance", "x"], "invalid number value: 'x'"),
+        (["tflite"], ["--sequence-lengths", "0"], "must be at least 1, not 0"),
+        (["tflite"], ["--quantization", "int8_dense"], "--representative-data goes"),
+        (
+            ["tflite"],
+            ["--quantization", "float16", "--tolerance", "0.1"],
+            "the tolerance is --quantized-tolerance",
+        ),
+        (["pb"], [], "invalid choice: 'pb'"),
+        (["onnx"], ["--report", "absent/r.md"], "absent does not exist"),
+        (["onnx"], ["--report", "r.txt"], "--report must end in .json or .md"),
+        (["onnx"], ["--samples", "absent.npy"], "absent.npy does not exist"),
+        (["onnx"], ["--samples", "."], ". is no file"),
+    ],
+)
+def test_wrong_usage_ends_with_2_before_the_work(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    formats: Sequence[str],
+    further: Sequence[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*of_ids(files, tmp_path / "out", *formats), *further])
+    told = capsys.readouterr().err
+    assert message in told
+    assert "start Keras" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_model_is_named(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = of_ids(files, tmp_path / "out", "onnx")
+    arguments[1] = str(files / "ids.npy")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "ids.npy is no .keras file" in capsys.readouterr().err
+    # A zip archive with something else in it.
+    np.savez(tmp_path / "other.keras", x=1)
+    (tmp_path / "other.keras.npz").rename(tmp_path / "other.keras")
+    arguments[1] = str(tmp_path / "other.keras")
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "other.keras" in told.splitlines()[-1]
+    assert "Traceback" not in told
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    program = (
+        "import atexit, sys, keras_mha_cli\n"
+        "heavy = {'keras', 'keras_mha', 'numpy', 'tensorflow'}\n"
+        "atexit.register(lambda: print('loaded', *heavy & set(sys.modules)))\n"
+        "sys.exit(keras_mha_cli.main(sys.argv[1:]))"
+    )
+    for arguments in (["export", "--help"], ["--help"], ["export", "--opset", "x"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+        assert done.stdout.splitlines()[-1] == "loaded"
+    version = run("--version")
+    assert version.stdout.startswith("keras-mha 0."), version.stderr
+
+
+def test_help_names_every_option_and_exit_code() -> None:
+    told = run("export", "--help").stdout
+    for option in options.OPTIONS:
+        assert f"\n  {option.flag}" in told
+    for code in range(4):
+        assert f"\n  {code}  " in told
+
+
+@pytest.mark.parametrize("one", options.FORMATS.values(), ids=lambda one: one.name)
+def test_every_argument_of_an_exporter_is_an_option(one: options.Format) -> None:
+    parameters = inspect.signature(getattr(keras_mha.export, one.exporter)).parameters
+    takes = {o.argument for o in options.OPTIONS if one.name in o.formats}
+    # For those that take no texts, the command cuts the model.
+    cut = set() if one.takes_texts else {"tokens"}
+    assert set(parameters) - {"model", one.destination, "samples"} == takes - cut
+
+
+def test_the_installed_script_is_main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    module, _, name = project["project"]["scripts"]["keras-mha"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+def test_killed_it_leaves_nothing_under_a_final_name(
+    files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        command(*of_ids(files, out, "onnx")),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None and not list(out.glob("onnx/.staging-*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    left = [path for path in out.glob("*/*") if not path.name.startswith(".staging-")]
+    assert left == []
+    assert list(out.glob("onnx/.staging-*"))
