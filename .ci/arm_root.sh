@@ -2,13 +2,13 @@
 # Unpacks an arm64 Python 3.11 of Debian with ai-edge-litert and NumPy, to run under
 # qemu-user-static: `.ci/arm_root.sh [DIRECTORY]`, by default where the tests look.
 #
-# Nothing is installed on this machine, and root is not needed. apt checks the packages'
-# signatures with Debian's keyring, pip the wheels' hashes with the index.
+# Nothing is installed on this machine, and root is not needed. The packages come from
+# where this machine's own do, which must be Debian 12. apt checks their signatures, pip
+# the wheels' hashes.
 set -euo pipefail
 
 readonly ROOT=${1:-${KERAS_MHA_ARM_ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/keras-mha/arm64}}
 readonly PYTHON=${PYTHON:-python3}
-readonly KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 need() {
     echo "$0 needs $1. On Debian: apt-get install $2" >&2
     exit 1
@@ -16,7 +16,13 @@ need() {
 command -v qemu-aarch64-static >/dev/null || need qemu-aarch64-static qemu-user-static
 command -v apt-get >/dev/null || need apt-get apt
 command -v dpkg-deb >/dev/null || need dpkg-deb dpkg
-[[ -e $KEYRING ]] || need "$KEYRING" debian-archive-keyring
+sources=
+for file in /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list; do
+    if [[ -z $sources ]] && grep -qs bookworm "$file"; then
+        sources=$file
+    fi
+done
+[[ -n $sources ]] || { echo "$0 needs Debian 12 (bookworm) in /etc/apt" >&2; exit 1; }
 
 # The version that runs on this machine, so that the two are comparable. NumPy only
 # carries the arrays.
@@ -32,18 +38,16 @@ work=$(mktemp -d "$(dirname "$ROOT")/.arm-root-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"/apt/{lists,archives}/partial "$work/root/proc"
 touch "$work/apt/status"
-cat >"$work/apt/sources.list" <<EOF
-deb [signed-by=$KEYRING] http://deb.debian.org/debian bookworm main
-deb [signed-by=$KEYRING] http://deb.debian.org/debian-security bookworm-security main
-EOF
+mkdir "$work/apt/sources"
+cp "$sources" "$work/apt/sources/debian.${sources##*.}"
 # A state of its own: no package counts as installed, so all that is needed comes along.
 cat >"$work/apt/apt.conf" <<EOF
 APT::Architecture "arm64";
 APT::Architectures "arm64";
 APT::Sandbox::User "";
 Dir::Cache "$work/apt";
-Dir::Etc::sourcelist "$work/apt/sources.list";
-Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::sourcelist "/dev/null";
+Dir::Etc::sourceparts "$work/apt/sources";
 Dir::State::lists "$work/apt/lists";
 Dir::State::status "$work/apt/status";
 EOF

@@ -115,7 +115,6 @@ def export_all(directory: Path, ids: np.ndarray) -> list[Contender]:
         ("our layers, dynamic int8", build_ours(), "dynamic_int8"),
         ("our layers, int8 dense", build_ours(), "int8_dense"),
     ):
-        data = {"representative_data": ids} if quantization == "int8_dense" else {}
         (file,) = export_tflite(
             model,
             directory,
@@ -123,7 +122,7 @@ def export_all(directory: Path, ids: np.ndarray) -> list[Contender]:
             samples=ids,
             quantization=quantization,
             quantized_tolerance=1.0 if quantization else None,
-            **data,
+            representative_data=ids if quantization == "int8_dense" else None,
         ).files
         contenders.append(Contender(name, Path(file.path), ids))
     return contenders

@@ -271,32 +271,31 @@ def _cut_up(query: Tensor, key: Tensor, call: _Call) -> _Tiling:
     span = S if window is None else _least(S, rows + 2 * window)
     pairs = _most(_TILE // (call.groups * rows * _most(span, 1)), 1)
     batch = _most(pairs // K, 1)
-    batch = batch if isinstance(batch, int) and batch == 1 else _least(B, batch)
+    if not isinstance(batch, int) or batch > 1:
+        batch = _most(_least(B, batch), 1)
     if call.bias.pairs is not None and call.bias.pairs.shape[0] != 1:
         batch = 1  # tiles of one size, whose gradients can be laid side by side
     heads = _divisor(K, pairs)
+    first, last = (_one_or_more(ends) for ends in key_ranges(mask, T, S, rows))
+    window_hides = later = None
+    if mask.is_ordered and not call.tables:
+        if window is None:
+            count = batch * heads * call.groups * rows * _least(rows, S)
+            later = tf.fill((count,), tf.constant(-_HIDDEN, query.dtype))
+        else:
+            window_hides = _band(mask, rows, query.dtype)
     return _Tiling(
         batch,
         heads,
         rows,
         K // heads,
-        _count(B, batch) * (K // heads),
-        _count(T, rows),
-        *key_ranges(mask, T, S, rows),
-        *_order(mask, batch * heads * call.groups, rows, S, query.dtype)
-        if mask.is_ordered and not call.tables
-        else (None, None),
+        _most(_count(B, batch), 1) * (K // heads),
+        _most(_count(T, rows), 1),
+        first,
+        last,
+        window_hides,
+        later,
     )
-
-
-def _order(
-    mask: Mask, matrices: Any, rows: Any, S: Any, dtype: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The fields `band` and `later` of a tiling with `matrices` heads in a tile."""
-    if mask.sliding_window is not None:
-        return _band(mask, rows, dtype), None
-    count = matrices * rows * _least(rows, S)
-    return None, tf.fill((count,), tf.constant(-_HIDDEN, dtype))
 
 
 def _band(mask: Mask, rows: Any, dtype: Any) -> Tensor:
@@ -576,8 +575,11 @@ def _section(index: Any, tiling: _Tiling, call: _Call) -> _Section:
     section = _Section(batch, heads, key_heads, (rows, wide), (rows, shared))
     if call.is_whole:
         return section
-    first = tf.reduce_min(_pick(tiling.first, batch), axis=0)
-    last = tf.reduce_max(_pick(tiling.last, batch), axis=0)
+    # Bounded, because no row of an empty batch tells.
+    first = tf.minimum(
+        tf.reduce_min(_pick(tiling.first, batch), axis=0), call.lengths[1]
+    )
+    last = tf.maximum(tf.reduce_max(_pick(tiling.last, batch), axis=0), 0)
     first, last = _in_order(first, last)
     if call.is_prefix:  # also where a block sees nothing
         first = tf.zeros_like(first)
@@ -702,9 +704,11 @@ def _hide_later(scores: Tensor, tile: _Tile, call: _Call) -> Tensor:
 
     def hide() -> Tensor:
         longest = tf.minimum(t + tf.minimum(last, 0), s - tf.maximum(first, 0))
-        shape = tf.stack([*_sizes(scores)[:2], last - first + 1, longest])
+        # A single diagonal has no axis of diagonals. TensorFlow does not foresee that
+        # where it does not know their number, and must not know the rank then.
+        count = tf.fill((tf.cast(first < last, "int32"),), last - first + 1)
+        shape = tf.concat([[*_sizes(scores)[:2]], count, [longest]], axis=0)
         hidden = tf.reshape(tile.later[: tf.reduce_prod(shape)], shape)
-        # TensorFlow expects another rank as long as it does not know the diagonals.
         hidden = _of_shape(hidden, None)
         return tf.linalg.set_diag(scores, hidden, k=tf.stack([first, last]))
 
@@ -844,6 +848,12 @@ def _join_pairs(found: tf.TensorArray, call: _Call, tiling: _Tiling) -> Tensor:
     return tf.reshape(rows, _sizes(call.bias.pairs))
 
 
+def _one_or_more(ends: Tensor) -> Tensor:
+    """Gives a sequence without queries one block of none."""
+    missing = tf.maximum(1 - tf.shape(ends)[1], 0)
+    return tf.pad(ends, tf.stack([[0, 0], [0, missing]]))
+
+
 def _pick(tensor: Tensor, places: slice, axis: int = 0) -> Tensor:
     """Cuts along an axis, unless its one element is for all."""
     if tensor.shape[axis] == 1:
@@ -915,7 +925,8 @@ def _of_shape(tensor: Tensor, shape: tuple[int | None, ...] | None) -> Tensor:
     if tf.executing_eagerly():
         return tensor
     return tf.raw_ops.PlaceholderWithDefault(
-        input=tensor, shape=tf.TensorShape(shape).as_proto()
+        input=tensor,
+        shape=tf.TensorShape(shape).as_proto(),  # pyright: ignore[reportArgumentType]
     )
 
 

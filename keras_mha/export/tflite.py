@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -25,6 +25,8 @@ from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import size_of, staging
 from keras_mha.export.flatbuffer import read_contents
 from keras_mha.export.fresh_process import run_in_fresh_process
+from keras_mha.export.graph import operators_of
+from keras_mha.export.lint import Target, findings
 from keras_mha.export.parity import check_parity, check_tolerance
 from keras_mha.export.quantization import (
     TOLERANCES,
@@ -33,6 +35,7 @@ from keras_mha.export.quantization import (
     quantize_dense,
 )
 from keras_mha.export.report import TensorInfo, TFLiteFile, TFLiteReport
+from keras_mha.export.runtimes.tflite_graph import read_graphs
 
 _BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text")
 
@@ -338,6 +341,17 @@ def _convert(
         ) from error
 
 
+def _check_operators(content: bytes, target: str) -> None:
+    """Refuses a file whose operators `target` refuses or computes wrongly."""
+    found = findings(operators_of(read_graphs(content)), cast("Target", target))
+    errors = [str(finding) for finding in found if finding.severity == "error"]
+    if errors:
+        raise ValueError(
+            f"`model` does not convert to operators that `target={target!r}` runs "
+            "rightly. Received: " + "; ".join(errors)
+        )
+
+
 def _export_one(
     endpoint: Endpoint,
     ids: np.ndarray,
@@ -372,6 +386,7 @@ def _export_one(
             f"custom operations {list(contents.custom)}, "
             f"tensors of free shape {list(contents.dynamic)}"
         )
+    _check_operators(content, target)
     path.write_bytes(content)
 
     batches = _batches(ids, batch_size)

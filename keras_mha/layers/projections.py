@@ -95,7 +95,7 @@ class Projection(keras.layers.EinsumDense):
         shape: Any = ops.shape(inputs)
         # One product of two matrices: TensorFlow would multiply the kernel with each
         # row of the batch, and sum up a gradient for each.
-        columns = self.kernel.shape[len(kernel) - (len(made) - free) :]
+        columns: Any = self.kernel.shape[len(kernel) - (len(made) - free) :]
         rows = ops.reshape(inputs, (-1, math.prod(shape[free:])))
         outputs = ops.matmul(rows, ops.reshape(self.kernel, (-1, math.prod(columns))))
         if self.bias is not None:

@@ -249,14 +249,19 @@ def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
         ),
         ({"sliding_window": 0}, ValueError, "`sliding_window` must be a positive int"),
         (
-            {"segment_ids": np.zeros(T, int)},
+            {"segment_ids": np.zeros((B, T), int)},
             ValueError,
-            "key segments of `mask` must fit",
+            "whose shape is (2, 13). Received: segment_ids of shape (2, 11)",
         ),
         (
-            {"segment_ids": (np.zeros(S, int), np.zeros(S, int))},
+            {"segment_ids": (np.zeros((B, S), int), np.zeros((B, S), int))},
             ValueError,
-            "query segments of `mask` must fit B=2, T=11 and S=13",
+            "whose shape is (2, 11). Received: segment_ids of shape (2, 13)",
+        ),
+        (
+            {"segment_ids": np.zeros(T, int)},
+            ValueError,
+            "`segment_ids` must have rank 2. Received: segment_ids of shape (11,)",
         ),
         (
             {"mask": Mask(key_padding=ops.convert_to_tensor(QUERY_PADDING))},

@@ -6,6 +6,7 @@ kernels with it. Here each call goes through the loops, whatever the backend.
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -305,6 +306,35 @@ def largest_buffer(attend: Callable[..., Any], arrays: list[Any]) -> int:
     shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
     assert shapes
     return max(int(np.prod([int(n) for n in x.split(",")])) for x in set(shapes))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="these are TensorFlow's kernels")
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("offset", [-3, -1, 0, 2])
+def test_the_edges_of_causal_blocks(
+    monkeypatch: pytest.MonkeyPatch, offset: int, window: int | None
+) -> None:
+    """Blocks of one, two and four queries, before, across and past their keys."""
+    from keras_mha.attention import blockwise_tensorflow
+
+    monkeypatch.setattr(blockwise_tensorflow, "_ROWS", 4)
+    mask = Mask(is_causal=True, offset=offset, sliding_window=window)
+    for length, keys in itertools.product((2, 5, 6), (1, 3, 6)):
+        arrays = cast([draw(1, n, 2, 3, seed=n) for n in (length, keys, keys)], WIDEST)
+        found, expected = (
+            value_and_gradients(
+                lambda *heads, attend=attend: attend(*heads, mask, Bias(), scale=1.0)[
+                    0
+                ],
+                arrays,
+                [draw(1, length, 2, 3, seed=9).astype(WIDEST)],
+                "graph" if keys % 2 else "eager",
+            )
+            for attend in (blockwise.attend, reference.attend)
+        )
+        for one, other in zip(found, expected, strict=True):
+            for a, b in zip(one, other, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing here")

@@ -134,13 +134,18 @@ def test_where_there_is_nothing_masks_hide_nothing(
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="has unknown sizes")
+@pytest.mark.parametrize("implementation", ["auto", "blockwise"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("sizes", EMPTY)
-def test_sizes_that_turn_out_to_be_zero(sizes: str, options: str) -> None:
+def test_sizes_that_turn_out_to_be_zero(
+    sizes: str, options: str, implementation: str
+) -> None:
     B, T, S = EMPTY[sizes]
     tensors = draw_heads(B, T, S)
     outputs, gradients = value_and_gradients(
-        lambda *heads: dot_product_attention(*heads, **OPTIONS[options]),
+        lambda *heads: dot_product_attention(
+            *heads, implementation=implementation, **OPTIONS[options]
+        ),
         tensors,
         [np.ones((B, T, N, V), "float32")],
         "graph",
