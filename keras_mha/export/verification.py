@@ -189,11 +189,13 @@ def _check_runtimes(names: Sequence[str] | None) -> list[str]:
 def _list_files(
     saved_model: str | Path | None, tflite: Paths | None, onnx: str | Path | None
 ) -> list[tuple[Kind, Path]]:
-    several = [tflite] if isinstance(tflite, str | Path) else list(tflite or ())
+    several = [tflite] if isinstance(tflite, str | Path) else tflite or ()
     files: list[tuple[Kind, Path]] = []
-    files += [("saved_model", Path(saved_model))] if saved_model is not None else []
-    files += [("tflite", Path(path)) for path in several]
-    files += [("onnx", Path(onnx))] if onnx is not None else []
+    if saved_model is not None:
+        files.append(("saved_model", Path(saved_model)))
+    files.extend(("tflite", Path(path)) for path in several)
+    if onnx is not None:
+        files.append(("onnx", Path(onnx)))
     if not files:
         raise ValueError("One of `saved_model`, `tflite` and `onnx` must be given")
     for kind, path in files:

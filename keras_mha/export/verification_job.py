@@ -147,7 +147,10 @@ class Job:
         if not parity.max_absolute_difference <= tolerance:
             self._settle(status="wrong", reason=_excess(parity, tolerance))
         elif facts.get("fully_accelerated") is False:
-            self.fail("the GPU delegate did not take the whole graph: lint_tflite")
+            self.fail(
+                "the GPU delegate did not take the whole graph: "
+                "`lint_tflite(path, target='gpu')` tells of what it refuses"
+            )
         else:
             self._settle(status="ok")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,7 +118,8 @@ class VerificationReport(ExportReport):
             if any(getattr(check, key) is not None for check in self.checks)
         ]
         lines = [[_HEADS[key] for key in used], ["---"] * len(used)]
-        lines += [[_cell(check, key) for key in used] for check in self.checks]
+        names = _names(self.checks)
+        lines += [[_cell(check, key, names) for key in used] for check in self.checks]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         verdict = "passed" if self.passed else "not passed"
         return (
@@ -145,12 +148,24 @@ class VerificationReport(ExportReport):
         beside.replace(path)
 
 
-def _cell(check: RuntimeCheck, key: str) -> str:
+def _names(checks: Sequence[RuntimeCheck]) -> dict[str, str]:
+    """Each file's name, with its folder's where files of other folders have it too."""
+    files = {check.file for check in checks}
+    shared = Counter(Path(file).name for file in files)
+    return {
+        file: "/".join(Path(file).parts[-2:])
+        if shared[Path(file).name] > 1
+        else Path(file).name
+        for file in files
+    }
+
+
+def _cell(check: RuntimeCheck, key: str, names: Mapping[str, str]) -> str:
     value = getattr(check, key)
     if key == "status":
         text = f"{value}: {_brief(check.reason)}" if check.reason else value
     elif key == "file":
-        text = Path(value).name or "(the model)"
+        text = names[value] or "(the model)"
     elif key == "runtime":
         text = f"{value} {check.version or ''}".strip()
     elif value is None:
@@ -180,8 +195,9 @@ def _draw(report: VerificationReport, path: Path) -> None:
         ) from error
 
     checks = report.checks
+    names = _names(checks)
     labels = [
-        f"{Path(check.file).name}\n{check.runtime}" if check.file else check.runtime
+        f"{names[check.file]}\n{check.runtime}" if check.file else check.runtime
         for check in checks
     ]
     rows = range(len(checks))

@@ -42,7 +42,7 @@ def served(report: Any, **inputs: Any) -> dict[str, np.ndarray]:
 def run_in_cpp_loader(
     path: str | Path, cases: Sequence[dict[str, np.ndarray]]
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    signature, operations = module._read_graph(Path(path))
+    signature, operations = module.read_graph(Path(path))
     return module._run(Path(path), cases, signature, operations, 120.0)
 
 
@@ -435,7 +435,7 @@ STEPS = [
     "strip_compiled_marks",
     "write_warmup",
     "read_warmup",
-    "_read_graph",
+    "read_graph",
     "_run",
     "check_batching",
     "check_parity",

@@ -335,6 +335,15 @@ def test_report_as_markdown() -> None:
     assert "failed: first [...] last" in lines[7]
 
 
+def test_files_of_one_name_are_told_apart() -> None:
+    files = ("float/a.tflite", "int8/a.tflite", "int8/b.tflite")
+    rows = tuple(RuntimeCheck(file, "LiteRT", "ok") for file in files)
+    text = VerificationReport("m", 1, "3", "2", ("x",), rows).to_markdown()
+    assert "| float/a.tflite |" in text
+    assert "| int8/a.tflite |" in text
+    assert "| b.tflite |" in text
+
+
 @pytest.mark.parametrize("suffix", ["json", "md", "png"])
 def test_reports_are_written_whole(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"report.{suffix}"

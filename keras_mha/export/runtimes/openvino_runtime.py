@@ -41,5 +41,6 @@ def run(
         answers.append(
             {name: np.array(request.get_tensor(name).data) for name in outputs}
         )
-    facts = {"runtime": "OpenVINO, CPU", "version": openvino.__version__}
+    version = openvino.__version__.partition("-")[0]  # the rest names the build
+    facts = {"runtime": "OpenVINO, CPU", "version": version}
     return answers, facts
