@@ -12,7 +12,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 import keras_mha
-from keras_mha.export import ParityError, VerificationError, export_tflite
+from keras_mha.export import ParityError, VerificationError, export_tflite, lint
 from keras_mha.export import tflite as module
 from keras_mha.export.flatbuffer import Contents
 from tests.export import small_models
@@ -338,11 +338,23 @@ def test_a_damaged_file_is_caught(
 
     monkeypatch.setattr(module, "_convert", convert_and_damage)
     monkeypatch.setattr(module, "read_contents", lambda _: Contents({}, (), ()))
+    monkeypatch.setattr(module, "_check_operators", lambda *_: None)
     with pytest.raises(VerificationError, match=r"litert on model_7\.tflite"):
         export_tflite(
             ids_model(), tmp_path / "out", sequence_lengths=(7,), samples=ROWS
         )
     assert left_in(tmp_path) == []
+
+
+def test_an_operator_that_the_target_runs_wrongly_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lint, "GPU_OPERATORS", lint.GPU_OPERATORS - {"SOFTMAX"})
+    arguments = {"sequence_lengths": (7,), "samples": ROWS}
+    export_tflite(encoder(), tmp_path / "cpu", **arguments)
+    with pytest.raises(ValueError, match=r"`target='gpu'` runs .*gpu-operator: SOFTM"):
+        export_tflite(encoder(), tmp_path / "gpu", target="gpu", **arguments)
+    assert left_in(tmp_path) == ["cpu"]
 
 
 @pytest.mark.parametrize(
