@@ -21,7 +21,7 @@ FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2
 
 .PHONY: help
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 .PHONY: sentiment
 sentiment: $(EXAMPLES) ## Train the sentiment example; results in dist/sentiment
@@ -40,20 +40,33 @@ test-backends: $(DEV) $(VENV)/.installed-backends ## Run the tests that hold on 
 	KERAS_BACKEND=jax $(RUN)/python -m pytest -n $(WORKERS) $(ON_JAX)
 	KERAS_BACKEND=torch $(RUN)/python -m pytest -n $(WORKERS) $(ON_TORCH)
 
+# For the GPU delegate on a software driver, and for ARM. Where they cannot be installed,
+# tests are skipped and reports say "not run".
+DEBIAN := chromium libvulkan1 qemu-user-static
+
+.PHONY: debian
+debian:
+	@dpkg --status $(DEBIAN) >/dev/null 2>&1 || { \
+		become=$$( [[ $$(id -u) == 0 ]] || echo sudo ); \
+		$$become apt-get update --quiet=2 && \
+		$$become apt-get install --yes --quiet=2 --no-install-recommends $(DEBIAN); \
+	} || echo "Not installed: $(DEBIAN)" >&2
+
+.PHONY: test-gpu
+test-gpu: $(DEV) debian ## Run the tests on LiteRT's GPU delegate
+	$(RUN)/python -m pytest -n $(WORKERS) -m gpu_software
+
+.PHONY: test-arm
+test-arm: $(DEV) debian ## Run the tests on an emulated ARM processor
+	PYTHON=$(RUN)/python .ci/arm_root.sh
+	$(RUN)/python -m pytest -m arm
+
 .PHONY: benchmarks
 benchmarks: $(VENV)/.installed-benchmarks ## Measure speed and memory beside rivals: an hour
 	$(RUN)/python -m benchmarks --output benchmarks/results
 
-# What no registry of packages has. Where it cannot be installed the report says so.
-DEBIAN := chromium libvulkan1 qemu-user-static
-
 .PHONY: deploy-check
-deploy-check: $(DEV) dist/sentiment/model.keras ## Run the sentiment model in every runtime
-	@dpkg --status $(DEBIAN) >/dev/null 2>&1 || { \
-		become=$$( [[ $$(id -u) == 0 ]] || echo sudo ); \
-		$$become apt-get update --quiet && \
-		$$become apt-get install --yes --quiet --no-install-recommends $(DEBIAN); \
-	} || echo "Not installed: $(DEBIAN)" >&2
+deploy-check: $(DEV) debian dist/sentiment/model.keras ## Run the sentiment model in every runtime
 	@PYTHON=$(RUN)/python .ci/arm_root.sh || echo "No arm64 Python" >&2
 	$(RUN)/python examples/sentiment/deploy_check.py --directory dist/sentiment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -73,6 +74,19 @@ def check_files(model: keras.Model, inputs: np.ndarray, directory: Path) -> None
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
 
 
+def check_command() -> None:
+    """The console command is there, and explains itself."""
+    command = Path(sys.executable).with_name("keras-mha")
+    for arguments, expected in (
+        (("--version",), importlib.metadata.version("keras-mha")),
+        (("export", "--help"), "--to"),
+    ):
+        done = subprocess.run(
+            [command, *arguments], check=True, capture_output=True, text=True
+        )
+        assert expected in done.stdout, done.stdout
+
+
 def main() -> None:
     """Runs every check; the first that fails ends the program."""
     keras.utils.set_random_seed(0)
@@ -80,6 +94,7 @@ def main() -> None:
     inputs = inputs.astype("float32")
     check_origin()
     check_values(inputs)
+    check_command()
     with tempfile.TemporaryDirectory() as directory:
         check_files(trained_model(inputs), inputs, Path(directory))
     print(f"keras-mha {importlib.metadata.version('keras-mha')}: smoke test passed")
