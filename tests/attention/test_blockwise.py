@@ -315,9 +315,9 @@ def test_the_edges_of_causal_blocks(
     monkeypatch: pytest.MonkeyPatch, offset: int, window: int | None
 ) -> None:
     """Blocks of one, two and four queries, before, across and past their keys."""
-    from keras_mha.attention import blockwise_tensorflow
+    from keras_mha.attention import tiles_tensorflow
 
-    monkeypatch.setattr(blockwise_tensorflow, "_ROWS", 4)
+    monkeypatch.setattr(tiles_tensorflow, "_ROWS", 4)
     mask = Mask(is_causal=True, offset=offset, sliding_window=window)
     for length, keys in itertools.product((2, 5, 6), (1, 3, 6)):
         arrays = cast([draw(1, n, 2, 3, seed=n) for n in (length, keys, keys)], WIDEST)

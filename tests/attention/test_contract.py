@@ -119,11 +119,11 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that the lengths fill more than once and do not divide."""
     monkeypatch.setattr(blockwise.blockwise_loops, "_LONGEST", BLOCK)
     if BACKEND == "tensorflow":
-        from keras_mha.attention import blockwise_tensorflow
+        from keras_mha.attention import tiles_tensorflow
 
-        monkeypatch.setattr(blockwise_tensorflow, "_TILE", BLOCK**2)
-        monkeypatch.setattr(blockwise_tensorflow, "_ROWS", BLOCK // 2)
-        monkeypatch.setattr(blockwise_tensorflow, "_FEWEST_ROWS", BLOCK // 2)
+        monkeypatch.setattr(tiles_tensorflow, "_TILE", BLOCK**2)
+        monkeypatch.setattr(tiles_tensorflow, "_ROWS", BLOCK // 2)
+        monkeypatch.setattr(tiles_tensorflow, "_FEWEST_ROWS", BLOCK // 2)
 
 
 @functools.cache
