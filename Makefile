@@ -62,8 +62,8 @@ test-arm: $(DEV) debian ## Run the tests on an emulated ARM processor
 	$(RUN)/python -m pytest -m arm
 
 .PHONY: benchmarks
-benchmarks: $(VENV)/.installed-benchmarks ## Measure speed and memory beside rivals: an hour
-	$(RUN)/python -m benchmarks --output benchmarks/results
+benchmarks: $(VENV)/.installed-benchmarks ## Measure beside rivals, into dist/benchmarks: an hour
+	$(RUN)/python -m benchmarks
 
 .PHONY: deploy-check
 deploy-check: $(DEV) debian dist/sentiment/model.keras ## Run the sentiment model in every runtime
@@ -90,7 +90,7 @@ smoke-wheel: $(DEV) ## Build the wheel and try it outside the checkout
 	$(RUN)/python .ci/smoke_wheel.py
 
 .PHONY: clean
-clean: ## Remove what was built; .venv stays (delete it by hand)
+clean: ## Remove what was built, dist/ too; .venv stays (delete it by hand)
 	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

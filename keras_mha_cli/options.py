@@ -107,6 +107,14 @@ def number(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """Reads a finite number above 0; argparse tells users its name."""
+    value = number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
 _ALL = tuple(FORMATS)
 OPTIONS: Sequence[Option] = (
     Option(
@@ -122,7 +130,7 @@ OPTIONS: Sequence[Option] = (
         "--timeout",
         _ALL,
         {
-            "type": number,
+            "type": seconds,
             "metavar": "SECONDS",
             "help": "how long the check of one file may take (default: 600)",
         },

@@ -86,8 +86,8 @@ def dot_product_attention(
             first query and the first key.
         sliding_window: Query `i` attends to keys with `|i - j| < sliding_window`;
             with `is_causal`, `0 <= i - j < sliding_window`.
-        segment_ids: Integers `(B, T)` where T = S, or a pair of `(B, T)` and
-            `(B, S)`: attention stays within equal ids; negative ids see nothing.
+        segment_ids: Integers `(B, T)` or `(T,)` where T = S, or a pair for queries
+            and keys: attention stays within equal ids; negative ids see nothing.
         scale: Factor of the scores. Defaults to `1 / sqrt(H)`.
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
         sinks: Floating `(N,)`: score of a key that every query sees and whose value
@@ -141,8 +141,8 @@ def dot_product_attention(
     if segment_ids is not None:
         ids = masks.as_pair(segment_ids, "segment_ids")
         mask &= masks.SegmentMask(
-            masks.as_segments(ids[0], (B, T), "segment_ids"),
-            masks.as_segments(ids[1], (B, S), "segment_ids"),
+            masks.as_segments(ids[0], (B, T), "segment_ids", (1, 2)),
+            masks.as_segments(ids[1], (B, S), "segment_ids", (1, 2)),
         )
     dropout = check_rate(dropout, "dropout")
     seed = None if seed is None else as_seed(seed)

@@ -5,7 +5,6 @@ Letters: B batch, T query length, S key length, N query heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import KerasTensor, backend, ops
@@ -192,6 +191,3 @@ def _as_floating(values: Any, name: str, ranks: tuple[int, ...], shapes: str) ->
             f"Received: {name} of shape {tuple(values.shape)}"
         )
     return values
-
-
-BiasFunction = Callable[[Tensor], Tensor]

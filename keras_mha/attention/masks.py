@@ -310,13 +310,16 @@ def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
     return mask
 
 
-def as_segments(ids: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
+def as_segments(
+    ids: Tensor | None, inputs: Shape, name: str, ranks: tuple[int, ...] = (2,)
+) -> Tensor | None:
     """Returns segment ids as int32 `(B, T)`, if they fit their inputs.
 
     Args:
         ids: Integers `(B, T)` or `(1, T)`, or `None`.
         inputs: Static shape of the inputs, `(B, T, ..., D)`.
         name: The argument's name, for the error text.
+        ranks: The ranks that are taken; 1 is `(T,)`, for all rows.
 
     Raises:
         TypeError: If the ids are not integers.
@@ -324,7 +327,7 @@ def as_segments(ids: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
     """
     if ids is None:
         return None
-    ids = _as_integers(ids, name, (2,))
+    ids = _rank_2(_as_integers(ids, name, ranks))
     (have, length), (want, wanted) = tuple(ids.shape), tuple(inputs)[:2]
     if (have not in (None, 1, want) and want is not None) or (
         None not in (length, wanted) and length != wanted

@@ -183,6 +183,8 @@ def _any_of_group(visible: Tensor, heads: int, shared: int) -> Tensor:
     if seen.shape[1] not in (1, shared):
         shape: Any = ops.shape(seen)
         batch, _, length = shape
+        # It may turn out to be one for all heads, if that was not known.
+        seen = ops.broadcast_to(seen, (batch, heads, length))
         seen = ops.reshape(seen, (batch, shared, heads // shared, length))
         seen = ops.any(seen, axis=2)
     return ops.expand_dims(seen, -1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from keras_mha.export.graph import Operator, Tensor, read_operators
+from keras_mha.export.parity import check_timeout
 from keras_mha.export.report import TensorInfo
 
 Target = Literal["cpu", "gpu"]
@@ -100,8 +101,8 @@ def lint_tflite(
     Raises:
         FileNotFoundError: If there is no file at `path`.
         ImportError: If ai-edge-litert is not installed.
-        ValueError: If `target` is unknown, or the file is no TFLite file, corrupt or
-            cut off.
+        ValueError: If an argument is out of its domain, or the file is no TFLite
+            file, corrupt or cut off, or takes longer than `timeout` to read.
 
     Example:
 
@@ -129,6 +130,7 @@ def lint_tflite(
     """
     if target not in ("cpu", "gpu"):
         raise ValueError(f'`target` must be "cpu" or "gpu". Received: {target!r}')
+    check_timeout(timeout)
     return findings(read_operators(Path(path), timeout=timeout), target)
 
 

@@ -17,7 +17,7 @@ from keras_mha.export.files import size_of, staging
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.onnx_conversion import convert
 from keras_mha.export.onnx_rewrites import rewrite
-from keras_mha.export.parity import check_parity, check_tolerance
+from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
 from keras_mha.export.report import ONNXReport, TensorInfo
 
 _BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text", "tf2onnx")
@@ -109,6 +109,7 @@ def export_onnx(
             f"Received: {opset}"
         )
     check_tolerance(tolerance)
+    check_timeout(timeout)
     _check_model(model)
     endpoint, arrays = describe(model, samples, output_names)
     if tf.string in [spec.dtype for spec in endpoint.inputs.values()]:

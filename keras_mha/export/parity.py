@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from keras_mha.attention.numeric import plain_number
 from keras_mha.export.report import Parity
 
 Arrays = Mapping[str, np.ndarray]
@@ -19,14 +21,31 @@ class ParityError(VerificationError):
     """An exported file answers differently from its model; nothing was left."""
 
 
-def check_tolerance(tolerance: float) -> None:
+def check_tolerance(tolerance: Any, name: str = "tolerance") -> None:
     """Refuses a tolerance that nothing could be compared with.
 
     Raises:
-        ValueError: If it is negative or not a number.
+        ValueError: If it is no number, negative or infinite.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"`tolerance` must be at least 0. Received: {tolerance}")
+    number = plain_number(tolerance)
+    if number is None or number < 0:
+        raise ValueError(
+            f"`{name}` must be a finite number of at least 0. Received: {tolerance!r}"
+        )
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuses a time in which nothing can be done.
+
+    Raises:
+        ValueError: If it is no number, infinite, or not above 0.
+    """
+    number = plain_number(timeout)
+    if number is None or number <= 0:
+        raise ValueError(
+            "`timeout` must be a finite number of seconds above 0. "
+            f"Received: {timeout!r}"
+        )
 
 
 def check_parity(

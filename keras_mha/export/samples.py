@@ -20,7 +20,8 @@ def load_samples(path: str | Path) -> Any:
         An array, a dictionary of arrays, or a list of strings.
 
     Raises:
-        ValueError: If the file has another extension, or holds pickled objects.
+        ValueError: If the file has another extension, holds pickled objects, or no
+            text.
 
     Example:
 
@@ -36,7 +37,10 @@ def load_samples(path: str | Path) -> Any:
     path = Path(path)
     if path.suffix == ".txt":
         # Not splitlines(): it also splits at characters that are part of a text.
-        return path.read_text("utf-8").removesuffix("\n").split("\n")
+        text = path.read_text("utf-8-sig").removesuffix("\n")
+        if not text:
+            raise ValueError(f"`path` must hold at least one text. Received: {path}")
+        return text.split("\n")
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)
     if path.suffix == ".npz":

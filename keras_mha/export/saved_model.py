@@ -23,7 +23,7 @@ from keras_mha.export.files import (
     staging,
 )
 from keras_mha.export.fresh_process import run_in_fresh_process
-from keras_mha.export.parity import check_parity, check_tolerance
+from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
 from keras_mha.export.report import SavedModelReport, SignatureReport, TensorInfo
 from keras_mha.export.tokens import INPUT, after_tokenizer
 from keras_mha.export.warmup import MAX_RECORDS, read_warmup, write_warmup
@@ -122,6 +122,7 @@ def export_saved_model(
             f"`warmup` must be an integer from 0 to {MAX_RECORDS}. Received: {warmup}"
         )
     check_tolerance(tolerance)
+    check_timeout(timeout)
     final = directory / str(_check_version(version, directory))
     if final.exists() and not overwrite:
         raise FileExistsError(

@@ -27,7 +27,7 @@ from keras_mha.export.flatbuffer import read_contents
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.graph import operators_of
 from keras_mha.export.lint import Target, findings
-from keras_mha.export.parity import check_parity, check_tolerance
+from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
 from keras_mha.export.quantization import (
     TOLERANCES,
     ask_converter,
@@ -144,6 +144,7 @@ def export_tflite(
     lengths = _check_sizes("sequence_lengths", sequence_lengths)
     _check_sizes("batch_size", [batch_size])
     check_tolerance(tolerance)
+    check_timeout(timeout)
     check_quantization(quantization, representative_data)
     _check_input(model)
     rounded = _check_precision(model)
@@ -278,7 +279,7 @@ def _tolerance_of_rounded(
         return None
     if tolerance is None:
         return max(TOLERANCES.get(quantization or "", 0), 0.05 * rounded)
-    check_tolerance(tolerance)
+    check_tolerance(tolerance, "quantized_tolerance")
     return tolerance
 
 

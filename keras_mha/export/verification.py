@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_mha.export.comparison import Cases, free_cases, labels_of
 from keras_mha.export.endpoint import Endpoint, describe
-from keras_mha.export.parity import check_tolerance
+from keras_mha.export.parity import check_timeout, check_tolerance
 from keras_mha.export.runtime_table import RUNTIMES, Kind, open_file
 from keras_mha.export.verification_job import UNCOUNTED, Job, share
 from keras_mha.export.verification_report import RuntimeCheck, VerificationReport
@@ -109,7 +109,8 @@ def verify(
     True
     """
     check_tolerance(tolerance)
-    check_tolerance(quantized_tolerance)
+    check_tolerance(quantized_tolerance, "quantized_tolerance")
+    check_timeout(timeout)
     _check_count("emulated_samples", emulated_samples, 1)
     _check_count("timed_calls", timed_calls, 0)
     names = _check_runtimes(runtimes)

@@ -293,7 +293,7 @@ class AttentionLayer(SeededLayer):
                 *query.shape[-2:],
                 *value.shape[-2:],
                 mask.structure,
-                tuple(part is None for part in parts),
+                *map(_shared_axes, (mask.pairs, *parts)),
             ),
             axes=axes,
             scale=self._score_scale,
@@ -331,6 +331,11 @@ class AttentionLayer(SeededLayer):
             check_bias(parts, score_shape, "attention_bias")
         if head_mask is not None:
             _check_head_mask(np.shape(head_mask), score_shape[0], self._num_heads)
+
+
+def _shared_axes(tensor: Tensor | None) -> tuple[bool, ...] | None:
+    """Which axes have one element for all, so that it stays known in later traces."""
+    return None if tensor is None else tuple(size == 1 for size in tensor.shape)
 
 
 def _check_groups(num_key_value_heads: int | None, num_heads: int) -> int | None:

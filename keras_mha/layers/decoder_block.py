@@ -276,9 +276,27 @@ class TransformerDecoderBlock(TransformerBlock):
             memory: Floating `(B, S, any size)`, with `cross_attention`.
             memory_mask: Padding mask `(B, S)`. Defaults to the mask of the memory.
 
+        Returns:
+            `"self"`, the cache of the self-attention, and with `cross_attention`
+            `"memory"`. Past `max_length` positions outputs are NaN, unless a window
+            bounds what is kept.
+
         Raises:
             ValueError: If the block is not built, an argument is not positive, or a
                 memory is missing or superfluous.
+
+        Example:
+
+        >>> import numpy as np
+        >>> import keras_mha
+        >>> block = keras_mha.TransformerDecoderBlock(num_heads=2, hidden_dim=16)
+        >>> inputs = np.random.normal(size=(3, 5, 8)).astype("float32")
+        >>> at_once = block(inputs)
+        >>> cache = block.init_cache(batch_size=3, max_length=5)
+        >>> some, cache = block(inputs[:, :4], cache=cache)
+        >>> last, cache = block(inputs[:, 4:], cache=cache)
+        >>> bool(np.allclose(last, at_once[:, 4:], atol=1e-5))
+        True
         """
         memory_mask = self._check_memory(memory, memory_mask, None, batch_size)
         cache = {"self": self.attention.sublayer.init_cache(batch_size, max_length)}

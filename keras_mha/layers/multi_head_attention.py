@@ -359,6 +359,9 @@ class MultiHeadAttention(AttentionLayer):
             value_mask: Padding mask `(B, S)`. Defaults to the mask `value` carries.
             key_mask: Padding mask `(B, S)`. Defaults to the mask `key` carries.
 
+        Returns:
+            `"key"` `(B, S, K, H)`, `"value"` `(B, S, K, V)` and `"mask"` `(B, S)`.
+
         Raises:
             ValueError: If the layer is not built, or has several attention axes.
 

@@ -261,7 +261,7 @@ def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
         (
             {"segment_ids": np.zeros(T, int)},
             ValueError,
-            "`segment_ids` must have rank 2. Received: segment_ids of shape (11,)",
+            "whose shape is (2, 13). Received: segment_ids of shape (1, 11)",
         ),
         (
             {"mask": Mask(key_padding=ops.convert_to_tensor(QUERY_PADDING))},

@@ -341,7 +341,7 @@ def test_one_name_for_input_and_output_is_refused(tmp_path: Path) -> None:
     [
         ({"opset": 12}, "`opset` must be an integer from 13 to 18. Received: 12"),
         ({"opset": True}, "Received: True"),
-        ({"tolerance": -1.0}, "`tolerance` must be at least 0"),
+        ({"tolerance": -1.0}, "`tolerance` must be a finite number of at least 0"),
         ({"path": "model.pb"}, r"must end in \.onnx. Received: .*model\.pb"),
         ({"output_names": ["a", "b"]}, r"1 different names.*\['a', 'b'\]"),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_mha.export import Parity, ParityError
-from keras_mha.export.parity import check_parity
+from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
 
 INF, NAN = float("inf"), float("nan")
 
@@ -95,3 +95,20 @@ def test_other_names() -> None:
             runtime="by hand",
             runtime_version="1",
         )
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf, None, "1", True])
+def test_tolerances_and_times_are_finite_numbers(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"`quantized_tolerance` must be a finite numb"
+    ):
+        check_tolerance(value, "quantized_tolerance")
+    with pytest.raises(ValueError, match=r"`timeout` must be a finite number of sec"):
+        check_timeout(value)
+
+
+def test_a_time_of_zero_is_refused_and_a_tolerance_is_not() -> None:
+    check_tolerance(np.float32(0.0))
+    check_timeout(np.int64(3))
+    with pytest.raises(ValueError, match=r"`timeout` .* Received: 0"):
+        check_timeout(0)

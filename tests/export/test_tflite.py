@@ -431,7 +431,7 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
         ),
         ({"sequence_lengths": ()}, r"`sequence_lengths` must be positive.*\(\)"),
         ({"sequence_lengths": (0,)}, r"`sequence_lengths` must be positive.*\(0,\)"),
-        ({"tolerance": -1e-5}, "`tolerance` must be at least 0. Received: -1e-05"),
+        ({"tolerance": -1e-5}, "number of at least 0. Received: -1e-05"),
         ({"batch_size": 0}, r"`batch_size` must be positive.*\[0\]"),
         ({"samples": [[0.5, 1.0]]}, r"rows of integer ids.*float64"),
         ({"samples": []}, "one or more rows of integer ids"),
@@ -455,7 +455,7 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
         ({"quantized_tolerance": 0.1}, "`quantized_tolerance` is for quantized files"),
         (
             {"quantization": "float16", "quantized_tolerance": -1.0},
-            "`tolerance` must be at least 0",
+            "`quantized_tolerance` must be a finite number of at least 0",
         ),
     ],
 )

@@ -542,3 +542,20 @@ print("LOSSES", 2, *losses.history["loss"])
     assert plain[-1] < plain[1]
     np.testing.assert_allclose(compiled_losses, plain, rtol=1e-4)
     np.testing.assert_allclose(alone, plain, rtol=1e-4)
+
+
+def test_masks_of_different_sharing_follow_each_other() -> None:
+    """TensorFlow relaxes the shapes of a trace; what is 1 for all heads must stay so."""
+    layer = MultiHeadSelfAttention(6, num_key_value_heads=3, jit_compile=True)
+    plain = MultiHeadSelfAttention(6, num_key_value_heads=3)
+    inputs = np.random.default_rng(0).normal(size=(2, 7, 12)).astype("float32")
+    plain(inputs)
+    layer.build(inputs.shape)
+    layer.set_weights(plain.get_weights())
+    for heads in (6, 1, 6, 1):
+        mask = np.random.default_rng(heads).random((2, heads, 7, 7)) < 0.6
+        np.testing.assert_allclose(
+            layer(inputs, attention_mask=mask),
+            plain(inputs, attention_mask=mask),
+            atol=1e-5,
+        )
