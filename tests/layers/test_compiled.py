@@ -545,7 +545,7 @@ print("LOSSES", 2, *losses.history["loss"])
 
 
 def test_masks_of_different_sharing_follow_each_other() -> None:
-    """TensorFlow relaxes the shapes of a trace; what is 1 for all heads must stay so."""
+    """TensorFlow relaxes shapes of traces; what is 1 for all heads must stay so."""
     layer = MultiHeadSelfAttention(6, num_key_value_heads=3, jit_compile=True)
     plain = MultiHeadSelfAttention(6, num_key_value_heads=3)
     inputs = np.random.default_rng(0).normal(size=(2, 7, 12)).astype("float32")
