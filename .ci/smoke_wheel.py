@@ -34,18 +34,16 @@ def build_wheel(directory: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """Refuses a wheel that misses a file of the package or holds anything else."""
+    """Refuses a wheel that misses a file of its packages or holds anything else."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     packed = {name for name in names if ".dist-info/" not in name}
-    package = CHECKOUT / "keras_mha"
-    expected = {
-        path.relative_to(CHECKOUT).as_posix()
-        for path in (package / "py.typed", *package.rglob("*.py"))
-    }
+    package, command = CHECKOUT / "keras_mha", CHECKOUT / "keras_mha_cli"
+    files = package / "py.typed", *package.rglob("*.py"), *command.rglob("*.py")
+    expected = {path.relative_to(CHECKOUT).as_posix() for path in files}
     if packed != expected:
         raise SystemExit(
-            f"{wheel.name} and keras_mha/ differ in: {sorted(packed ^ expected)}"
+            f"{wheel.name} and the checkout differ in: {sorted(packed ^ expected)}"
         )
     if not any(name.endswith("/licenses/LICENSE") for name in names):
         raise SystemExit(f"{wheel.name} has no licence in it.")

@@ -30,7 +30,7 @@ def refusal(
 ) -> str | None:
     """Says why a call cannot be served, if so."""
     name, dtype = backend.backend(), backend.standardize_dtype(query.dtype)
-    if name == "jax" and not keras.distribution.list_devices("gpu"):
+    if name == "jax" and not _has_gpu():
         return "is cuDNN on JAX, which needs a GPU"
     if name == "jax" and dtype not in _NARROW:
         return f"is cuDNN on JAX, which takes {' or '.join(_NARROW)}, not {dtype}"
@@ -45,6 +45,11 @@ def refusal(
     if logits_soft_cap is not None or any(part is not None for part in bias):
         return "takes no soft cap, no bias and no sinks"
     return None
+
+
+def _has_gpu() -> bool:
+    """Whether JAX computes on a GPU; asked for one by name it raises if there is none."""
+    return any(name.startswith("gpu") for name in keras.distribution.list_devices())
 
 
 def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
