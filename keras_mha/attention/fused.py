@@ -48,7 +48,7 @@ def refusal(
 
 
 def _has_gpu() -> bool:
-    """Whether JAX computes on a GPU; asked for one by name it raises if there is none."""
+    """Whether JAX computes on a GPU. Asked for GPUs, it raises where there is none."""
     return any(name.startswith("gpu") for name in keras.distribution.list_devices())
 
 
