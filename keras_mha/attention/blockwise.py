@@ -51,8 +51,12 @@ def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
         key: `(B, S, K, H)`.
         mask: What may attend to what.
     """
-    (B, T, N, _), S = query.shape, key.shape[1]
-    if T is None or S is None:
+    # JAX has dimensions that are neither known nor None.
+    B, T, N, S = (
+        size if isinstance(size, int) else None
+        for size in (*query.shape[:3], key.shape[1])
+    )
+    if T is None or N is None or S is None:
         return False
     leaves_out = mask.is_ordered or mask.query_segments is not None
     if leaves_out and min(T, S) >= _SKIPPED_FROM:
