@@ -185,7 +185,10 @@ def run_times(
         raise ContenderError(f"{reference.label}: {reference.failure}")
     for number in range(options.rounds):
         progress(f"{comparison.title}: round {number + 1} of {options.rounds}")
-        for entry, outcome in [(options.reference, reference), *taking_part]:
+        # Another one comes first each time: what ran before heats or cools a GPU.
+        first = number % len(taking_part)
+        turns = [*taking_part[first:], *taking_part[:first]]
+        for entry, outcome in [(options.reference, reference), *turns]:
             if outcome.failure is None:
                 attempt(entry, outcome, do="run")
     return {

@@ -27,14 +27,22 @@ class Sizes:
 
     tokens: int = 32768
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
-    num_heads: int = 16
+    # Of the functions without their layer.
+    core_lengths: tuple[int, ...] = (1024, 4096, 32768)
+    num_heads: int = 8
     head_dim: int = 128
     matrix: int = 8192
     device: str = "cuda"
 
 
 SMOKE = Sizes(
-    tokens=64, lengths=(32, 64), num_heads=2, head_dim=8, matrix=128, device="cpu"
+    tokens=64,
+    lengths=(32, 64),
+    core_lengths=(32,),
+    num_heads=2,
+    head_dim=8,
+    matrix=128,
+    device="cpu",
 )
 
 
@@ -50,7 +58,7 @@ def causal(sizes: Sizes) -> Iterator[Comparison]:
 
 def _core(sizes: Sizes, *, is_causal: bool) -> Iterator[Comparison]:
     N, H = sizes.num_heads, sizes.head_dim
-    for T in sizes.lengths:
+    for T in sizes.core_lengths:
         B = sizes.tokens // T
         for backward, name in cases.PASSES:
             same: dict[str, Any] = {
@@ -110,7 +118,7 @@ def _by_jax(builder: str, **same: Any) -> Iterator[Entry]:
     yield entry("jax.nn, XLA", builder, implementation="xla", **same)
 
 
-CASES = {function.__name__: function for function in (core, causal, layer)}
+CASES = {function.__name__: function for function in (layer, core, causal)}
 
 
 def accelerator() -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from benchmarks.contenders import differentiated
 from benchmarks.contenders.step import Step, heads, normal
 
+Kernel = Literal["cudnn", "xla"]
+
 
 def attention(
     shape: tuple[int, int, int, int],
     *,
     dtype: str,
     backward: bool,
-    implementation: str,
+    implementation: Kernel,
     is_causal: bool = False,
 ) -> Step:
     """`jax.nn.dot_product_attention` by `"cudnn"` or `"xla"`."""
@@ -39,7 +41,7 @@ def layer(
     *,
     dtype: str,
     backward: bool,
-    implementation: str,
+    implementation: Kernel,
 ) -> Step:
     """The function between the projections of a layer, written out."""
     _check_device(implementation)
@@ -66,6 +68,6 @@ def layer(
     )
 
 
-def _check_device(implementation: str) -> None:
+def _check_device(implementation: Kernel) -> None:
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise RuntimeError("cuDNN needs a GPU, and JAX sees none")

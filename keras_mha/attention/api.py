@@ -278,6 +278,7 @@ def attend(
         implementation,
         heads[0],
         heads[1],
+        heads[2],
         mask,
         bias,
         logits_soft_cap=logits_soft_cap,

@@ -1,8 +1,8 @@
 """The backend's own fused kernel, where it has one: torch's, and cuDNN's on JAX.
 
 Its domain is narrower than the reference's: neither dropout nor anything that joins
-the scores. Masks are spelled out, but for plain causality, so that only that and no
-mask at all take linear memory.
+the scores. Masks that the kernel does not know are spelled out; all others, and no mask
+at all, take linear memory.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, H
 head size, V head size of the values.
@@ -10,33 +10,30 @@ head size, V head size of the values.
 
 from __future__ import annotations
 
-import keras
 from keras import backend, ops
 
+from keras_mha.attention import fused_jax
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.masks import Mask, clear_padding, materialize
 from keras_mha.typing import Tensor
-
-_NARROW = ("float16", "bfloat16")
 
 
 def refusal(
     *,
     query: Tensor,
+    value: Tensor,
     bias: Bias,
     logits_soft_cap: float | None,
     dropout: float,
     return_scores: bool,
 ) -> str | None:
     """Says why a call cannot be served, if so."""
-    name, dtype = backend.backend(), backend.standardize_dtype(query.dtype)
-    if name == "jax" and not _has_gpu():
-        return "is cuDNN on JAX, which needs a GPU"
-    if name == "jax" and dtype not in _NARROW:
-        return f"is cuDNN on JAX, which takes {' or '.join(_NARROW)}, not {dtype}"
+    name = backend.backend()
     if name not in ("jax", "torch"):
         return f"needs the backend jax or torch: {name} has no fused kernel"
-    if dtype == "float64":
+    if name == "jax" and (reason := fused_jax.refusal(query, value)) is not None:
+        return reason
+    if backend.standardize_dtype(query.dtype) == "float64":
         return "takes no float64"
     if return_scores:
         return "computes no table of scores"
@@ -47,15 +44,10 @@ def refusal(
     return None
 
 
-def _has_gpu() -> bool:
-    """Whether JAX computes on a GPU. Asked for GPUs, it raises where there is none."""
-    return any(name.startswith("gpu") for name in keras.distribution.list_devices())
-
-
 def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
     """Whether no mask needs to be spelled out; other calls go to "blockwise"."""
     del query, key
-    return _is_plain(mask)
+    return fused_jax.is_native(mask) if backend.backend() == "jax" else _is_plain(mask)
 
 
 def attend(
@@ -70,12 +62,14 @@ def attend(
     dropout: float = 0.0,
     seed: None = None,
 ) -> tuple[Tensor, None]:
-    """Mixes the values by `keras.ops.dot_product_attention`.
+    """Mixes the values by cuDNN, or by `keras.ops.dot_product_attention` on torch.
 
     Args are those of `keras_mha.attention.reference.attend`, without bias, cap and
     dropout. Returns the mixed values `(B, T, N, V)`, and `None`.
     """
     del bias, logits_soft_cap, dropout, seed  # see `refusal`
+    if backend.backend() == "jax":
+        return fused_jax.attend(query, key, value, mask, scale), None
     visible = sees = None
     if not _is_plain(mask):
         T, S = ops.shape(query)[1], ops.shape(key)[1]

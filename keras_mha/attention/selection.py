@@ -19,6 +19,7 @@ def select(
     name: str,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     mask: Mask,
     bias: Bias,
     *,
@@ -38,6 +39,7 @@ def select(
         name: One of their names, or "auto".
         query: `(B, T, N, H)`.
         key: `(B, S, K, H)`.
+        value: `(B, S, K, V)`.
         mask: What may attend to what.
         bias: What joins the scores.
         logits_soft_cap: Bound of the scores before the bias.
@@ -49,6 +51,7 @@ def select(
     """
     call: dict[str, Any] = {
         "query": query,
+        "value": value,
         "bias": bias,
         "logits_soft_cap": logits_soft_cap,
         "dropout": dropout,

@@ -26,7 +26,7 @@ def chosen(
     call = {"logits_soft_cap": None, "dropout": 0.1, "return_scores": False, **options}
     query: Any = KerasTensor(shape)
     key: Any = KerasTensor((shape[0], S, *shape[2:]))
-    module = select(IMPLEMENTATIONS, "auto", query, key, mask, Bias(), **call)
+    module = select(IMPLEMENTATIONS, "auto", query, key, key, mask, Bias(), **call)
     return next(name for name, found in IMPLEMENTATIONS.items() if found is module)
 
 

@@ -60,7 +60,7 @@ def test_rounds_go_through_all_contenders_in_turns(tmp_path: Path) -> None:
     )
     found = times(*entries, reference=reference, rounds=3)
     prepared = "".join(name * WARMING for name in "rab")
-    assert path.read_text("utf-8") == prepared + 3 * "rab"
+    assert path.read_text("utf-8") == prepared + "rab" + "rba" + "rab"
     assert [len(entry["seconds"]) for entry in found["entries"]] == [3, 3]
     assert len(found["reference_seconds"]) == 3
 
