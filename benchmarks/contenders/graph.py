@@ -22,6 +22,8 @@ def of_heads(
 ) -> Step:
     """The core: `attend(query, key, value)`, or its gradients for a given upstream."""
     tensors = [tf.cast(array, dtype) for array in heads(shape, 4)]
+    # TensorFlow lets go of NumPy's arrays at the operation after.
+    tf.identity(tensors[0])
 
     @tf.function(jit_compile=compiled, autograph=False)
     def forward(query: Any, key: Any, value: Any) -> Any:
