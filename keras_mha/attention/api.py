@@ -11,7 +11,14 @@ from typing import Any
 
 from keras import KerasTensor, backend, ops
 
-from keras_mha.attention import blockwise, fused, masks, portable, reference
+from keras_mha.attention import (
+    blockwise,
+    fused,
+    mask_arguments,
+    masks,
+    portable,
+    reference,
+)
 from keras_mha.attention.axes import (
     fold_heads,
     fold_padding,
@@ -21,7 +28,8 @@ from keras_mha.attention.axes import (
 )
 from keras_mha.attention.bias import Bias, as_bias, check_bias
 from keras_mha.attention.dropout import as_seed, check_rate
-from keras_mha.attention.masks import Mask, as_pairs
+from keras_mha.attention.mask_arguments import as_pairs
+from keras_mha.attention.masks import Mask
 from keras_mha.attention.numeric import plain_number
 from keras_mha.attention.selection import select
 from keras_mha.typing import Tensor
@@ -136,13 +144,13 @@ def dot_product_attention(
     if is_causal:
         mask &= masks.CausalMask()
     if sliding_window is not None:
-        size = masks.check_window(sliding_window, "sliding_window")
+        size = mask_arguments.check_window(sliding_window, "sliding_window")
         mask &= masks.SlidingWindowMask(size)
     if segment_ids is not None:
-        ids = masks.as_pair(segment_ids, "segment_ids")
+        ids = mask_arguments.as_pair(segment_ids, "segment_ids")
         mask &= masks.SegmentMask(
-            masks.as_segments(ids[0], (B, T), "segment_ids", (1, 2)),
-            masks.as_segments(ids[1], (B, S), "segment_ids", (1, 2)),
+            mask_arguments.as_segments(ids[0], (B, T), "segment_ids", (1, 2)),
+            mask_arguments.as_segments(ids[1], (B, S), "segment_ids", (1, 2)),
         )
     dropout = check_rate(dropout, "dropout")
     seed = None if seed is None else as_seed(seed)

@@ -11,9 +11,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-from keras import KerasTensor, backend, ops
+from keras import ops
 
+from keras_mha.attention.mask_arguments import (
+    as_boolean,
+    as_integers,
+    as_lengths,
+    as_pairs,
+    check_integers,
+    check_window,
+    rank_2,
+)
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.typing import Shape, Tensor
 
@@ -231,128 +239,9 @@ def PaddingMask(  # noqa: N802 - as above
            [1, 0, 0]])
     """
     return Mask(
-        _as_lengths(query_lengths, "query_lengths"),
-        _as_lengths(key_lengths, "key_lengths"),
+        as_lengths(query_lengths, "query_lengths"),
+        as_lengths(key_lengths, "key_lengths"),
     )
-
-
-def check_window(size: Any, name: str) -> int:
-    """Returns the size of a window if it is a positive integer.
-
-    Raises:
-        ValueError: Otherwise.
-    """
-    number = plain_integer(size)
-    if number is None or number < 1:
-        raise ValueError(
-            f"`{name}` must be a positive integer. Received: {name}={size!r}"
-        )
-    return number
-
-
-def as_boolean(mask: Tensor, name: str) -> Tensor:
-    """Returns `mask` as a boolean tensor, refusing floating ones.
-
-    Args:
-        mask: Boolean or integer tensor of any shape; non-zero means attend.
-        name: The argument's name, for the error text.
-
-    Raises:
-        TypeError: If `mask` is floating.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.masks import as_boolean
-    >>> np.asarray(as_boolean(np.array([2, 0]), "mask")).tolist()
-    [True, False]
-    """
-    if not isinstance(mask, KerasTensor):
-        mask = ops.convert_to_tensor(mask)
-    dtype = backend.standardize_dtype(mask.dtype)
-    if "float" in dtype:
-        raise TypeError(
-            f"`{name}` must be boolean or integer (True or non-zero = attend). "
-            f"Received dtype {dtype}. Cast a 0/1 mask to `bool`; an additive mask "
-            "(0 = attend, large negative = hide) is a bias, not a mask: pass "
-            f"`{name} > threshold` instead."
-        )
-    return mask if dtype == "bool" else ops.not_equal(mask, 0)
-
-
-def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
-    """Returns a padding mask as a boolean tensor, if it fits its inputs.
-
-    Args:
-        mask: Boolean or integer, `(B, T)`, or `None`. For inputs of more dimensions
-            it may have as many of their leading ones.
-        inputs: Static shape of the inputs, `(B, T, ..., D)`.
-        name: The argument's name, for the error text.
-
-    Raises:
-        TypeError: If `mask` is floating.
-        ValueError: If it has not the leading dimensions of the inputs, two or more.
-    """
-    if mask is None:
-        return None
-    mask = as_boolean(mask, name)
-    received = tuple(mask.shape)
-    leading = tuple(inputs)[: len(received)]
-    fits = 2 <= len(received) < len(inputs) and all(
-        None in pair or pair[0] == pair[1]
-        for pair in zip(received, leading, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"`{name}` must have the leading dimensions (B, T) of its inputs, whose "
-            f"shape is {tuple(inputs)}. Received: {name} of shape {received}"
-        )
-    return mask
-
-
-def as_segments(
-    ids: Tensor | None, inputs: Shape, name: str, ranks: tuple[int, ...] = (2,)
-) -> Tensor | None:
-    """Returns segment ids as int32 `(B, T)`, if they fit their inputs.
-
-    Args:
-        ids: Integers `(B, T)` or `(1, T)`, or `None`.
-        inputs: Static shape of the inputs, `(B, T, ..., D)`.
-        name: The argument's name, for the error text.
-        ranks: The ranks that are taken; 1 is `(T,)`, for all rows.
-
-    Raises:
-        TypeError: If the ids are not integers.
-        ValueError: If they have not the leading dimensions of the inputs.
-    """
-    if ids is None:
-        return None
-    ids = _rank_2(_as_integers(ids, name, ranks))
-    (have, length), (want, wanted) = tuple(ids.shape), tuple(inputs)[:2]
-    if (have not in (None, 1, want) and want is not None) or (
-        None not in (length, wanted) and length != wanted
-    ):
-        raise ValueError(
-            f"`{name}` must have the leading dimensions (B, T) of its inputs, whose "
-            f"shape is {tuple(inputs)}. Received: {name} of shape {(have, length)}"
-        )
-    return ids
-
-
-def as_pair(ids: Any, name: str) -> tuple[Any, Any]:
-    """Returns segment ids of queries and of keys, from a pair or from one for both.
-
-    Raises:
-        ValueError: If `ids` is a tuple of more or fewer than two.
-    """
-    if not isinstance(ids, tuple):
-        return ids, ids
-    if len(ids) != 2 or any(part is None for part in ids):
-        raise ValueError(
-            f"`{name}` must be one array, or a tuple of queries' and keys'. "
-            f"Received: a tuple of {len(ids)}"
-        )
-    return ids
 
 
 def with_table(mask: Mask, table: Any, score_shape: Shape, attention_rank: int) -> Mask:
@@ -446,53 +335,6 @@ def intersect(*masks: Tensor | None) -> Tensor | None:
     return merged
 
 
-def as_pairs(
-    mask: Tensor | None,
-    score_shape: Shape,
-    attention_rank: int,
-    name: str = "attention_mask",
-) -> Tensor | None:
-    """Gives an attention mask the rank of the scores, as Keras does.
-
-    Missing dimensions are inserted just before the attention dimensions: with one
-    attention axis, `(T, S)` becomes `(1, 1, T, S)` and `(B, T, S)` becomes
-    `(B, 1, T, S)`.
-
-    Args:
-        mask: Boolean or integer mask of rank `2 * attention_rank` up to the scores'
-            rank, or `None`.
-        score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
-        attention_rank: Number of attention axes.
-        name: The argument's name, for the error text.
-
-    Raises:
-        TypeError: If `mask` is floating.
-        ValueError: If the rank is out of range, or a dimension is neither 1 nor
-            the scores'.
-    """
-    if mask is None:
-        return None
-    mask = as_boolean(mask, name)
-    rank, received = len(score_shape), tuple(mask.shape)
-    if not 2 * attention_rank <= len(received) <= rank:
-        raise ValueError(
-            f"`{name}` must have rank 2 (T, S), 3 (B, T, S) or 4 "
-            f"(B, N or 1, T, S), with {attention_rank} attention axis or axes: "
-            f"rank {2 * attention_rank} to {rank}. "
-            f"Received: {name} of shape {received}"
-        )
-    for _ in range(rank - len(received)):
-        mask = ops.expand_dims(mask, axis=-2 * attention_rank - 1)
-    for have, want in zip(mask.shape, score_shape, strict=True):
-        if have not in (None, 1, want) and want is not None:
-            raise ValueError(
-                f"Every dimension of `{name}` must be 1 or that of the "
-                f"attention scores, (B, N, T, S) = {tuple(score_shape)}. "
-                f"Received: {name} of shape {received}"
-            )
-    return mask
-
-
 def spell_out(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
     """Gives paddings and segments as `(B or 1, T)`, `(B or 1, S)`; pairs rank 4.
 
@@ -504,8 +346,8 @@ def spell_out(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
         key_length: S, likewise.
     """
     rows, columns = mask.query_segments, mask.key_segments
-    rows = None if rows is None else _rank_2(rows)
-    columns = None if columns is None else _rank_2(columns)
+    rows = None if rows is None else rank_2(rows)
+    columns = None if columns is None else rank_2(columns)
     pairs = mask.pairs
     if pairs is not None:
         pairs = _insert_axes(pairs, 4 - len(pairs.shape))
@@ -601,10 +443,6 @@ def _as_columns(mask: Tensor) -> Tensor:
     return ops.expand_dims(ops.expand_dims(mask, 1), 1)
 
 
-def _rank_2(ids: Tensor) -> Tensor:
-    return ops.expand_dims(ids, 0) if len(ids.shape) == 1 else ids
-
-
 def _is_lengths(padding: Tensor) -> bool:
     return len(padding.shape) == 1
 
@@ -658,7 +496,7 @@ def _as_offset(offset: Any) -> Any:
     if number is not None:
         return number
     offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
-    return _check_integers(offset, "offset", (0,))
+    return check_integers(offset, "offset", (0,))
 
 
 def _as_table(mask: Any) -> Tensor:
@@ -672,40 +510,7 @@ def _as_table(mask: Any) -> Tensor:
 
 
 def _as_ids(ids: Tensor, name: str) -> Tensor:
-    return _as_integers(ids, name, (1, 2))
-
-
-def _as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
-    if lengths is None:
-        return None
-    most = 2**31 - 1
-    if not ops.is_tensor(lengths):
-        # JAX and torch would wrap them around to int32 right away.
-        lengths = np.asarray(lengths)
-        if lengths.dtype.kind in "iu":
-            lengths = np.clip(lengths, 0, most).astype("int32")
-    lengths = _check_integers(ops.convert_to_tensor(lengths), name, (1,))
-    if backend.standardize_dtype(lengths.dtype) in ("uint32", "int64", "uint64"):
-        lengths = ops.minimum(lengths, ops.cast(most, lengths.dtype))
-    lengths = ops.maximum(lengths, ops.cast(0, lengths.dtype))
-    return ops.cast(lengths, "int32")
-
-
-def _as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:
-    values = _check_integers(ops.convert_to_tensor(values), name, ranks)
-    return ops.cast(values, "int32")
-
-
-def _check_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:
-    dtype = backend.standardize_dtype(values.dtype)
-    if "int" not in dtype:
-        raise TypeError(f"`{name}` must be integers. Received dtype {dtype}")
-    if len(values.shape) not in ranks:
-        raise ValueError(
-            f"`{name}` must have rank {' or '.join(map(str, ranks))}. "
-            f"Received: {name} of shape {tuple(values.shape)}"
-        )
-    return values
+    return as_integers(ids, name, (1, 2))
 
 
 def clear_padding(inputs: Tensor, padding: Tensor | None) -> Tensor:

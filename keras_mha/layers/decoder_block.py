@@ -8,7 +8,7 @@ import keras
 from typing_extensions import override
 
 from keras_mha.attention.cache import Cache
-from keras_mha.attention.masks import as_padding
+from keras_mha.attention.mask_arguments import as_padding
 from keras_mha.layers.arguments import check_flag
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.seeded_layer import keep_frozen, whole

@@ -12,15 +12,8 @@ from typing_extensions import override
 from keras_mha.attention.api import check_order, prepare_inputs
 from keras_mha.attention.axes import resolve_axes, score_shape
 from keras_mha.attention.cache import Cache
-from keras_mha.attention.masks import (
-    Mask,
-    as_padding,
-    as_pair,
-    as_segments,
-    intersect,
-    spell_padding,
-    with_table,
-)
+from keras_mha.attention.mask_arguments import as_padding, as_pair, as_segments
+from keras_mha.attention.masks import Mask, intersect, spell_padding, with_table
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer

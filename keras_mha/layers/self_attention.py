@@ -18,13 +18,8 @@ from keras_mha.attention.cache import (
     extend_cache,
     next_position,
 )
-from keras_mha.attention.masks import (
-    Mask,
-    as_padding,
-    as_segments,
-    spell_padding,
-    with_table,
-)
+from keras_mha.attention.mask_arguments import as_padding, as_segments
+from keras_mha.attention.masks import Mask, spell_padding, with_table
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.fused_projection import FusedProjection

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from keras import backend, ops
 
 from keras_mha import CausalMask, PaddingMask, SegmentMask, SlidingWindowMask
-from keras_mha.attention.masks import (
-    Mask,
-    as_boolean,
-    as_pairs,
-    clear_padding,
-    intersect,
-    materialize,
-)
+from keras_mha.attention.mask_arguments import as_boolean, as_pairs
+from keras_mha.attention.masks import Mask, clear_padding, intersect, materialize
 from tests import reference as oracle
 from tests.attention.cases import (
     BACKEND,
