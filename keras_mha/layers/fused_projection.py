@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras import backend, ops
+from keras import ops
 from typing_extensions import override
 
 from keras_mha.layers.arguments import check_number, check_positive
@@ -17,7 +17,6 @@ from keras_mha.layers.projections import (
 )
 from keras_mha.typing import Shape, Tensor
 
-_IN_PARTS = True
 PARTS = ("query", "key", "value")
 
 
@@ -76,11 +75,7 @@ class FusedProjection(Projection):
 
     @override
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        if _IN_PARTS and backend.backend() == "jax":
-            outputs = self._in_parts(inputs)
-        else:
-            outputs = super().call(inputs, training=training)
-        return self._with_delta(outputs, inputs)
+        return self._with_delta(super().call(inputs, training=training), inputs)
 
     @override
     def quantized_call(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -207,20 +202,6 @@ class FusedProjection(Projection):
             variable = self._kernel if name == "kernel" else getattr(self, name)
             variable.assign(store[str(place)])
         self._reset_factors()
-
-    def _in_parts(self, inputs: Tensor) -> Tensor:
-        """The same by a product for each part, which XLA need not cut apart again.
-
-        The parts of one product lie between each other, so each would be copied.
-        Joined and cut in the same place, XLA leaves out both.
-        """
-        parts = [
-            ops.tensordot(inputs, kernel, axes=1) for kernel in self.cut(self.kernel)
-        ]
-        if self.bias is not None:
-            shifts = self.cut(self.bias)
-            parts = [part + shift for part, shift in zip(parts, shifts, strict=True)]
-        return ops.concatenate(parts, axis=-1)
 
     def _saved_names(self) -> list[str]:
         names = self.variable_serialization_spec[self.quantization_mode]
