@@ -173,7 +173,7 @@ def test_a_session_shows_and_writes_each_group(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["core", "nonsense"], "no such case: nonsense; known: core, causal"),
+        (["core", "nonsense"], "no such case: nonsense; known: layer, core"),
         (["--rounds", "0"], "--rounds must be above 0"),
     ],
 )
