@@ -32,7 +32,10 @@ def from_keras(layer_or_model: Any) -> Any:
 
     - A query that sees no key, such as one that is padding, gets the output
       projection's bias; from Keras the mean of all values, or NaN. This shows where
-      what comes after reads padding, as `Flatten` does.
+      what comes after reads padding: `Flatten` does, and pooling after `x + y`, which
+      drops masks as `keras.layers.Add()` does not.
+    - Masks stay on the inputs. Keras' layer takes them off, so that a second one that
+      attends to the same tensor sees its padding.
     - An explicit `query_mask` counts, and the outputs carry it.
     - A floating `attention_mask` is refused; Keras reads it as booleans.
     - An `activity_regularizer` is for the outputs of the projections, each once;

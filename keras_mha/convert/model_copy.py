@@ -153,7 +153,8 @@ class _Copier:
                     return {name: swap(each) for name, each in value.items()}
                 old: Any = keras.saving.deserialize_keras_object(value)
                 swapped.append(old.name)
-                return keras.saving.serialize_keras_object(self.rule.convert(old))
+                new: Any = keras.saving.serialize_keras_object(self.rule.convert(old))
+                return {**value, **new}  # a graph notes there where it is called
             if isinstance(value, list | tuple):
                 return type(value)(swap(each) for each in value)
             return value
