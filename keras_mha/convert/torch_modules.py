@@ -241,7 +241,7 @@ def _make_block(arrays: _Arrays, options: dict[str, Any], kwargs: Any) -> Any:
         arrays, "self_attn.", options["num_heads"], use_bias
     )
     width, _, _, num_heads = sizes
-    hidden_dim = arrays.size_of("linear1.weight", 0)
+    hidden_dim = arrays.size_of("linear2.weight", 1)
     norms = [
         _take_bias(arrays, f"{name}.", width, use_bias, width)
         for name in ("norm1", "norm2")
@@ -364,12 +364,15 @@ def _take_attention(
 ) -> tuple[tuple[int, int, int, int], dict[str, Any]]:
     """Takes the widths of queries, values and keys, N, and the parts' weights."""
     num_heads = check_positive(num_heads, "num_heads")
-    width = arrays.size_of(f"{prefix}out_proj.weight", 0)
+    width = arrays.size_of(f"{prefix}out_proj.weight", 1)
     if width % num_heads:
         raise ValueError(
             "The width must be divisible by `num_heads`. Received: "
             f"num_heads={num_heads} and {prefix}out_proj.weight of width {width}"
         )
+    kernel, bias = _take_linear(arrays, f"{prefix}out_proj.", width, width, use_bias)
+    heads = (num_heads, width // num_heads)
+    output = kernel.reshape(*heads, width), bias
     if f"{prefix}q_proj_weight" in arrays.left:
         names = [f"{prefix}{part[0]}_proj_weight" for part in _PARTS]
         widths = [width, *(arrays.size_of(name, 1) for name in names[1:])]
@@ -379,17 +382,13 @@ def _take_attention(
     else:
         packed = arrays.take(f"{prefix}in_proj_weight", (3 * width, width))
         kernels, widths = np.split(packed, 3), [width] * 3
-    heads = (num_heads, width // num_heads)
     biases: list[Any] = [None] * 3
     if use_bias:
         packed = arrays.take(f"{prefix}in_proj_bias", (3 * width,))
         biases = [bias.reshape(heads) for bias in np.split(packed, 3)]
-    weights: dict[str, Any] = {
-        part: (kernel.T.reshape(-1, *heads), bias)
-        for part, kernel, bias in zip(_PARTS, kernels, biases, strict=True)
-    }
-    kernel, bias = _take_linear(arrays, f"{prefix}out_proj.", width, width, use_bias)
-    weights["output"] = kernel.reshape(*heads, width), bias
+    weights: dict[str, Any] = {"output": output}
+    for part, kernel, bias in zip(_PARTS, kernels, biases, strict=True):
+        weights[part] = kernel.T.reshape(-1, *heads), bias
     query, key, value = widths
     return (query, value, key, num_heads), weights
 
