@@ -45,6 +45,7 @@ LATE = (
     "sklearn",
     "tensorflow_text",
     "tf2onnx",
+    "torch",
 )
 COMMAND_FOLDERS = ("examples", "export", "benchmarks", "keras_mha_cli")
 
@@ -299,6 +300,7 @@ def test_no_command_is_named_like_a_package() -> None:
         ("keras_mha.layers.compiled", "import keras_mha"),
         ("keras_mha.layers.compiled", "from keras_mha import MultiHeadAttention"),
         ("keras_mha.text.wordpiece", "from keras_mha.models import bert"),
+        ("keras_mha.convert.keras_layers", "from keras_mha.export import verify"),
         ("keras_mha.typing", "from keras_mha.attention import masks"),
     ],
 )
@@ -313,6 +315,7 @@ def test_upward_imports_are_seen(module: str, statement: str) -> None:
         ("keras_mha.attention.masks", "from keras_mha.typing import Tensor"),
         ("keras_mha.layers.compiled", "from keras_mha.attention import api"),
         ("keras_mha.export.saved_model", "import keras_mha.text.wordpiece"),
+        ("keras_mha.convert.keras_models", "from keras_mha.models import bert"),
         ("keras_mha.layers.compiled", "import keras"),
     ],
 )

@@ -1,0 +1,442 @@
+"""Attention modules of PyTorch into our layers.
+
+Letters: B batch, T query length, S key length, N heads, H head size, D width of the
+queries and of the outputs, F hidden width of the feed-forward network.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mha.layers.arguments import check_flag, check_positive
+from keras_mha.layers.encoder_block import TransformerEncoderBlock
+from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.typing import Shape
+
+_TORCH_EPSILON = 1e-5
+_PARTS = ("query", "key", "value")
+
+
+def from_torch(
+    source: Any,
+    *,
+    num_heads: int | None = None,
+    norm_first: bool | None = None,
+    activation: Any = None,
+    layer_norm_eps: float | None = None,
+    dropout: float | None = None,
+    self_attention: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Turns a module of PyTorch, or the weights of one, into a layer of ours.
+
+    `torch.nn.MultiheadAttention` becomes `MultiHeadAttention`, or with
+    `self_attention=True` `MultiHeadSelfAttention`, whose projection is fused as
+    torch's is; `torch.nn.TransformerEncoderLayer` becomes `TransformerEncoderBlock`.
+    The layer is built and has a copy of the weights, cast to its own dtype (`dtype`;
+    Keras' global policy by default). A module tells its options; a state dict does
+    not, and what it leaves open is given by the keywords. Weights that are frozen in
+    torch (`requires_grad`) are not frozen here. PyTorch need not be installed for a
+    state dict of NumPy arrays.
+
+    What is called otherwise than in torch:
+
+    - The arguments are `(query, value, key)`, in this order.
+    - Inputs are `(B, T, D)`. `batch_first` changes no weight: for a module with
+      `batch_first=False` transpose what it took as `(T, B, D)`.
+    - Masks say what may be seen. torch's True means "not allowed":
+      `key_padding_mask` becomes `value_mask=~key_padding_mask`, or
+      `mask=~key_padding_mask` in self-attention and blocks; `attn_mask` becomes
+      `attention_mask=~attn_mask`. A floating `attn_mask` is an `attention_bias`;
+      `(B * N, T, S)` is `(B, N, T, S)` here.
+    - `mask` hides padded queries as well as keys. A query that sees no key gets zeros
+      from the attention, NaN in torch.
+    - `return_attention_scores=True` gives each head's probabilities, not their mean.
+
+    Args:
+        source: The module, of one of the two classes itself, or its state dict, with
+            the names that it has in the module: a mapping to tensors or arrays.
+        num_heads: N; needed with a state dict.
+        norm_first: Needed with an encoder layer's state dict.
+        activation: `"relu"` or `"gelu"`, or another activation of Keras; needed with
+            an encoder layer's state dict.
+        layer_norm_eps: For an encoder layer's state dict. Defaults to 1e-5, as in
+            torch.
+        dropout: For a state dict: share dropped in training. Defaults to 0.
+        self_attention: Whether an attention module is only called on one sequence.
+        **kwargs: Further arguments of our layer, such as `name`, `dtype` and
+            `jit_compile`.
+
+    Returns:
+        A built `MultiHeadAttention`, `MultiHeadSelfAttention` or
+        `TransformerEncoderBlock`.
+
+    Raises:
+        TypeError: If the source is something else, or weights are not floating.
+        ValueError: If a weight is missing, unexpected or of the wrong shape; a keyword
+            is missing, or given though the module tells it; or the module has
+            `add_bias_kv` (`bias_k`, `bias_v`), `add_zero_attn` or an activation that
+            we have not.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.convert import from_torch
+    >>> weights = {
+    ...     "in_proj_weight": np.random.normal(size=(18, 6)),
+    ...     "out_proj.weight": np.random.normal(size=(6, 6)),
+    ... }
+    >>> layer = from_torch(weights, num_heads=2, self_attention=True)
+    >>> tuple(layer(np.ones((3, 5, 6), "float32")).shape)
+    (3, 5, 6)
+    """
+    given = {
+        "num_heads": num_heads,
+        "norm_first": norm_first,
+        "activation": activation,
+        "layer_norm_eps": layer_norm_eps,
+        "dropout": dropout,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    self_attention = check_flag(self_attention, "self_attention")
+    if isinstance(source, Mapping):
+        options, weights = given, source
+    else:
+        options, weights = _read_module(source, given), source.state_dict()
+    arrays = _Arrays({name: _to_array(name, each) for name, each in weights.items()})
+    if "self_attn.out_proj.weight" in arrays.left or "linear1.weight" in arrays.left:
+        if self_attention:
+            raise ValueError(
+                "`self_attention` is for attention alone; an encoder layer's always is "
+                "self-attention. Received: self_attention=True"
+            )
+        made = _make_block(arrays, options, kwargs)
+    else:
+        made = _make_attention(arrays, options, self_attention, kwargs)
+    arrays.check_all_taken()
+    return made
+
+
+# What modules tell.
+
+
+def _read_module(module: Any, given: dict[str, Any]) -> dict[str, Any]:
+    # Who has a module has imported torch.
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            "`source` must be a `torch.nn.MultiheadAttention`, a "
+            "`torch.nn.TransformerEncoderLayer`, or the state dict of one. "
+            f"Received: {type(module).__name__}"
+        )
+    if given:
+        raise ValueError(
+            "A module tells this itself; the keywords are for a state dict. "
+            f"Received: {', '.join(given)}"
+        )
+    if type(module) is torch.nn.MultiheadAttention:
+        return _read_attention(module)
+    if type(module) is torch.nn.TransformerEncoderLayer:
+        return _read_encoder_layer(module, torch)
+    hint = "Of a module that computes the same, pass the `state_dict()`"
+    if isinstance(module, torch.nn.TransformerEncoder):
+        hint = "Convert `[from_torch(layer) for layer in module.layers]`"
+    raise TypeError(
+        "`source` must be a `torch.nn.MultiheadAttention` or a "
+        f"`torch.nn.TransformerEncoderLayer` itself. {hint}. "
+        f"Received: {type(module).__module__}.{type(module).__qualname__}"
+    )
+
+
+def _read_attention(module: Any) -> dict[str, Any]:
+    if module.add_zero_attn:
+        raise ValueError(
+            "Our attention has no key of zeros. Received: module with "
+            "add_zero_attn=True"
+        )
+    return {"num_heads": module.num_heads, "dropout": module.dropout}
+
+
+def _read_encoder_layer(module: Any, torch: Any) -> dict[str, Any]:
+    epsilons = {module.norm1.eps, module.norm2.eps}
+    rates = {module.dropout.p, module.dropout1.p, module.dropout2.p}
+    if len(epsilons) > 1 or len(rates) > 1:
+        raise ValueError(
+            "Our block has one epsilon and one dropout beside that of the attention. "
+            f"Received: module with epsilons {sorted(epsilons)} and dropouts "
+            f"{sorted(rates)}"
+        )
+    attention = _read_attention(module.self_attn)
+    return {
+        "num_heads": attention["num_heads"],
+        "norm_first": module.norm_first,
+        "activation": _read_activation(module.activation, torch),
+        "layer_norm_eps": epsilons.pop(),
+        "dropout": rates.pop(),
+        "attention_dropout": attention["dropout"],
+    }
+
+
+def _read_activation(activation: Any, torch: Any) -> str:
+    functional, nn = torch.nn.functional, torch.nn
+    if activation in (functional.relu, torch.relu) or type(activation) is nn.ReLU:
+        return "relu"
+    if activation is functional.gelu or (
+        type(activation) is nn.GELU and activation.approximate == "none"
+    ):
+        return "gelu"
+    raise ValueError(
+        "A module's activation must be ReLU or exact GELU. For another, pass the "
+        "module's `state_dict()` and an `activation` of Keras. "
+        f"Received: activation={activation}"
+    )
+
+
+# What is made.
+
+
+def _make_attention(
+    arrays: _Arrays, options: dict[str, Any], self_attention: bool, kwargs: Any
+) -> Any:
+    _check_options(options, ("num_heads",), ("dropout",))
+    use_bias = "in_proj_bias" in arrays.left
+    sizes, weights = _take_attention(arrays, "", options["num_heads"], use_bias)
+    width, value_width, key_width, num_heads = sizes
+    arguments = {
+        "num_heads": num_heads,
+        "key_dim": width // num_heads,
+        "dropout": options.get("dropout", 0.0),
+        "use_bias": use_bias,
+        **kwargs,
+    }
+    if not self_attention:
+        made = MultiHeadAttention(**arguments)
+        made.build(*((None, None, D) for D in (width, value_width, key_width)))
+        for name in _PARTS:
+            _assign(getattr(made, f"{name}_dense"), weights[name])
+        _assign(made.output_dense, weights["output"])
+        return made
+    if not width == value_width == key_width:
+        raise ValueError(
+            "Self-attention has queries, keys and values of one width. Received: "
+            f"self_attention=True and widths {width}, {key_width} and {value_width}"
+        )
+    layer = MultiHeadSelfAttention(**arguments)
+    layer.build((None, None, width))
+    _assign_fused(layer, weights)
+    return layer
+
+
+def _make_block(arrays: _Arrays, options: dict[str, Any], kwargs: Any) -> Any:
+    needed = ("num_heads", "norm_first", "activation")
+    _check_options(options, needed, ("layer_norm_eps", "dropout", "attention_dropout"))
+    use_bias = "self_attn.in_proj_bias" in arrays.left
+    sizes, weights = _take_attention(
+        arrays, "self_attn.", options["num_heads"], use_bias
+    )
+    width, _, _, num_heads = sizes
+    hidden_dim = arrays.size_of("linear2.weight", 1)
+    norms = [
+        _take_bias(arrays, f"{name}.", width, use_bias, width)
+        for name in ("norm1", "norm2")
+    ]
+    dense = [
+        _take_linear(arrays, "linear1.", hidden_dim, width, use_bias),
+        _take_linear(arrays, "linear2.", width, hidden_dim, use_bias),
+    ]
+    epsilon = options.get("layer_norm_eps", _TORCH_EPSILON)
+    normalization: dict[str, Any] = {"normalization": "layer", "epsilon": epsilon}
+    if not use_bias:
+        normalization = {
+            "normalization": keras.layers.LayerNormalization(
+                epsilon=epsilon, center=False, dtype=kwargs.get("dtype")
+            )
+        }
+    block = TransformerEncoderBlock(
+        num_heads=num_heads,
+        hidden_dim=hidden_dim,
+        activation=options["activation"],
+        placement=(
+            "pre" if check_flag(options["norm_first"], "norm_first") else "post"
+        ),
+        dropout=options.get("dropout", 0.0),
+        attention_dropout=options.get("attention_dropout"),
+        use_bias=use_bias,
+        **normalization,
+        **kwargs,
+    )
+    block.build((None, None, width))
+    _assign_fused(block.attention.sublayer, weights)
+    network = block.feed_forward.sublayer
+    for layer, values in zip(
+        (network.hidden_dense, network.output_dense), dense, strict=True
+    ):
+        _assign(layer, values)
+    for part, (scale, offset) in zip(
+        (block.attention, block.feed_forward), norms, strict=True
+    ):
+        part.norm.gamma.assign(scale)
+        if offset is not None:
+            part.norm.beta.assign(offset)
+    return block
+
+
+def _check_options(
+    options: dict[str, Any], needed: tuple[str, ...], taken: tuple[str, ...]
+) -> None:
+    missing = [name for name in needed if name not in options]
+    if missing:
+        raise ValueError(
+            "A state dict does not tell all: pass "
+            f"{', '.join(f'`{name}`' for name in missing)} as keywords. "
+            f"Received: {sorted(options) or 'no keywords'}"
+        )
+    others = [name for name in options if name not in (*needed, *taken)]
+    if others:
+        raise ValueError(
+            "Attention alone has no such thing; an encoder layer's weights would be "
+            f"named `linear1.weight` and so on. Received: {', '.join(others)}"
+        )
+
+
+# Weights.
+
+
+class _Arrays:
+    """A state dict's arrays, taken one by one by their names."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.left = arrays
+        self.names = list(arrays)
+
+    def take(self, name: str, shape: Shape) -> np.ndarray:
+        """Takes an array, which must have this shape."""
+        self._check_name(name)
+        array = self.left.pop(name)
+        if array.shape != tuple(shape):
+            raise ValueError(
+                f"`{name}` must have the shape {tuple(shape)}. "
+                f"Received: {name} of shape {array.shape}"
+            )
+        return array
+
+    def size_of(self, name: str, axis: int) -> int:
+        """The size of one axis of a matrix, which is left."""
+        self._check_name(name)
+        shape = self.left[name].shape
+        if len(shape) != 2:
+            raise ValueError(
+                f"`{name}` must be a matrix. Received: {name} of shape {shape}"
+            )
+        return shape[axis]
+
+    def check_all_taken(self) -> None:
+        """Raises where something was not asked for."""
+        for name in self.left:
+            if name.rpartition(".")[2] in ("bias_k", "bias_v"):
+                raise ValueError(
+                    "Our attention has no learned key and value beside those of the "
+                    f"inputs (`add_bias_kv`). Received: {name}"
+                )
+        if self.left:
+            raise ValueError(
+                "The state dict has weights that belong nowhere. "
+                f"Received: {', '.join(map(repr, self.left))}"
+            )
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.left:
+            raise ValueError(
+                f"The state dict must have `{name}`; of a larger model, pass the part "
+                "alone, with the prefix removed from its names. "
+                f"Received: {', '.join(map(repr, self.names))}"
+            )
+
+
+def _take_attention(
+    arrays: _Arrays, prefix: str, num_heads: Any, use_bias: bool
+) -> tuple[tuple[int, int, int, int], dict[str, Any]]:
+    """Takes the widths of queries, values and keys, N, and the parts' weights."""
+    num_heads = check_positive(num_heads, "num_heads")
+    width = arrays.size_of(f"{prefix}out_proj.weight", 1)
+    if width % num_heads:
+        raise ValueError(
+            "The width must be divisible by `num_heads`. Received: "
+            f"num_heads={num_heads} and {prefix}out_proj.weight of width {width}"
+        )
+    kernel, bias = _take_linear(arrays, f"{prefix}out_proj.", width, width, use_bias)
+    heads = (num_heads, width // num_heads)
+    output = kernel.reshape(*heads, width), bias
+    if f"{prefix}q_proj_weight" in arrays.left:
+        names = [f"{prefix}{part[0]}_proj_weight" for part in _PARTS]
+        widths = [width, *(arrays.size_of(name, 1) for name in names[1:])]
+        kernels = [
+            arrays.take(name, (width, D)) for name, D in zip(names, widths, strict=True)
+        ]
+    else:
+        packed = arrays.take(f"{prefix}in_proj_weight", (3 * width, width))
+        kernels, widths = np.split(packed, 3), [width] * 3
+    biases: list[Any] = [None] * 3
+    if use_bias:
+        packed = arrays.take(f"{prefix}in_proj_bias", (3 * width,))
+        biases = [bias.reshape(heads) for bias in np.split(packed, 3)]
+    weights: dict[str, Any] = {"output": output}
+    for part, kernel, bias in zip(_PARTS, kernels, biases, strict=True):
+        weights[part] = kernel.T.reshape(-1, *heads), bias
+    query, key, value = widths
+    return (query, value, key, num_heads), weights
+
+
+def _take_linear(
+    arrays: _Arrays, prefix: str, outputs: int, inputs: int, use_bias: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Takes a `torch.nn.Linear` as a kernel `(inputs, outputs)` and a bias."""
+    kernel, bias = _take_bias(arrays, prefix, outputs, use_bias, outputs, inputs)
+    return kernel.T, bias
+
+
+def _take_bias(
+    arrays: _Arrays, prefix: str, size: int, use_bias: bool, *shape: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Takes a weight of this shape, and the bias beside it."""
+    weight = arrays.take(f"{prefix}weight", shape)
+    return weight, arrays.take(f"{prefix}bias", (size,)) if use_bias else None
+
+
+def _assign(dense: Any, weights: tuple[np.ndarray, np.ndarray | None]) -> None:
+    kernel, bias = weights
+    dense.kernel.assign(kernel)
+    if bias is not None:
+        dense.bias.assign(bias)
+
+
+def _assign_fused(layer: Any, weights: dict[str, Any]) -> None:
+    """Each head's columns are those of its queries, its keys and its values."""
+    kernels, biases = zip(*(weights[name] for name in _PARTS), strict=True)
+    bias = None if biases[0] is None else np.concatenate(biases, axis=-1)
+    _assign(layer.qkv_dense, (np.concatenate(kernels, axis=-1), bias))
+    _assign(layer.output_dense, weights["output"])
+
+
+def _to_array(name: str, value: Any) -> np.ndarray:
+    """A tensor or array as a floating NumPy array."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # NumPy has none
+            value = value.float()
+        value = value.numpy()
+    array = np.asarray(value)
+    if array.dtype.name == "bfloat16":
+        array = array.astype("float32")
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(
+            "Weights must be floating tensors or arrays. "
+            f"Received: {name} of dtype {array.dtype}"
+        )
+    return array

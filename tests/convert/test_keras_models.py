@@ -1,0 +1,673 @@
+"""Keras' attention swapped in whole models.
+
+Letters: B batch, T query length, S key length, N heads, H head size, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_mha import (
+    CausalMask,
+    MultiHeadAttention,
+    MultiHeadSelfAttention,
+    ResidualNorm,
+    TransformerEncoderBlock,
+)
+from keras_mha.convert import from_keras, model_copy, to_keras
+from tests.attention.cases import numbers, pairs
+from tests.layers.helpers import normal, padding
+
+Stock = layers.MultiHeadAttention
+Grouped = layers.GroupQueryAttention
+
+B, T, S, N, H, D, WORDS = 2, 5, 7, 3, 11, 13, 17
+IDS = np.array([[3, 1, 4, 15, 9], [2, 6, 5, 0, 0]])
+OTHER_IDS = np.array([[2, 7, 1, 8, 2, 0, 0], [1, 4, 1, 4, 0, 0, 0]])
+
+
+def randomize(model: Any) -> Any:
+    """Gives every weight of a layer or model values of its own, biases included."""
+    for place, weight in enumerate(model.weights):
+        if weight.dtype == "float32":
+            drawn = normal(*weight.shape, seed=place, scale=0.25)
+            weight.assign(abs(drawn) if "variance" in weight.path else drawn)
+    return model
+
+
+def tokens(name: str = "ids") -> Any:
+    return keras.Input((None,), dtype="int32", name=name)
+
+
+def vectors(name: str = "vectors") -> Any:
+    return keras.Input((None, D), name=name)
+
+
+def embed(ids: Any, mask_zero: bool = True, **options: Any) -> Any:
+    return layers.Embedding(WORDS, D, mask_zero=mask_zero, **options)(ids)
+
+
+def given_for(model: Any) -> Any:
+    made = {
+        "ids": IDS,
+        "other": OTHER_IDS,
+        "vectors": normal(B, T, D),
+        "memory": normal(B, S, D, seed=1),
+        "pairs": pairs(B, T, S),
+        "padding": padding(3, 5, length=T),
+        "text": np.array([["a b b"], ["c a d"]]),
+        "steps": normal(B, 3, T, D),
+    }
+    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    return keras.tree.map_structure(
+        lambda x: ops.convert_to_tensor(made[x.name]), inputs
+    )
+
+
+def answers(model: Any) -> list[np.ndarray]:
+    return [numbers(each) for each in keras.tree.flatten(model(given_for(model)))]
+
+
+def check_equal(
+    converted: Any, model: Any, *, function: Any = from_keras, tolerance: float = 1e-5
+) -> None:
+    """Outputs, names, class and weights; and not one layer of Keras' is left."""
+    kinds = [type(layer) for layer in converted._flatten_layers()]
+    swapped = (
+        (Stock, Grouped)
+        if function is from_keras
+        else (MultiHeadAttention, MultiHeadSelfAttention)
+    )
+    assert not [kind for kind in kinds if kind in swapped]
+    assert type(converted) is type(model)
+    assert converted.name == model.name
+    assert sorted(x.name for x in converted.layers) == sorted(
+        x.name for x in model.layers
+    )
+    expected, found = answers(model), answers(converted)
+    assert max(each.std() for each in expected) > 0.05
+    for one, other in zip(found, expected, strict=True):
+        size = max(1.0, np.abs(other).max())
+        np.testing.assert_allclose(one, other, atol=tolerance * size)
+
+
+MODELS: dict[str, Callable[[], Any]] = {}
+
+
+def model(build: Callable[[], Any]) -> Callable[[], Any]:
+    def randomized() -> Any:
+        return randomize(build())
+
+    MODELS[build.__name__] = randomized
+    return randomized
+
+
+@model
+def pooled_tokens() -> Any:
+    ids = tokens()
+    x = embed(ids)
+    x = Stock(N, H, value_dim=7, name="mix")(x, x)
+    x = layers.LayerNormalization()(x)
+    return keras.Model(ids, layers.GlobalAveragePooling1D()(x), name="pooled")
+
+
+@model
+def two_masked_inputs() -> Any:
+    ids, other = tokens(), tokens("other")
+    x, y = embed(ids), embed(other)
+    x = Stock(N, H, name="cross")(x, y)
+    return keras.Model([ids, other], layers.GlobalAveragePooling1D()(x))
+
+
+@model
+def decoder() -> Any:
+    x = first = vectors()
+    memory = keras.Input((None, D), name="memory")
+    x = x + Stock(N, H, name="own")(x, x, use_causal_mask=True)
+    x = layers.LayerNormalization()(x)
+    x = layers.Add()([x, Grouped(H, 6, 2, name="cross")(x, memory)])
+    x = layers.Dense(19, activation="gelu")(x)[:, 1:] * 2.0
+    return keras.Model({"vectors": first, "memory": memory}, {"out": x})
+
+
+@model
+def given_masks() -> Any:
+    query, memory = vectors(), keras.Input((None, D), name="memory")
+    visible = keras.Input((None, None), dtype="bool", name="pairs")
+    attention = Stock(N, H, name="mix")
+    mixed, scores = attention(
+        query, memory, attention_mask=visible, return_attention_scores=True
+    )
+    hidden = np.ones((B, S), bool)
+    hidden[:, 3] = False
+    other = attention(
+        query,
+        memory,
+        memory,
+        value_mask=ops.convert_to_tensor(hidden),
+        return_attention_scores=True,
+    )
+    return keras.Model([query, memory, visible], [mixed, scores, *other])
+
+
+@model
+def padding_as_input() -> Any:
+    x, visible = vectors(), keras.Input((None,), dtype="bool", name="padding")
+    mixed = Stock(N, H, name="mix")(x, x, value_mask=visible, key_mask=visible)
+    return keras.Model([x, visible], mixed)
+
+
+@model
+def shared_attention() -> Any:
+    x = first = vectors()
+    attention = Stock(N, H, dropout=0.3, name="mix")
+    norm = layers.BatchNormalization(name="norm")
+    for _ in range(3):
+        x = norm(layers.Dropout(0.1)(attention(x, x) + x))
+    return keras.Model(first, x)
+
+
+def encoder(name: str) -> Any:
+    x = vectors(f"{name}_in")
+    return keras.Model(x, Stock(N, H, name="mix")(x, x) + x, name=name)
+
+
+@model
+def nested_models() -> Any:
+    x = first = vectors()
+    block = encoder("block")
+    stack = keras.Sequential([block, layers.Dense(D, name="dense")], name="stack")
+    outer = vectors("outer_in")
+    wrapped = keras.Model(outer, stack(outer), name="outer")
+    return keras.Model(first, block(wrapped(block(x))))
+
+
+@model
+def wrapped_model() -> Any:
+    steps = keras.Input((3, T, D), name="steps")
+    inner = keras.Sequential([encoder("inner"), layers.Dense(7)], name="stack")
+    return keras.Model(steps, layers.TimeDistributed(inner, name="each")(steps))
+
+
+@model
+def residual_of_ours() -> Any:
+    x = first = vectors()
+    x = ResidualNorm(Stock(N, H, name="mix"), name="residual")(x, x)
+    return keras.Model(first, x)
+
+
+@model
+def sequence_of_layers() -> Any:
+    return keras.Sequential(
+        [keras.Input((None, D), name="vectors"), encoder("block"), layers.Dense(3)],
+        name="sequence",
+    )
+
+
+@model
+def sequence_without_input() -> Any:
+    made = keras.Sequential([layers.Dense(D), encoder("block")], name="sequence")
+    made.build((None, None, D))
+    x = vectors()
+    return keras.Model(x, made(x))
+
+
+@model
+def mixed_precision() -> Any:
+    x = first = vectors()
+    x = Stock(N, H, name="mix", dtype="mixed_bfloat16")(x, x)
+    return keras.Model(first, layers.Dense(3, dtype="float32")(x))
+
+
+class Scaled(layers.Layer):
+    """A layer of a user, registered nowhere."""
+
+    def __init__(self, factor: float, function: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.factor = factor
+        self.dense = layers.Dense(D, activation=function)
+
+    def build(self, input_shape: Any) -> None:
+        self.dense.build(input_shape)
+        self.offset = self.add_weight(shape=(D,), name="offset")
+
+    def call(self, inputs: Any) -> Any:
+        return self.factor * self.dense(inputs) + self.offset
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        function = layers.Dense(1, activation=self.dense.activation).get_config()
+        return {
+            **super().get_config(),
+            "factor": self.factor,
+            "function": function["activation"],
+        }
+
+
+def swish_twice(x: Any) -> Any:
+    return ops.silu(ops.silu(x))
+
+
+@model
+def layers_of_users() -> Any:
+    x = first = vectors()
+    x = Scaled(3.0, name="scaled")(x)
+    x = Stock(N, H, name="mix")(x, x)
+    x = layers.Lambda(lambda x: x * 2.0, name="twice")(x)
+    x = layers.Dense(7, activation=swish_twice, name="dense")(x)
+    x = layers.TimeDistributed(Scaled(2.0), name="each")(layers.Dense(D)(x))
+    return keras.Model(first, x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_the_original(name: str) -> None:
+    original = MODELS[name]()
+    # In two bytes the order of additions counts.
+    tolerance = 3e-2 if name == "mixed_precision" else 1e-5
+    converted = from_keras(original)
+    check_equal(converted, original, tolerance=tolerance)
+    check_equal(to_keras(converted), original, function=to_keras, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("name", ["pooled_tokens", "nested_models", "wrapped_model"])
+def test_the_comparison_sees_weights_that_are_not_copied(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_copy._Copier, "carry_state", lambda _: None)
+    original = MODELS[name]()
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_equal(from_keras(original), original)
+
+
+@pytest.mark.parametrize("name", ["decoder", "shared_attention", "nested_models"])
+def test_the_original_is_as_it_was_and_shares_nothing(name: str) -> None:
+    original = MODELS[name]()
+    expected = answers(original)
+    nodes = [len(x._inbound_nodes) for x in original.operations]
+    converted = from_keras(original)
+    assert not {id(x) for x in original.variables} & {
+        id(x) for x in converted.variables
+    }
+    assert not {id(x) for x in original._flatten_layers()} & {
+        id(x) for x in converted._flatten_layers()
+    }
+    for weight in converted.weights:
+        weight.assign(weight * 0)
+    assert [len(x._inbound_nodes) for x in original.operations] == nodes
+    for found, wanted in zip(answers(original), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_shared_layers_stay_shared() -> None:
+    for name in ("shared_attention", "nested_models"):
+        original = MODELS[name]()
+        converted = from_keras(original)
+        assert len(converted.weights) == len(original.weights)
+        assert [x.path for x in converted.weights] == [x.path for x in original.weights]
+    block = converted.get_layer("block")
+    assert converted.get_layer("outer").get_layer("stack").layers[0] is block
+
+
+def test_training_goes_on_as_it_would() -> None:
+    original = MODELS["nested_models"]()
+    original.compile(keras.optimizers.SGD(0.01), "mse")
+    converted = from_keras(original)
+    assert not converted.compiled
+    converted.compile(keras.optimizers.SGD(0.01), "mse")
+    x, y = normal(B, T, D), normal(B, T, D, seed=3)
+    for each in (original, converted):
+        each.fit(x, y, epochs=2, verbose=0)
+    for found, wanted in zip(
+        converted.get_weights(), original.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_converted_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    converted = from_keras(MODELS["wrapped_model"]())
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for found, wanted in zip(answers(loaded), answers(converted), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+# What else layers hold.
+
+
+def test_vocabularies_and_statistics_are_copied() -> None:
+    text = keras.Input((1,), dtype="string", name="text")
+    vectorize = layers.TextVectorization(output_sequence_length=T)
+    vectorize.adapt(["a b c", "c d e"])
+    x = layers.Embedding(11, D)(vectorize(text))
+    normalize = layers.Normalization()
+    normalize.adapt(normal(31, D) * 3 + 2)
+    x = Stock(N, H)(normalize(x), x)
+    original = randomize(keras.Model(text, x))
+    normalize.adapt(normal(31, D) * 3 + 2)  # randomized too
+    check_equal(from_keras(original), original)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("mode", ["int8", "lora"])
+def test_quantized_and_adapted_models(mode: str) -> None:
+    original = MODELS["nested_models"]()
+    if mode == "int8":
+        original.quantize("int8")
+    else:
+        block = original.get_layer("block")
+        dense = original.get_layer("outer").get_layer("stack").get_layer("dense")
+        for each in (block.get_layer("mix").key_dense, dense):
+            each.enable_lora(2)
+            each.lora_kernel_b.assign(normal(*each.lora_kernel_b.shape))
+    converted = from_keras(original)
+    check_equal(converted, original)
+    assert len(converted.weights) == len(original.weights)
+    assert len(converted.trainable_weights) == len(original.trainable_weights)
+
+
+def test_low_rank_factors_that_no_configuration_tells_are_refused() -> None:
+    x = first = vectors()
+    own = MultiHeadSelfAttention(N, H, name="own")
+    x = Stock(N, H)(own(x), x)
+    original = keras.Model(first, x)
+    own.enable_lora(2)
+    with pytest.raises(ValueError, match="the same weights.*'qkv'"):
+        from_keras(original)
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    original = MODELS["nested_models"]()
+    original.get_layer("block").trainable = False
+    stack = original.get_layer("outer").get_layer("stack")
+    stack.get_layer("dense").bias.trainable = False
+    converted = from_keras(original)
+    trained = [x.path for x in original.trainable_weights]
+    assert [x.path for x in converted.trainable_weights] == trained
+    assert trained == ["stack/dense/kernel"]
+    assert not converted.get_layer("block").trainable
+    original.trainable = False
+    assert not from_keras(original).trainable_weights
+    attention = MODELS["pooled_tokens"]()
+    attention.get_layer("mix").value_dense.trainable = False
+    trained = [x.path for x in attention.trainable_weights]
+    assert [x.path for x in from_keras(attention).trainable_weights] == trained
+    wrapped = MODELS["wrapped_model"]()
+    mix = wrapped.get_layer("each").layer.layers[0].get_layer("mix")
+    mix.trainable = False
+    assert len(from_keras(wrapped).trainable_weights) == 2
+
+
+def test_optional_inputs_stay_optional() -> None:
+    x = vectors()
+    visible = keras.Input((None,), dtype="bool", name="padding", optional=True)
+
+    class Maybe(layers.Layer):
+        def call(self, inputs: Any, visible: Any = None) -> Any:
+            return inputs if visible is None else inputs * 2.0
+
+    mixed = Stock(N, H)(x, x)
+    original = randomize(keras.Model([x, visible], Maybe()(mixed, visible)))
+    converted = from_keras(original)
+    given = [ops.convert_to_tensor(normal(B, T, D)), None]
+    np.testing.assert_allclose(converted(given), original(given), atol=1e-5)
+
+
+# Classes.
+
+
+class Trained(keras.Model):
+    """A functional model with a method of its own."""
+
+    def answer(self) -> int:
+        return 42
+
+
+class Sized(keras.Model):
+    """A functional model that makes its own graph."""
+
+    def __init__(self, size: int) -> None:
+        x = vectors()
+        super().__init__(x, layers.Dense(size)(Stock(N, H, name="mix")(x, x)))
+
+
+class Subclassed(keras.Model):
+    """A model whose layers are called in code."""
+
+    def __init__(self) -> None:
+        super().__init__(name="own")
+        self.mix = Stock(N, H, name="mix")
+
+    def call(self, inputs: Any) -> Any:
+        return self.mix(inputs, inputs)
+
+
+class Holder(layers.Layer):
+    """A layer that makes its attention itself, as most code of users does."""
+
+    def __init__(self, attention: Any = Stock, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mix = attention(N, H, name="mix")
+
+    def build(self, input_shape: Any) -> None:
+        self.mix.build(input_shape, input_shape)
+
+    def call(self, inputs: Any) -> Any:
+        return self.mix(inputs, inputs)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config()
+
+
+def test_a_class_of_functional_models_stays() -> None:
+    x = vectors()
+    original = randomize(Trained(x, Stock(N, H)(x, x), name="trained"))
+    converted = from_keras(original)
+    check_equal(converted, original)
+    assert converted.answer() == 42
+
+
+def test_a_model_with_a_constructor_of_its_own_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"\(Sized\).*layer 'mix' \(MultiHeadAttention"):
+        from_keras(Sized(3))
+    plain = keras.Model((sized := randomize(Sized(3))).input, sized.output)
+    check_equal(from_keras(plain), plain)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_subclassed_model_is_refused_by_name(inside: bool) -> None:
+    original: Any = Subclassed()
+    x = vectors()
+    y = original(x)
+    if inside:
+        original = keras.Model(x, y)
+    with pytest.raises(
+        TypeError, match=r"'own' \(Subclassed\).*`keras_mha.MultiHeadAttention`"
+    ):
+        from_keras(original)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_layer_that_makes_attention_itself_is_refused_by_name(wrapped: bool) -> None:
+    x = first = vectors()
+    holder = Holder(name="holder")
+    if wrapped:
+        x = first = keras.Input((3, T, D))
+        holder = layers.TimeDistributed(holder, name="each")
+    with pytest.raises(TypeError, match="code of its own.*set_weights.*'mix'"):
+        from_keras(keras.Model(first, holder(x)))
+
+
+def test_the_advice_given_works() -> None:
+    x = vectors()
+    old, new = (
+        keras.Model(x, Holder(kind, name="holder")(x))
+        for kind in (Stock, MultiHeadAttention)
+    )
+    randomize(old)
+    new.set_weights(old.get_weights())
+    np.testing.assert_allclose(answers(new)[0], answers(old)[0], atol=1e-5)
+
+
+def test_subclasses_of_keras_attention_are_kept() -> None:
+    class Own(Stock):
+        pass
+
+    x = first = vectors()
+    x = Own(N, H, name="own")(x, x)
+    x = Stock(N, H, name="mix")(x, x)
+    original = randomize(keras.Model(first, x))
+    converted = from_keras(original)
+    assert type(converted.get_layer("own")) is Own
+    assert type(converted.get_layer("mix")) is MultiHeadAttention
+    np.testing.assert_allclose(answers(converted)[0], answers(original)[0], atol=1e-5)
+
+
+def test_a_model_with_nothing_to_convert_is_refused() -> None:
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)], name="plain")
+    for function in (from_keras, to_keras):
+        with pytest.raises(ValueError, match="nothing to convert.*'plain'.*Sequential"):
+            function(model)
+
+
+def test_a_layer_shared_with_the_inside_of_a_wrapper_is_refused() -> None:
+    steps = keras.Input((3, T, D), name="steps")
+    inner = encoder("inner")
+    each = layers.TimeDistributed(inner, name="each")(steps)
+    original = keras.Model(steps, each + ops.expand_dims(inner(steps[:, 0]), 1))
+    with pytest.raises(ValueError, match="would become two.*'mix'|'inner'"):
+        from_keras(original)
+
+
+# Where Keras' layer is at fault.
+
+
+def test_masks_that_keras_loses_are_kept() -> None:
+    """Keras' layer takes the masks off its inputs, so that the next one sees none."""
+
+    def attend_twice(**call: Any) -> Any:
+        x, other = vectors(), tokens("other")
+        memory = embed(other)
+        first = Stock(N, H, name="first")(x, memory)
+        visible = dict.fromkeys(call, other != 0)
+        second = Stock(N, H, name="second")(first, memory, **visible)
+        return randomize(keras.Model([x, other], [first, second]))
+
+    original, told = attend_twice(), attend_twice(value_mask=True)
+    converted = from_keras(original)
+    found, given, right = map(answers, (converted, original, told))
+    np.testing.assert_allclose(found[0], given[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], right[1], atol=1e-5)
+    assert np.abs(found[1] - given[1]).max() > 0.05
+
+
+def test_queries_that_see_no_key_differ_on_purpose() -> None:
+    ids = tokens()
+    x = embed(ids)
+    mixed = Stock(N, H, name="mix")(x, x)
+    original = randomize(keras.Model(ids, mixed))
+    found, given = answers(from_keras(original))[0], answers(original)[0]
+    np.testing.assert_allclose(found[IDS > 0], given[IDS > 0], atol=1e-5)
+    bias = numbers(original.get_layer("mix").output_dense.bias)
+    np.testing.assert_allclose(found[IDS == 0], np.broadcast_to(bias, (2, D)))
+    assert np.abs(given[IDS == 0] - bias).max() > 0.05
+
+
+def test_a_floating_attention_mask_is_refused_by_the_name_of_the_layer() -> None:
+    query, mask = vectors(), keras.Input((T, T), name="mask")
+    original = keras.Model(
+        [query, mask], Stock(N, H)(query, query, attention_mask=mask)
+    )
+    with pytest.raises(TypeError, match="attention_mask") as raised:
+        from_keras(original)
+    assert "multi_head_attention" in "".join(raised.value.__notes__)
+
+
+# Back to Keras.
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
+def test_self_attention_is_called_with_two_inputs() -> None:
+    ids = tokens()
+    x = embed(ids)
+    x = MultiHeadSelfAttention(N, H, name="mix")(x, use_causal_mask=True)
+    x = MultiHeadSelfAttention(
+        6, H, num_key_value_heads=2, use_gate=True, name="grouped"
+    )(x)
+    original = randomize(keras.Model(ids, layers.GlobalAveragePooling1D()(x)))
+    converted = to_keras(original)
+    check_equal(converted, original, function=to_keras)
+    assert type(converted.get_layer("mix")) is Stock
+    assert type(converted.get_layer("grouped")) is Grouped
+
+
+def test_masks_that_self_attention_is_given() -> None:
+    x, visible = vectors(), keras.Input((None,), dtype="bool", name="padding")
+    table = np.tril(np.ones((T, T), bool))
+    mixed, scores = MultiHeadSelfAttention(N, H)(
+        x, mask=visible, attention_mask=table, return_attention_scores=True
+    )
+    original = randomize(keras.Model([x, visible], [mixed, scores]))
+    converted = to_keras(original)
+    seen = given_for(original)[1].numpy()
+    found, expected = answers(converted), answers(original)
+    np.testing.assert_allclose(found[0][seen], expected[0][seen], atol=1e-5)
+    for b in range(B):
+        rows = seen[b]
+        np.testing.assert_allclose(
+            found[1][b][:, rows], expected[1][b][:, rows], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        ({"segment_ids": np.zeros((B, T), int)}, "`segment_ids`"),
+        ({"attention_bias": np.zeros((T, T), "float32")}, "`attention_bias`"),
+        ({"head_mask": np.ones(N, "float32")}, "`head_mask`"),
+        ({"attention_mask": CausalMask()}, "`attention_mask`"),
+    ],
+)
+@pytest.mark.parametrize("layer_class", [MultiHeadAttention, MultiHeadSelfAttention])
+def test_calls_that_keras_lacks_are_refused(
+    layer_class: Any, call: dict[str, Any], match: str
+) -> None:
+    x = vectors()
+    inputs = [x] if layer_class is MultiHeadSelfAttention else [x, x]
+    model = keras.Model(x, layer_class(N, H, name="mix")(*inputs, **call))
+    with pytest.raises(ValueError, match=f"'mix' called with {match}"):
+        to_keras(model)
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda: TransformerEncoderBlock(N, 7, key_dim=H, name="holder"),
+        lambda: ResidualNorm(MultiHeadSelfAttention(N, H), name="holder"),
+        lambda: keras.Sequential([MultiHeadSelfAttention(N, H)], name="holder"),
+    ],
+)
+def test_self_attention_inside_others_is_refused(holder: Any) -> None:
+    x = vectors()
+    with pytest.raises(TypeError, match="'holder'.*MultiHeadSelfAttention"):
+        to_keras(keras.Model(x, holder()(x)))
+
+
+def test_attention_inside_a_residual_is_swapped() -> None:
+    x = first = vectors()
+    x = ResidualNorm(MultiHeadAttention(N, H, name="mix"), name="residual")(x, x)
+    original = randomize(keras.Model(first, x))
+    converted = to_keras(original)
+    check_equal(converted, original, function=to_keras)
+    assert type(converted.get_layer("residual").sublayer) is Stock

@@ -1,0 +1,104 @@
+"""Weights of PyTorch in NumPy arrays, where no torch is installed.
+
+Letters: B batch, T query length, S key length, N heads, H head size, E = N H width, DK
+and DV widths of keys and values.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mha.convert import from_torch
+from tests.attention.cases import numbers
+from tests.layers.helpers import ROOT, normal
+
+B, T, S, N, H, DK, DV = 2, 5, 7, 3, 11, 13, 17
+E = N * H
+
+
+def expected(
+    kernels: Any, bias: np.ndarray, out: Any, *inputs: np.ndarray
+) -> np.ndarray:
+    """`softmax(Q K^T / sqrt(H)) V` of each head, written out in float64."""
+    rows = [
+        each.astype("float64") @ kernel.T + part
+        for each, kernel, part in zip(inputs, kernels, np.split(bias, 3), strict=True)
+    ]
+    mixed = np.zeros((B, T, E))
+    for n in range(N):
+        columns = slice(n * H, (n + 1) * H)
+        query, key, value = (each[..., columns] for each in rows)
+        scores = np.exp(query @ key.swapaxes(1, 2) / np.sqrt(H))
+        mixed[..., columns] = scores / scores.sum(-1, keepdims=True) @ value
+    weight, out_bias = out
+    return mixed @ weight.T + out_bias
+
+
+def weights(*widths: int) -> tuple[list[np.ndarray], np.ndarray, Any]:
+    kernels = [
+        normal(E, width, seed=seed, scale=0.3) for seed, width in enumerate(widths)
+    ]
+    out = normal(E, E, seed=5, scale=0.3), normal(E, seed=6)
+    return kernels, normal(3 * E, seed=4), out
+
+
+def test_packed_arrays() -> None:
+    kernels, bias, out = weights(E, E, E)
+    state = {
+        "in_proj_weight": np.concatenate(kernels),
+        "in_proj_bias": bias,
+        "out_proj.weight": out[0],
+        "out_proj.bias": out[1],
+    }
+    query, key, value = (
+        normal(B, T, E),
+        normal(B, S, E, seed=1),
+        normal(B, S, E, seed=2),
+    )
+    layer = from_torch(state, num_heads=N)
+    found = numbers(layer(query, value, key))
+    wanted = expected(kernels, bias, out, query, key, value)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    found = numbers(from_torch(state, num_heads=N, self_attention=True)(query))
+    wanted = expected(kernels, bias, out, query, query, query)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+def test_separate_arrays() -> None:
+    kernels, bias, out = weights(E, DK, DV)
+    state: dict[str, Any] = {
+        f"{part}_proj_weight": each for part, each in zip("qkv", kernels, strict=True)
+    }
+    state |= {"in_proj_bias": bias, "out_proj.weight": out[0], "out_proj.bias": out[1]}
+    inputs = normal(B, T, E), normal(B, S, DK, seed=1), normal(B, S, DV, seed=2)
+    query, key, value = inputs
+    found = numbers(from_torch(state, num_heads=N)(query, value, key))
+    np.testing.assert_allclose(found, expected(kernels, bias, out, *inputs), atol=2e-5)
+    with pytest.raises(ValueError, match="Received: v_proj_weight of shape"):
+        from_torch({**state, "v_proj_weight": kernels[2][1:]}, num_heads=N)
+
+
+def test_no_torch_is_loaded_for_arrays() -> None:
+    program = (
+        "import sys, numpy as np\n"
+        "from keras_mha.convert import from_torch\n"
+        "weights = {'in_proj_weight': np.ones((12, 4)),"
+        " 'out_proj.weight': np.ones((4, 4))}\n"
+        "layer = from_torch(weights, num_heads=2)\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n    from_torch('model.pt')\n"
+        "except TypeError as error:\n    print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "Received: str" in run.stdout
