@@ -32,7 +32,7 @@ FLOORS: Mapping[str, int] = {
     "interpret": 3,
 }
 # The floors that run on every backend of Keras, and the files there that need not.
-PORTABLE_FLOORS = ("attention", "layers")
+PORTABLE_FLOORS = ("attention", "layers", "models")
 TENSORFLOW_FILES = ("compiled", "_tensorflow")
 # Imported late, when a function needs them.
 LATE = (
@@ -42,6 +42,7 @@ LATE = (
     "onnx",
     "onnxruntime",
     "openvino",
+    "safetensors",
     "sklearn",
     "tensorflow_text",
     "tf2onnx",

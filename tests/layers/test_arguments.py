@@ -40,6 +40,7 @@ BLOCK = {
     "key_dim": 2,
     "gated": True,
     "attention_dropout": 0.5,
+    "hidden_dropout": 0.125,
     "stochastic_depth": 0.125,
     "layer_scale": 0.5,
     "rezero": False,

@@ -168,6 +168,7 @@ def test_where_each_dropout_goes() -> None:
         "second_depth": 0.2,
     }
     assert dropouts(block(dropout=0.3, attention_dropout=0.0))["attention"] == 0.0
+    assert dropouts(block(dropout=0.3, hidden_dropout=0.0))["network"] == 0.0
     assert dropouts(block(attention_dropout=0.1)) == {
         **dict.fromkeys(dropouts(block()), 0.0),
         "attention": 0.1,
@@ -329,6 +330,7 @@ def test_blocks_of_neighbouring_seeds_draw_differently() -> None:
     ("options", "message"),
     [
         ({"attention_dropout": 2}, "`attention_dropout` must be .*attention_dropout=2"),
+        ({"hidden_dropout": 2}, "`hidden_dropout` must be .*hidden_dropout=2"),
         ({"seed": "a"}, "`seed` must be an integer or None. Received: seed='a'"),
     ],
 )

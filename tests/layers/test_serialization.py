@@ -86,6 +86,7 @@ BLOCK = {
     "activation": "silu",
     "gated": True,
     "attention_dropout": 0.1,
+    "hidden_dropout": 0.2,
     "use_bias": False,
     "kernel_initializer": "he_normal",
     "kernel_regularizer": "l2",

@@ -1,0 +1,551 @@
+"""Fine-tunes a pretrained encoder on token ids, by cross-validation.
+
+Runs on TensorFlow and on JAX, there without TensorFlow: the ids come from a file that
+`encode.py` wrote. Each fold's accuracy on its test part is printed and written after
+each epoch; nothing is chosen by it.
+
+Examples:
+    python examples/sentiment/encode.py --output ids.npz
+    python examples/sentiment/finetune.py --data ids.npz --checkpoint DIR --folds 0 1 2
+        --dtype mixed_bfloat16 --lengths 32 80 --output result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow is first imported: its notes on the hardware are not the result.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mha.convert import load_bert
+from keras_mha.models import BertEncoder
+
+POOLINGS = ("mean", "first")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Everything that the result depends on, except data, checkpoint and seed.
+
+    Sources: Devlin et al. 2019, "BERT" (few epochs, small rates, linear warm-up and
+    decay); Howard and Ruder 2018, "Universal language model fine-tuning" (smaller rates
+    for lower layers); Izmailov et al. 2018, "Averaging weights leads to wider optima";
+    Wu et al. 2021, "R-Drop" (two dropouts must agree); Reimers and Gurevych 2019,
+    "Sentence-BERT" (the mean of the tokens, as the checkpoint was trained).
+    """
+
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    # Share of all steps in which the rate rises.
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    # The rate of each layer is this share of the next higher one's.
+    layer_decay: float = 1.0
+    pooling: str = "mean"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float = 0.1
+    label_smoothing: float = 0.0
+    # Momentum of a moving average of the weights, which is what is tested; 0 is none.
+    average_momentum: float = 0.0
+    # Weight of the divergence between two dropouts' answers; 0 is one answer.
+    r_drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids without padding, n of them, and their labels `(n,)`."""
+
+    ids: Sequence[np.ndarray]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, where: np.ndarray) -> Rows:
+        """The rows at the integers `where`, in that order."""
+        return Rows([self.ids[i] for i in where], self.labels[where])
+
+    def __add__(self, other: Rows) -> Rows:
+        labels = np.concatenate([self.labels, other.labels])
+        return Rows([*self.ids, *other.ids], labels)
+
+
+# The model.
+
+
+def build_classifier(encoder: BertEncoder, recipe: FineTuning) -> keras.Model:
+    """Ids `(B, T)`, 0 at padding, to the probabilities of both labels `(B, 2)`."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = encoder({"input_ids": ids, "attention_mask": ops.not_equal(ids, 0)})
+    if recipe.pooling == "mean":
+        # Sums are not rounded to the encoder's dtype.
+        mean = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean")
+        pooled = mean(hidden)
+    else:
+        pooled = hidden[:, 0]
+    pooled = keras.layers.Dropout(recipe.head_dropout, name="head_dropout")(pooled)
+    label = keras.layers.Dense(2, activation="softmax", dtype="float32", name="label")
+    if not recipe.r_drop:
+        return keras.Model(ids, label(pooled), name="classifier")
+    model = AgreeingModel(ids, label(pooled), name="classifier")
+    model.agreement = recipe.r_drop
+    return model
+
+
+class AgreeingModel(keras.Model):
+    """Sees each row twice in a batch, once in each half, and is to answer alike."""
+
+    agreement = 0.0
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Adds the symmetric divergence of the halves' answers to the loss."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        first, second = ops.split(ops.clip(y_pred, 1e-7, 1.0), 2)
+        divergence = ops.sum((first - second) * (ops.log(first) - ops.log(second)), -1)
+        return loss + self.agreement / 2 * ops.mean(divergence)
+
+
+class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises linearly to `peak` within `warmup` steps, and falls to 0 at `steps`."""
+
+    def __init__(self, peak: float, steps: int, warmup: int) -> None:
+        self.peak, self.steps, self.warmup = peak, steps, warmup
+
+    def __call__(self, step: Any) -> Any:
+        """The rate of a step, counted from 0."""
+        done = ops.cast(step, "float32") + 1.0
+        rising = done / max(self.warmup, 1)
+        falling = (self.steps - done) / max(self.steps - self.warmup, 1)
+        return self.peak * ops.maximum(ops.minimum(rising, falling), 0.0)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"peak": self.peak, "steps": self.steps, "warmup": self.warmup}
+
+
+class LayerwiseAdamW(keras.optimizers.AdamW):
+    """AdamW with a factor of the learning rate for each variable.
+
+    Args:
+        factor: Says the factor of a variable.
+        **kwargs: Arguments of `keras.optimizers.AdamW`.
+    """
+
+    def __init__(self, factor: Callable[[Any], float], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._factor = factor
+        self._factors: list[float] = []
+
+    def build(self, variables: Any) -> None:
+        """Makes the optimizer's state, and looks up the factors."""
+        super().build(variables)
+        self._factors = [self._factor(variable) for variable in variables]
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one variable."""
+        factor = self._factors[self._get_variable_index(variable)]
+        super().update_step(gradient, variable, learning_rate * factor)
+
+
+def compile_classifier(
+    model: keras.Model, encoder: BertEncoder, recipe: FineTuning, steps: int
+) -> None:
+    """Gives the model its optimizer and loss, for `steps` steps in all."""
+    # Heights above the embeddings: 0, the blocks' 1 to L, and L + 1 for the head.
+    heights = {weight.path: 0 for weight in encoder.weights}
+    for height, block in enumerate(encoder.blocks, 1):
+        heights |= {weight.path: height for weight in block.weights}
+    top = len(encoder.blocks) + 1
+
+    def factor(variable: Any) -> float:
+        return recipe.layer_decay ** (top - heights.get(variable.path, top))
+
+    optimizer = LayerwiseAdamW(
+        factor,
+        learning_rate=LinearSchedule(
+            recipe.learning_rate, steps, math.ceil(recipe.warmup * steps)
+        ),
+        weight_decay=recipe.weight_decay,
+        global_clipnorm=1.0,
+        use_ema=recipe.average_momentum > 0,
+        ema_momentum=recipe.average_momentum or 0.99,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    optimizer.build(model.trainable_variables)
+    loss = keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+
+
+# Batches.
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of one size and of few lengths, so that few programs are compiled.
+
+    Rows of like length come together, so that little is padding: of each stretch of
+    the drawn order, as long as 64 batches, rows are sorted by length. The last batch is
+    filled up with rows drawn once more.
+
+    Args:
+        rows: The rows.
+        size: Rows in a batch.
+        lengths: The lengths that batches may have, ascending. Rows are cut to the last.
+        seed: Of the order.
+        twice: Whether each row stands in the batch twice.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        size: int,
+        lengths: Sequence[int],
+        seed: int,
+        twice: bool = False,
+    ) -> None:
+        super().__init__()
+        self.rows, self.size, self.lengths, self.twice = rows, size, lengths, twice
+        self._one_hot = np.eye(2, dtype=np.float32)[rows.labels]
+        self._sizes = np.array([len(row) for row in rows.ids])
+        self._generator = np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def on_epoch_end(self) -> None:
+        """Draws the next epoch's order."""
+        order = self._generator.permutation(len(self.rows))
+        order = np.concatenate([order, order])[: len(self) * self.size]
+        stretch = 64 * self.size
+        parts = [
+            part[np.argsort(self._sizes[part], kind="stable")]
+            for part in (order[i : i + stretch] for i in range(0, len(order), stretch))
+        ]
+        batches = np.concatenate(parts).reshape(len(self), self.size)
+        self._batches = self._generator.permutation(batches)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        where = self._batches[index]
+        if self.twice:
+            where = np.concatenate([where, where])
+        ids = pad([self.rows.ids[i] for i in where], self.lengths)
+        return ids, self._one_hot[where]
+
+
+def pad(rows: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
+    """Rows of one length, the least of `lengths` that fits; the last one cuts.
+
+    What is cut loses its end, but not its last token, `[SEP]`.
+    """
+    longest = max(len(row) for row in rows)
+    length = next((size for size in lengths if size >= longest), lengths[-1])
+    padded = np.zeros((len(rows), length), np.int32)
+    for filled, row in zip(padded, rows, strict=True):
+        kept = row if len(row) <= length else np.append(row[: length - 1], row[-1])
+        filled[: len(kept)] = kept
+    return padded
+
+
+def predict(
+    model: keras.Model, rows: Rows, lengths: Sequence[int], size: int = 256
+) -> np.ndarray:
+    """Probabilities `(n, 2)` in the order of the rows."""
+    order = np.argsort([len(row) for row in rows.ids], kind="stable")
+    answers = np.empty((len(rows), 2), np.float32)
+    for start in range(0, len(rows), size):
+        # Filled up with the last row, so that all batches have one size.
+        where = order[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+        ids = pad([rows.ids[i] for i in where], lengths)
+        answers[where] = np.asarray(model.predict_on_batch(ids))
+    return answers
+
+
+def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The share of rows whose more probable label is the right one."""
+    return float(np.mean(probabilities.argmax(-1) == labels))
+
+
+class Tested(keras.callbacks.Callback):
+    """Tests the model after each epoch, and keeps the last probabilities."""
+
+    def __init__(self, rows: Rows, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.rows, self.lengths = rows, lengths
+        self.accuracies: list[float] = []
+        self.probabilities = np.zeros((0, 2))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Tests the weights as they are now."""
+        del epoch
+        # SwapEMAWeights may leave a weight and its average in one piece of memory,
+        # which `predict` on JAX gives away.
+        for weight in self.model.trainable_variables:
+            weight.assign(np.array(ops.convert_to_numpy(weight)))
+        self.probabilities = predict(self.model, self.rows, self.lengths)
+        self.accuracies.append(accuracy(self.probabilities, self.rows.labels))
+        if logs is not None:
+            logs["test_accuracy"] = self.accuracies[-1]
+
+
+def fit(
+    model: keras.Model,
+    train: Rows,
+    test: Rows,
+    recipe: FineTuning,
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    verbose: int = 2,
+) -> Tested:
+    """Trains a compiled model on `train`; says what it answers on `test`."""
+    batches = Batches(train, recipe.batch_size, lengths, seed, twice=recipe.r_drop > 0)
+    tested = Tested(test, lengths)
+    callbacks: list[keras.callbacks.Callback] = [tested]
+    if recipe.average_momentum:
+        # First: what follows then sees, and keeps, the averaged weights.
+        callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+    model.fit(
+        batches,
+        epochs=recipe.epochs,
+        shuffle=False,  # The batches shuffle themselves.
+        callbacks=callbacks,
+        verbose=verbose,  # pyright: ignore[reportArgumentType]
+    )
+    return tested
+
+
+def steps_of(rows: int, recipe: FineTuning) -> int:
+    """How many steps an entire training takes."""
+    return recipe.epochs * math.ceil(rows / recipe.batch_size)
+
+
+# Cross-validation.
+
+
+def restorer(model: keras.Model) -> Callable[[], None]:
+    """Returns a function that sets a compiled model back to how it is now.
+
+    All folds train one model: what was compiled for one serves the others.
+    """
+    variables = [*model.variables, *model.optimizer.variables]
+    values = [np.array(ops.convert_to_numpy(variable)) for variable in variables]
+
+    def restore() -> None:
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    return restore
+
+
+def cross_validate(
+    checkpoint: Path,
+    data: dict[str, np.ndarray],
+    recipe: FineTuning,
+    *,
+    folds: Sequence[int],
+    lengths: Sequence[int],
+    seed: int,
+    dtype: str,
+    extra: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Fine-tunes on each fold's training part, and tests on the fold.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        data: What `encode.py` wrote.
+        recipe: How.
+        folds: The folds' numbers.
+        lengths: The lengths that batches may have.
+        seed: Of dropout, head and order.
+        dtype: Dtype policy of the encoder.
+        extra: Whether the further training rows are trained on too.
+        report: Is told the figures after each fold.
+
+    Returns:
+        The figures, and the probabilities: of each review from the model that had not
+        seen it, and of the other sets' texts from each fold's model.
+    """
+    reviews, membership = unpack(data, "mr"), data["mr_folds"]
+    further = unpack(data, "extra") if extra else None
+    others = {name: unpack(data, name) for name in ("amazon", "tweets", "nyt")}
+    keras.utils.set_random_seed(seed)
+    encoder = load_bert(
+        checkpoint,
+        dropout=recipe.dropout,
+        attention_dropout=recipe.attention_dropout,
+        seed=seed,
+        dtype=dtype,
+    )
+    model = build_classifier(encoder, recipe)
+    largest = max(np.sum(membership != fold) for fold in folds)
+    rows = int(largest) + (len(further) if further else 0)
+    compile_classifier(model, encoder, recipe, steps_of(rows, recipe))
+    answers = {"mr": np.full((len(reviews), 2), np.nan, np.float32)}
+    answers |= {
+        name: np.zeros((0, len(o), 2), np.float32) for name, o in others.items()
+    }
+    found: list[dict[str, Any]] = []
+    figures: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "dtype": dtype,
+        "extra": len(further) if further else 0,
+        "backend": keras.backend.backend(),
+        "folds": found,
+    }
+    restore = restorer(model)
+    for fold in folds:
+        start = time.perf_counter()
+        restore()
+        train = reviews.take(np.flatnonzero(membership != fold))
+        tested_rows = np.flatnonzero(membership == fold)
+        train = train + further if further else train
+        test = reviews.take(tested_rows)
+        tested = fit(model, train, test, recipe, lengths, seed=1000 * seed + fold)
+        answers["mr"][tested_rows] = tested.probabilities
+        fold_figures = {
+            "fold": int(fold),
+            "accuracies": tested.accuracies,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        for name, other in others.items():
+            probabilities = predict(model, other, lengths)
+            answers[name] = np.concatenate([answers[name], probabilities[None]])
+            fold_figures[name] = accuracy(probabilities, other.labels)
+        found.append(fold_figures)
+        by_epoch = np.mean([each["accuracies"] for each in found], axis=0)
+        figures["mean_accuracy_by_epoch"] = by_epoch.tolist()
+        figures["mean_accuracy"] = float(by_epoch[-1])
+        report(figures)
+    return figures, answers
+
+
+def unpack(data: dict[str, np.ndarray], name: str) -> Rows:
+    """The rows of one set in the file."""
+    ends = np.cumsum(data[f"{name}_lengths"])
+    return Rows(np.split(data[f"{name}_ids"], ends[:-1]), data[f"{name}_labels"])
+
+
+def pack(name: str, rows: Rows) -> dict[str, np.ndarray]:
+    """The opposite: arrays by their names in the file."""
+    return {
+        f"{name}_ids": np.concatenate(rows.ids).astype(np.int32),
+        f"{name}_lengths": np.array([len(row) for row in rows.ids], np.int32),
+        f"{name}_labels": np.asarray(rows.labels, np.int32),
+    }
+
+
+# The command.
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    description, _, epilog = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="file that encode.py wrote")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="directory of config.json and model.safetensors",
+    )
+    add("--output", type=Path, help="JSON file for the figures (default: none)")
+    add("--probabilities", type=Path, help=".npz file for the answers (default: none)")
+    add(
+        "--folds",
+        type=int,
+        nargs="*",
+        default=list(range(10)),
+        help="numbers of the folds (default: all ten)",
+    )
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--dtype", default="float32", help="dtype policy (default: %(default)s)")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[16, 24, 32, 40, 48, 64, 96, 128],
+        help="lengths that batches may have; each is compiled by itself on JAX",
+    )
+    add("--extra", action="store_true", help="train on the further rows too")
+    for field in fields(FineTuning):
+        add(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help="default: %(default)s",
+        )
+    options = parser.parse_args(arguments)
+    if options.pooling not in POOLINGS:
+        parser.error(f"--pooling must be one of {POOLINGS}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    options = parse(arguments)
+    recipe = replace(
+        FineTuning(),
+        **{field.name: getattr(options, field.name) for field in fields(FineTuning)},
+    )
+
+    def report(figures: dict[str, Any]) -> None:
+        last = figures["folds"][-1]
+        print(
+            f"fold {last['fold']}: {last['accuracies']}, {last['seconds']} s; mean of "
+            f"{len(figures['folds'])}: {figures['mean_accuracy']:.4f}",
+            flush=True,
+        )
+        if options.output is not None:
+            beside = options.output.with_name(f".{options.output.name}.part")
+            beside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+            beside.replace(options.output)
+
+    with np.load(options.data) as file:
+        data = dict(file)
+    _, answers = cross_validate(
+        options.checkpoint,
+        data,
+        recipe,
+        folds=options.folds,
+        lengths=options.lengths,
+        seed=options.seed,
+        dtype=options.dtype,
+        extra=options.extra,
+        report=report,
+    )
+    if options.probabilities is not None:
+        np.savez_compressed(options.probabilities, **answers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""BERT's encoder, made of this package's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from keras import ops
+from typing_extensions import override
+
+from keras_mha.attention.dropout import check_rate
+from keras_mha.layers.arguments import (
+    check_flag,
+    check_number,
+    check_positive,
+    check_seed,
+)
+from keras_mha.layers.embedding import TokenAndPositionEmbedding
+from keras_mha.layers.encoder_block import TransformerEncoderBlock
+from keras_mha.layers.projections import clone_initializer
+from keras_mha.typing import Tensor
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions")
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class BertEncoder(keras.Model):
+    """BERT without a head: token ids to one vector for each token.
+
+    The sum of token, position and token type embeddings, normalized; then blocks that
+    normalize after each residual. The defaults are those of BERT base;
+    `keras_mha.convert.load_bert` makes one with trained weights.
+
+    Source: Devlin et al. 2019, "BERT: pre-training of deep bidirectional transformers
+    for language understanding", sections 3 and A.2.
+
+    Letters: B batch, T length, D model width, N heads.
+
+    Args:
+        vocabulary_size: Number of token ids.
+        sequence_length: Greatest T.
+        embedding_dim: D.
+        num_layers: Number of blocks.
+        num_heads: N, a divisor of D.
+        hidden_dim: Width of the feed-forward networks' hidden layers.
+        num_token_types: Number of token type ids.
+        activation: Activation of the feed-forward networks. Keras' `"gelu"` is the
+            exact one, as BERT's.
+        dropout: Share dropped in training, of the embeddings and of each sublayer's
+            outputs.
+        attention_dropout: Share of the attention probabilities dropped in training.
+        epsilon: Added to the variance by the normalizations.
+        pooler: Whether there is a dense layer with tanh on the first token, whose
+            output is returned too.
+        kernel_initializer: Initializer of kernels and embeddings. Defaults to BERT's.
+        seed: Integer seed of every dropout.
+        **kwargs: Arguments of `keras.Model`, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: A dictionary of integer tensors:
+            `input_ids` `(B, T)`;
+            `attention_mask` `(B, T)`, 0 where there is padding and 1 elsewhere;
+            `token_type_ids` `(B, T)`, 0 everywhere if left out.
+            Of sequences that `pack_sequences` laid side by side, `segment_ids` takes
+            the place of `attention_mask`, and `positions` belongs to it.
+        training: Whether dropout is active.
+
+    Returns:
+        The last block's outputs `(B, T, D)`, which carry the mask; with `pooler` a
+        tuple of these and the pooled `(B, D)`. What stands at padding has no meaning.
+
+    Raises:
+        ValueError: If an argument is out of its domain, `inputs` lacks a name, or has
+            an unknown one.
+        TypeError: If `inputs` is no dictionary.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.models import BertEncoder
+    >>> encoder = BertEncoder(30, 16, 8, num_layers=2, num_heads=2, hidden_dim=32)
+    >>> ids = np.array([[1, 7, 9, 2], [1, 5, 2, 0]])
+    >>> outputs = encoder({"input_ids": ids, "attention_mask": ids != 0})
+    >>> tuple(outputs.shape)
+    (2, 4, 8)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        sequence_length: int = 512,
+        embedding_dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        hidden_dim: int = 3072,
+        num_token_types: int = 2,
+        activation: Any = "gelu",
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        epsilon: float = 1e-12,
+        pooler: bool = False,
+        kernel_initializer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vocabulary_size = check_positive(vocabulary_size, "vocabulary_size")
+        self.sequence_length = check_positive(sequence_length, "sequence_length")
+        self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
+        self.num_layers = check_positive(num_layers, "num_layers")
+        self.num_heads = check_positive(num_heads, "num_heads")
+        self.hidden_dim = check_positive(hidden_dim, "hidden_dim")
+        self.num_token_types = check_positive(num_token_types, "num_token_types")
+        self.activation = keras.activations.get(activation)
+        self.dropout = check_rate(dropout, "dropout")
+        self.attention_dropout = check_rate(attention_dropout, "attention_dropout")
+        self.epsilon = check_number(epsilon, "epsilon")
+        self.pooler = check_flag(pooler, "pooler")
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.TruncatedNormal(stddev=0.02)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.seed = check_seed(seed)
+        if self.embedding_dim % self.num_heads:
+            raise ValueError(
+                "`embedding_dim` must be a multiple of `num_heads`. Received: "
+                f"embedding_dim={embedding_dim} and num_heads={num_heads}"
+            )
+        #: The tensors of a checkpoint that `load_bert` had no place for.
+        self.left_out: tuple[str, ...] = ()
+        # Ids are not cast to the floating dtype.
+        self.autocast = False
+        self.embedding = TokenAndPositionEmbedding(
+            self.vocabulary_size,
+            self.sequence_length,
+            self.embedding_dim,
+            mask_zero=False,
+            embeddings_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name="embedding",
+        )
+        self.token_type_embedding = keras.layers.Embedding(
+            self.num_token_types,
+            self.embedding_dim,
+            embeddings_initializer=clone_initializer(self.kernel_initializer),
+            dtype=self.dtype_policy,
+            name="token_type_embedding",
+        )
+        self.embedding_norm = keras.layers.LayerNormalization(
+            epsilon=self.epsilon, dtype=self.dtype_policy, name="embedding_norm"
+        )
+        self.embedding_dropout = keras.layers.Dropout(
+            self.dropout, seed=self.seed, dtype=self.dtype_policy, name="dropout"
+        )
+        self.blocks = [self._block(i) for i in range(self.num_layers)]
+        self.pooler_dense = (
+            keras.layers.Dense(
+                self.embedding_dim,
+                activation="tanh",
+                kernel_initializer=clone_initializer(self.kernel_initializer),
+                dtype=self.dtype_policy,
+                name="pooler",
+            )
+            if self.pooler
+            else None
+        )
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "vocabulary_size": self.vocabulary_size,
+            "sequence_length": self.sequence_length,
+            "embedding_dim": self.embedding_dim,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "hidden_dim": self.hidden_dim,
+            "num_token_types": self.num_token_types,
+            "activation": keras.activations.serialize(self.activation),
+            "dropout": self.dropout,
+            "attention_dropout": self.attention_dropout,
+            "epsilon": self.epsilon,
+            "pooler": self.pooler,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "seed": self.seed,
+        }
+
+    @override
+    def build(self, input_shape: Any = None) -> None:
+        del input_shape  # no weight depends on it
+        ids, vectors = (None, None), (None, None, self.embedding_dim)
+        self.embedding.build(ids)
+        self.token_type_embedding.build(ids)
+        self.embedding_norm.build(vectors)
+        for block in self.blocks:
+            block.build(vectors)
+        if self.pooler_dense is not None:
+            self.pooler_dense.build((None, self.embedding_dim))
+        self.built = True
+
+    @override
+    def call(self, inputs: Mapping[str, Tensor], training: bool | None = None) -> Any:
+        _check_inputs(inputs)
+        outputs = self.embed(inputs, training=training)
+        segment_ids = inputs.get("segment_ids")
+        mask = _mask(inputs) if segment_ids is None else None
+        for block in self.blocks:
+            outputs = block(
+                outputs, mask=mask, segment_ids=segment_ids, training=training
+            )
+        if self.pooler_dense is None:
+            return outputs
+        return outputs, self.pooler_dense(outputs[:, 0])
+
+    def embed(
+        self, inputs: Mapping[str, Tensor], training: bool | None = None
+    ) -> Tensor:
+        """Returns what the first block is given, `(B, T, D)`.
+
+        Args:
+            inputs: As the model's.
+            training: Whether dropout is active.
+        """
+        ids, types = inputs["input_ids"], inputs.get("token_type_ids")
+        outputs = self.embedding(ids, positions=inputs.get("positions"))
+        if types is None:
+            # One row for all, without a lookup.
+            table = ops.cast(self.token_type_embedding.embeddings, outputs.dtype)
+            outputs = outputs + table[0]
+        else:
+            outputs = outputs + self.token_type_embedding(types)
+        return self.embedding_dropout(self.embedding_norm(outputs), training=training)
+
+    @override
+    def compute_mask(self, inputs: Mapping[str, Tensor], previous_mask: Any) -> Any:
+        del previous_mask  # that of the ids, of which they have none
+        mask = _mask(inputs)
+        return mask if self.pooler_dense is None else (mask, None)
+
+    @override
+    def compute_output_spec(
+        self, inputs: Mapping[str, Tensor], training: bool | None = None
+    ) -> Any:
+        del training
+        _check_inputs(inputs)
+        shape = (*inputs["input_ids"].shape, self.embedding_dim)
+        outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
+        if self.pooler_dense is None:
+            return outputs
+        pooled = (shape[0], self.embedding_dim)
+        return outputs, keras.KerasTensor(pooled, dtype=self.compute_dtype)
+
+    def _block(self, place: int) -> TransformerEncoderBlock:
+        return TransformerEncoderBlock(
+            self.num_heads,
+            self.hidden_dim,
+            activation=self.activation,
+            placement="post",
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            hidden_dropout=0.0,
+            epsilon=self.epsilon,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            seed=None if self.seed is None else self.seed + 1 + place,
+            dtype=self.dtype_policy,
+            name=f"block_{place}",
+        )
+
+
+def _check_inputs(inputs: Mapping[str, Tensor]) -> None:
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            "`inputs` must be a dictionary with 'input_ids' and 'attention_mask'. "
+            f"Received: a {type(inputs).__name__}"
+        )
+    names = sorted(inputs)
+    unknown = [name for name in names if name not in _INPUTS]
+    if unknown:
+        raise ValueError(
+            f"`inputs` must have no other names than {_INPUTS}. Received: {unknown}"
+        )
+    if "input_ids" not in names or not {"attention_mask", "segment_ids"} & {*names}:
+        raise ValueError(
+            "`inputs` must have 'input_ids', and 'attention_mask' or 'segment_ids'. "
+            f"Received: {names}"
+        )
+    if {"attention_mask", "segment_ids"} <= {*names}:
+        raise ValueError(
+            "`inputs` must have 'attention_mask' or 'segment_ids', not both: negative "
+            f"segment ids are padding. Received: {names}"
+        )
+
+
+def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Where there is a token, boolean `(B, T)`."""
+    if "segment_ids" in inputs:
+        return ops.greater_equal(inputs["segment_ids"], 0)
+    return ops.not_equal(inputs["attention_mask"], 0)
