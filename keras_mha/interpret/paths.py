@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,7 +75,7 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
             "`model` must attend by layers of keras_mha: exchange those of Keras, "
             f"which keep their weights in the new ones. Received: Keras' {stock}"
         )
-    found = {
+    found: dict[str, Any] = {
         path: layer
         for path, layer in paths.items()
         if isinstance(layer, AttentionLayer)
@@ -142,18 +143,56 @@ def count_rows(tensors: Any) -> int:
     rows = {int(tensor.shape[0]) for tensor in keras.tree.flatten(tensors)}
     if len(rows) != 1 or 0 in rows:
         raise ValueError(
-            "`inputs` must have one or more rows, equally many in each. "
-            f"Received: {sorted(rows)} rows"
+            "`inputs`, and `labels` where there are, must have one or more rows, "
+            f"equally many in each. Received: {sorted(rows)} rows"
         )
     return rows.pop()
 
 
-def batches(tensors: Any, batch_size: int) -> Iterator[Any]:
-    """Cuts each tensor of a structure into rows of `batch_size` or fewer."""
-    for start in range(0, count_rows(tensors), batch_size):
-        yield keras.tree.map_structure(
-            lambda tensor, start=start: tensor[start : start + batch_size], tensors
+def pair_batches(
+    inputs: Any, labels: Any, batch_size: int
+) -> Iterator[tuple[Any, Any]]:
+    """Yields inputs and labels of one batch after the other, as tensors.
+
+    Args:
+        inputs: As `as_tensors` takes them; or with `labels=None` an iterable of pairs
+            `(inputs, labels)` of batches.
+        labels: One row for each of the inputs' rows.
+        batch_size: Rows of a batch where there are `labels`.
+
+    Raises:
+        ValueError: If labels are missing, their rows are not as many as the inputs',
+            or there is no batch.
+    """
+    if labels is not None:
+        pairs: Any = as_tensors(inputs), as_tensors(labels)
+        for start in range(0, count_rows(pairs), batch_size):
+            rows = slice(start, start + batch_size)
+            given, wanted = (
+                keras.tree.map_structure(operator.itemgetter(rows), each)
+                for each in pairs
+            )
+            yield given, wanted
+        return
+    if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping | np.ndarray):
+        raise ValueError(
+            "Without `labels`, `inputs` must be an iterable of batches "
+            f"`(inputs, labels)`. Received: labels=None, inputs of type {type(inputs)}"
         )
+    empty = True
+    for batch in inputs:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(
+                "Batches must be pairs `(inputs, labels)`; weights of examples are "
+                f"not supported. Received: a batch of type {type(batch)}"
+                + (f" and length {len(batch)}" if isinstance(batch, tuple) else "")
+            )
+        pair = as_tensors(batch[0]), as_tensors(batch[1])
+        count_rows(pair)
+        yield pair
+        empty = False
+    if empty:
+        raise ValueError("`inputs` must hold one batch or more. Received: none")
 
 
 def _numbered(path: str) -> Iterator[str]:
