@@ -13,6 +13,7 @@ from keras_mha.attention.packing import (
     pack_sequences,
     unpack_sequences,
 )
+from keras_mha.interpret.maps import attention_maps
 from keras_mha.layers.decoder_block import TransformerDecoderBlock
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
@@ -41,6 +42,7 @@ __all__ = [
     "TransformerDecoderBlock",
     "TransformerEncoderBlock",
     "__version__",
+    "attention_maps",
     "dot_product_attention",
     "flatten_cache",
     "pack_sequences",

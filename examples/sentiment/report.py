@@ -132,7 +132,7 @@ def draw_training(
 ) -> None:
     """Draws loss and accuracy over the epochs, one line a member of the committee."""
     parts = (("", "training (with dropout)", "C0"), ("val_", "validation", "C1"))
-    with _figure(path, figsize=(9, 3.5), ncols=2) as axes:
+    with figure(path, figsize=(9, 3.5), ncols=2) as axes:
         for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
             for prefix, label, colour in parts:
                 for i, history in enumerate(histories):
@@ -166,7 +166,7 @@ def draw_attention(path: Path, tokens: Sequence[str], scores: np.ndarray) -> Non
     received = np.concatenate([scores.mean((1, 2)), pairs.mean(0, keepdims=True)])
     members = [*(f"member {m}" for m in range(len(scores))), "mean"]
     rows = len(tokens) + len(received)
-    with _figure(
+    with figure(
         path,
         figsize=(0.3 * len(tokens) + 2.5, 0.3 * rows + 3),
         nrows=2,
@@ -184,7 +184,7 @@ def draw_attention(path: Path, tokens: Sequence[str], scores: np.ndarray) -> Non
 
 
 @contextmanager
-def _figure(path: Path, **options: Any) -> Iterator[Any]:
+def figure(path: Path, **options: Any) -> Iterator[Any]:
     """Lends axes, and writes their picture beside and renames it at the end."""
     try:
         import matplotlib as mpl
@@ -195,11 +195,11 @@ def _figure(path: Path, **options: Any) -> Iterator[Any]:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(layout="constrained", **options)
+    made, axes = plt.subplots(layout="constrained", **options)
     try:
         yield axes
         beside = path.with_name(f".{path.name}")
-        figure.savefig(beside, dpi=120)
+        made.savefig(beside, dpi=120)
         beside.replace(path)
     finally:
-        plt.close(figure)
+        plt.close(made)

@@ -24,6 +24,7 @@ from keras_mha.layers.arguments import (
     check_seed,
 )
 from keras_mha.layers.dtype_config import dtype_config
+from keras_mha.layers.observer import current_observer
 from keras_mha.layers.positions import (
     ALiBi,
     DistanceBias,
@@ -280,6 +281,12 @@ class AttentionLayer(SeededLayer):
             implementation = "blockwise" if self._flash_attention else "reference"
             if return_scores:
                 implementation = "reference"
+        jit_compile = self._jit_compile
+        observer = current_observer()
+        if observer is not None:
+            jit_compile = False  # what is compiled is kept
+            if observer.wants_scores:
+                implementation, return_scores = "reference", True
         mixed, scores = compiled.call(
             api.attend,
             query,
@@ -288,7 +295,7 @@ class AttentionLayer(SeededLayer):
             mask,
             parts,
             self._draw_seed() if dropout > 0 else None,
-            jit_compile=self._jit_compile,
+            jit_compile=jit_compile,
             layout=(
                 *query.shape[-2:],
                 *value.shape[-2:],
@@ -302,8 +309,14 @@ class AttentionLayer(SeededLayer):
             return_scores=return_scores,
             implementation=implementation,
         )
-        if head_mask is not None:
-            mixed = mixed * _spread_heads(head_mask, mixed)
+        factors = [head_mask]
+        if observer is not None:
+            if observer.wants_scores:
+                observer.see_scores(self, scores)
+            factors.append(observer.head_mask(self, mixed))
+        for factor in factors:
+            if factor is not None:
+                mixed = mixed * _spread_heads(factor, mixed)
         return mixed, scores
 
     def _bias(

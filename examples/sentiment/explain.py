@@ -1,0 +1,245 @@
+"""Looks into the trained encoders: where they attend, and which heads they need.
+
+Writes into the directory where train.py wrote: a picture for each review, one of the
+heads, and the table of what is left of the accuracy as heads are removed.
+
+Examples:
+    python examples/sentiment/explain.py
+    python examples/sentiment/explain.py "A fine film." "Two hours, all of them dull."
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before TensorFlow is first imported: its notes on the hardware are not the result.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from data import LABELS, DataError, Reviews, load_reviews, split_fold
+from report import figure, write_text
+
+import keras_mha
+
+# Registers the layer that the saved model begins with.
+import keras_mha.text
+from keras_mha.interpret import (
+    PruningCurve,
+    attention_rollout,
+    head_importance,
+    prune_heads,
+    pruning_curve,
+)
+
+TEXTS = (
+    "A tender, funny film with a big heart.",
+    "Two hours of clichés, and all of them dull.",
+    "It is not a bad film, but far too long.",
+)
+LOSS = "sparse_categorical_crossentropy"
+# How much accuracy the smaller model may lose on the reviews that choose it.
+ALLOWED_LOSS = 0.005
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What the model makes of one text of T tokens.
+
+    Attributes:
+        tokens: The tokens.
+        answer: Probabilities of the labels `(2,)`.
+        attention: Mean over encoders and heads `(T, T)`; the last axis is attended to.
+        received: What each encoder's tokens attend to on average, `(M, T)`.
+        flow: What the mean that the encoders answer from is made of by attention
+            rollout, mean over encoders `(T,)`.
+    """
+
+    tokens: list[str]
+    answer: np.ndarray
+    attention: np.ndarray
+    received: np.ndarray
+    flow: np.ndarray
+
+
+def explain(model: keras.Model, texts: Sequence[str]) -> list[Explained]:
+    """Looks at each text; the encoders see it alone, hence without padding."""
+    tokenizer: Any = model.get_layer("tokenizer")
+    found = []
+    for text in texts:
+        ids = tokenizer(tf.constant([text])).numpy()[0]
+        maps = keras_mha.attention_maps(model, [text])
+        encoders = stacks(maps)
+        means = np.stack([stack[-1].mean(axis=(0, 1)) for stack in encoders])
+        flows = [attention_rollout(stack)[0].mean(axis=0) for stack in encoders]
+        found.append(
+            Explained(
+                [tokenizer.vocabulary[i] for i in ids],
+                np.asarray(model(tf.constant([text])))[0],
+                means.mean(axis=0),
+                means.mean(axis=1),
+                np.mean(flows, axis=0),
+            )
+        )
+    return found
+
+
+def stacks(maps: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
+    """The maps of each encoder, from its first block to its last."""
+    encoders: dict[str, list[np.ndarray]] = {}
+    for path, scores in maps.items():
+        encoders.setdefault(path.split("/")[0], []).append(scores)
+    return list(encoders.values())
+
+
+def draw_review(path: Path, text: str, review: Explained) -> None:
+    """Draws who attends to whom, and what each word gets in all."""
+    T = len(review.tokens)
+    places = np.arange(T)
+    side = 0.34 * T + 1.4
+    with figure(
+        path,
+        figsize=(1.9 * side + 1.2, side + 0.9),
+        ncols=2,
+        gridspec_kw={"width_ratios": [1.15, 1]},
+    ) as (left, right):
+        image = left.imshow(100 * review.attention, cmap="Blues", vmin=0)
+        left.set_xticks(places, review.tokens, rotation=90)
+        left.set_yticks(places, review.tokens)
+        left.set(title="Attention", xlabel="attended to", ylabel="attending")
+        left.figure.colorbar(image, ax=left, shrink=0.8, label="% of a row")
+        spread = 100 * review.received
+        mean = spread.mean(axis=0)
+        bounds = np.abs(np.quantile(spread, [0.1, 0.9], axis=0) - mean)
+        right.barh(
+            places - 0.2, mean, 0.4, xerr=bounds, label="attention received", color="C0"
+        )
+        right.barh(places + 0.2, 100 * review.flow, 0.4, label="rollout", color="C1")
+        right.axvline(100 / T, color="grey", linestyle=":", label="equal shares")
+        right.set_yticks(places, review.tokens)
+        right.invert_yaxis()
+        right.set(title="What each token gets", xlabel="% of all")
+        right.legend(loc="lower right", fontsize=8)
+        share, label = max(zip(review.answer, LABELS, strict=True))
+        left.figure.suptitle(f"“{text}”: {label}, {share:.0%}")
+
+
+def draw_heads(
+    path: Path, importance: Mapping[str, np.ndarray], curve: PruningCurve
+) -> None:
+    """Draws how important each head is, and the accuracy as the least go."""
+    names = [name.removesuffix("/attention/self_attention") for name in importance]
+    heads = max(map(len, importance.values()))
+    table = np.full((len(names), heads), np.nan)
+    for row, numbers in zip(table, importance.values(), strict=True):
+        row[: len(numbers)] = numbers
+    with figure(
+        path,
+        figsize=(10, 0.3 * len(names) + 2),
+        ncols=2,
+        gridspec_kw={"width_ratios": [1, 1.6]},
+    ) as (left, right):
+        image = left.imshow(table, cmap="Oranges", vmin=0, aspect="auto")
+        left.set_xticks(range(heads))
+        left.set_yticks(range(len(names)), names)
+        left.set(title="Importance of the heads", xlabel="head")
+        left.figure.colorbar(image, ax=left, label="slope of the loss, by layer")
+        left_over = [step.heads_left for step in curve.steps]
+        right.plot(left_over, [100 * step.score for step in curve.steps], marker=".")
+        right.axhline(100 * curve.steps[0].score, color="grey", linestyle=":")
+        right.invert_xaxis()
+        right.set(
+            title="The least important heads go first",
+            xlabel="heads left",
+            ylabel="accuracy, %",
+        )
+        right.grid(alpha=0.3)
+
+
+def prune(
+    model: keras.Model, train: Reviews, test: Reviews, rows: int
+) -> tuple[dict[str, np.ndarray], PruningCurve, str]:
+    """Ranks the heads on `rows` training reviews, removes them; a report besides.
+
+    What is left is chosen by half of the test reviews and judged by the other half.
+    """
+    rng = np.random.default_rng(0)
+    ranked = train.take(rng.permutation(len(train))[:rows])
+    order = rng.permutation(len(test))
+    choosing, judging = (test.take(part) for part in np.array_split(order, 2))
+    importance = head_importance(
+        model, ranked.texts, ranked.labels, loss=LOSS, batch_size=64
+    )
+    curve = pruning_curve(model, importance, choosing.texts, choosing.labels)
+    chosen = curve.smallest(ALLOWED_LOSS)
+    smaller = prune_heads(model, chosen.removed)
+    before, after = (accuracy_of(each, judging) for each in (model, smaller))
+    report = (
+        f"# Without {curve.steps[0].heads_left - chosen.heads_left} of "
+        f"{curve.steps[0].heads_left} heads\n\n"
+        f"On {len(judging)} test reviews that chose nothing: {before:.4f} with all "
+        f"heads and {model.count_params():,} weights, {after:.4f} with "
+        f"{chosen.heads_left} heads and {smaller.count_params():,} weights.\n\n"
+        f"On the {len(choosing)} that chose:\n\n{curve.to_markdown()}"
+    )
+    return importance, curve, report
+
+
+def accuracy_of(model: Any, reviews: Reviews) -> float:
+    """The share of reviews whose likelier label is theirs."""
+    answers = model.predict(tf.constant(reviews.texts), verbose=0, batch_size=256)
+    return float(np.mean(answers.argmax(-1) == reviews.labels))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    description, _, epilog = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a review")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("dist/sentiment"),
+        help="where train.py wrote, and the pictures go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=512,
+        help="training reviews that rank the heads; 0 leaves the heads alone "
+        "(default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if not (options.directory / "model.keras").exists():
+        parser.error(f"{options.directory} holds no model.keras: run train.py first")
+    model: Any = keras.saving.load_model(options.directory / "model.keras")
+    texts = options.texts or TEXTS
+    for i, (text, review) in enumerate(zip(texts, explain(model, texts), strict=True)):
+        draw_review(options.directory / f"explained_{i}.png", text, review)
+    if options.rows:
+        try:
+            split = split_fold(load_reviews(), 0)
+        except DataError as error:
+            print(error, file=sys.stderr)
+            return 1
+        importance, curve, report = prune(model, split.train, split.test, options.rows)
+        draw_heads(options.directory / "heads.png", importance, curve)
+        write_text(options.directory / "heads.md", report)
+        print(report)
+    print(f"Pictures are in {options.directory}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""Models without some of their attention heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import keras
+import numpy as np
+
+from keras_mha.attention.numeric import plain_integer
+from keras_mha.interpret.paths import attention_layers, layer_paths
+from keras_mha.layers.attention_layer import AttentionLayer
+from keras_mha.layers.decoder_block import TransformerDecoderBlock
+from keras_mha.layers.positions import ALiBi, RelativePositionBias
+from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.layers.transformer_block import TransformerBlock
+
+Cut = Callable[[np.ndarray], np.ndarray]
+_Model = TypeVar("_Model", bound=keras.layers.Layer)
+# What a block's configuration says of the self-attention in it.
+_OF_BLOCKS = ("num_heads", "key_dim", "num_key_value_heads", "position")
+
+
+def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
+    """Makes a smaller model that lacks some attention heads.
+
+    The weights of those heads are gone from the projections, and what remains gives
+    the outputs that `model` gives with a `head_mask` of zeros there. The new model has
+    weights of its own and is not compiled; `model` stays as it is. It can be trained,
+    saved and exported like any other.
+
+    Where queries share keys and values (`num_key_value_heads`), as many heads must
+    stay in every group that keeps any; a group without heads goes, keys and values
+    included.
+
+    Source: Michel, Levy and Neubig 2019, "Are sixteen heads really better than one?".
+
+    Args:
+        model: A built model that attends by layers of keras_mha, and whose layers hold
+            their sublayers in their configurations, as Functional and Sequential
+            models, `ResidualNorm`, the blocks and Keras' wrappers do.
+        heads: Which heads go, from 0 to N - 1, by path of the layer, as
+            `attention_maps` names it.
+
+    Returns:
+        The new model, of the class of `model`.
+
+    Raises:
+        TypeError: If `model` is no Keras layer.
+        ValueError: If there is no such layer or head, a layer would keep no head or
+            groups of different sizes; if a layer has ALiBi, whose slopes depend on the
+            number of heads; if the two attentions of a `TransformerDecoderBlock` would
+            keep different numbers of heads; if weights are quantized or have low-rank
+            factors; if the configuration of a model or layer does not hold the
+            attention layer; or the model does not fit (see `attention_maps`).
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> from keras_mha.interpret import prune_heads
+    >>> inputs = keras.Input((None, 8))
+    >>> layer = keras_mha.MultiHeadSelfAttention(num_heads=4, name="heads")
+    >>> model = keras.Model(inputs, layer(inputs))
+    >>> smaller = prune_heads(model, {"heads": [0, 3]})
+    >>> model.count_params(), smaller.count_params()
+    (288, 148)
+    >>> x = np.random.normal(size=(3, 5, 8)).astype("float32")
+    >>> masked = layer(x, head_mask=np.array([0.0, 1.0, 1.0, 0.0]))
+    >>> bool(np.allclose(smaller(x), masked, atol=1e-5))
+    True
+    """
+    layers = attention_layers(model)
+    _check_weights(model)
+    plan = {
+        id(layers[path]): _Kept.of(layers[path], path, removed)
+        for path, removed in check_heads(layers, heads).items()
+    }
+    cuts: dict[int, Cut] = {}
+    for layer in layers.values():
+        if id(layer) in plan:
+            cuts |= _cuts(layer, plan[id(layer)])
+    every = [model, *layer_paths(model).values()]
+    with keras.saving.custom_object_scope({type(x).__name__: type(x) for x in every}):
+        smaller = type(model).from_config(_config(model, plan))
+        if not smaller.built:
+            smaller.build_from_config(model.get_build_config() or {})
+    _fill(smaller, model, cuts)
+    return smaller
+
+
+def check_heads(
+    layers: Mapping[str, AttentionLayer], heads: Mapping[str, Iterable[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the heads by path, each once and in order, without empty entries.
+
+    Raises:
+        ValueError: If there is no such layer or head.
+    """
+    found = {}
+    for path, given in heads.items():
+        if path not in layers:
+            raise ValueError(
+                f"`heads` must name attention layers of the model, {list(layers)}. "
+                f"Received: {path!r}"
+            )
+        N = layers[path].num_heads
+        numbers = [plain_integer(head) for head in given]
+        if not all(n is not None and 0 <= n < N for n in numbers):
+            raise ValueError(
+                f"`heads` of {path!r} must be integers from 0 to {N - 1}. "
+                f"Received: {list(given)}"
+            )
+        if numbers:
+            found[path] = tuple(sorted({n for n in numbers if n is not None}))
+    return found
+
+
+class _Kept(NamedTuple):
+    """The query heads of a layer that stay, by the key and value head they share."""
+
+    groups: dict[int, list[int]]
+
+    @classmethod
+    def of(cls, layer: AttentionLayer, path: str, removed: tuple[int, ...]) -> _Kept:
+        size = layer.num_heads // layer.num_key_value_heads
+        groups: dict[int, list[int]] = {}
+        for head in range(layer.num_heads):
+            if head not in removed:
+                groups.setdefault(head // size, []).append(head)
+        if not groups:
+            raise ValueError(
+                f"One head or more must stay in each layer. Received: {path!r} without "
+                f"all of its {layer.num_heads}"
+            )
+        if len({len(heads) for heads in groups.values()}) > 1:
+            raise ValueError(
+                "Of queries that share keys and values as many must stay in each "
+                f"group. Received: {path!r}, with groups of {size}, of which "
+                f"{list(groups.values())} would stay"
+            )
+        if isinstance(layer.position_layer, ALiBi):
+            raise ValueError(
+                "ALiBi's slopes depend on the number of heads: those that stay would "
+                f"get others. Received: {path!r} with ALiBi"
+            )
+        return cls(groups)
+
+    @property
+    def heads(self) -> list[int]:
+        return [head for heads in self.groups.values() for head in heads]
+
+
+def _config(layer: keras.layers.Layer, plan: Mapping[int, _Kept]) -> dict[str, Any]:
+    """The configuration of a layer without the heads that go, at any depth."""
+    config = layer.get_config()
+    if isinstance(layer, AttentionLayer) and id(layer) in plan:
+        return config | _attention_config(layer, plan[id(layer)])
+    changed = {
+        path: inner for path, inner in layer_paths(layer).items() if id(inner) in plan
+    }
+    if not changed:
+        return config
+    if isinstance(layer, TransformerBlock):
+        return config | _block_config(layer, plan)
+    children = {
+        child.name: child
+        for child in layer._layers
+        if any(id(inner) in plan for inner in [child, *layer_paths(child).values()])
+    }
+    found: set[str] = set()
+
+    def edited(value: Any) -> Any:
+        if isinstance(value, dict):
+            inner = value.get("config")
+            name = inner.get("name") if isinstance(inner, dict) else None
+            child = children.get(name) if isinstance(name, str) else None
+            if child is not None and value.get("class_name") == type(child).__name__:
+                found.add(child.name)
+                return {**value, "config": _config(child, plan)}
+            return {key: edited(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(edited, value))
+        return value
+
+    config = edited(config)
+    if missing := sorted(set(children) - found):
+        raise ValueError(
+            "Layers must hold in their configuration the layers that lose heads. "
+            f"Received: {type(layer).__name__} {layer.name!r}, which makes {missing} "
+            "by itself"
+        )
+    return config
+
+
+def _attention_config(layer: AttentionLayer, kept: _Kept) -> dict[str, Any]:
+    config = layer.get_config()
+    H, V = _head_sizes(layer)
+    shares = config["num_key_value_heads"] is not None
+    position = config["position"]
+    if isinstance(position, dict) and "num_heads" in position["config"]:
+        inner = {**position["config"], "num_heads": len(kept.heads)}
+        position = {**position, "config": inner}
+    return {
+        "num_heads": len(kept.heads),
+        "num_key_value_heads": len(kept.groups) if shares else None,
+        "key_dim": H,
+        "value_dim": V,
+        "position": position,
+    }
+
+
+def _block_config(block: TransformerBlock, plan: Mapping[int, _Kept]) -> dict[str, Any]:
+    """What a block says of its attention, or of both of them."""
+    own = block.attention.sublayer
+    both = [own]
+    if isinstance(block, TransformerDecoderBlock) and block.cross_attention:
+        both.append(block.memory_attention.sublayer)
+    left = {
+        layer.name: len(plan[id(layer)].heads) if id(layer) in plan else layer.num_heads
+        for layer in both
+    }
+    if len(set(left.values())) > 1:
+        raise ValueError(
+            "A `TransformerDecoderBlock` has one number of heads: as many must go from "
+            f"its self-attention as from its cross-attention. Received: {block.name!r} "
+            f"with {left} left"
+        )
+    config = _attention_config(own, plan[id(own)])
+    return {name: config[name] for name in _OF_BLOCKS}
+
+
+def _head_sizes(layer: AttentionLayer) -> tuple[int, int]:
+    """H and V."""
+    if isinstance(layer, MultiHeadSelfAttention):
+        return layer.qkv_dense.head_sizes
+    sizes: Any = layer
+    return sizes.key_dim, sizes.value_dim
+
+
+def _cuts(layer: AttentionLayer, kept: _Kept) -> dict[int, Cut]:
+    """How to cut each weight that belongs to heads, by the weight's identity.
+
+    Letters: D model width, N query heads, K key/value heads, H head size.
+    """
+    parts: Any = layer
+    cuts: dict[int, Cut] = {}
+
+    def cut(dense: Any, kernel: Cut, bias: Cut | None) -> None:
+        cuts[id(dense.kernel)] = kernel
+        if bias is not None and dense.bias is not None:
+            cuts[id(dense.bias)] = bias
+
+    of_heads = _take(kept.heads, axis=-2)  # of `(D, N, H)` and `(N, H)`
+    if isinstance(layer, MultiHeadSelfAttention):
+        fused = _take_fused(kept, _head_sizes(layer)[0], layer)
+        cut(parts.qkv_dense, fused, fused)
+        gate = getattr(parts, "gate_dense", None)
+    else:
+        of_groups = _take(list(kept.groups), axis=-2)  # of `(D, K, H)` and `(K, H)`
+        cut(parts.query_dense, of_heads, of_heads)
+        cut(parts.key_dense, of_groups, of_groups)
+        cut(parts.value_dense, of_groups, of_groups)
+        gate = getattr(parts, "_gate_dense", None)
+    if gate is not None:
+        cut(gate, of_heads, of_heads)
+    cut(parts.output_dense, _take(kept.heads, axis=0), None)
+    if hasattr(parts, "sinks"):
+        cuts[id(parts.sinks)] = _take(kept.heads, axis=0)
+    if isinstance(layer.position_layer, RelativePositionBias):
+        cuts[id(layer.position_layer.embeddings)] = _take(kept.heads, axis=-1)
+    return cuts
+
+
+def _take(places: list[int], axis: int) -> Cut:
+    return lambda array: np.take(array, places, axis)
+
+
+def _take_fused(kept: _Kept, key_dim: int, layer: AttentionLayer) -> Cut:
+    """Cuts `(..., K, G H + H + V)`: each group's queries, then its key and value."""
+    size = layer.num_heads // layer.num_key_value_heads
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        shared = np.arange(size * key_dim, array.shape[-1])
+        columns = {
+            group: np.concatenate(
+                [np.arange(key_dim) + head % size * key_dim for head in heads]
+                + [shared]
+            )
+            for group, heads in kept.groups.items()
+        }
+        return np.stack([array[..., k, columns[k]] for k in columns], axis=-2)
+
+    return cut
+
+
+def _check_weights(model: keras.layers.Layer) -> None:
+    for path, layer in {model.name: model, **layer_paths(model)}.items():
+        mode = getattr(layer, "quantization_mode", None)
+        adapted = getattr(layer, "lora_enabled", False) or getattr(
+            layer, "_adapted", ()
+        )
+        if mode is not None or adapted:
+            raise ValueError(
+                "Heads are removed from plain weights: before they are quantized, and "
+                "after low-rank factors were merged, as saving and loading does. "
+                f"Received: {path!r} with "
+                + (f"quantization {mode!r}" if mode else "low-rank factors")
+            )
+
+
+def _fill(
+    smaller: keras.layers.Layer, model: keras.layers.Layer, cuts: Mapping[int, Cut]
+) -> None:
+    """Gives the smaller model the weights and seeds of the other, cut."""
+    values = [
+        cuts.get(id(variable), np.asarray)(np.asarray(variable))
+        for variable in model.variables
+    ]
+    wanted = [
+        (v.name, value.shape) for v, value in zip(model.variables, values, strict=True)
+    ]
+    made = [(variable.name, tuple(variable.shape)) for variable in smaller.variables]
+    if wanted != made:
+        raise ValueError(
+            "The model that is made from the configuration must have the variables of "
+            f"the original. Received: {type(model).__name__} {model.name!r}, whose "
+            f"copy differs in {sorted(set(wanted) ^ set(made))[:5]}"
+        )
+    for variable, value in zip(smaller.variables, values, strict=True):
+        variable.assign(value)

@@ -1,0 +1,292 @@
+"""Pruned models against the whole ones with their heads masked.
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha.interpret import prune_heads
+from keras_mha.interpret.curve import masked_outputs
+from keras_mha.interpret.paths import as_tensors, attention_layers
+from tests.interpret.small_models import IDS, REAL, B, D, classifier, path_of
+from tests.layers import score_cases
+from tests.layers.helpers import H, T, normal, randomize
+
+WITH_ALIBI = ("alibi", "bloom")
+PRUNABLE = [name for name in score_cases.OPTIONS if name not in WITH_ALIBI]
+S = 5
+
+
+def masked(model: Any, heads: Any, inputs: Any) -> np.ndarray:
+    outputs = masked_outputs(model, attention_layers(model), heads, as_tensors(inputs))
+    return np.asarray(outputs)
+
+
+def check(model: Any, heads: dict[str, tuple[int, ...]], inputs: Any) -> Any:
+    """The pruned model: equal to the masked one, other than the whole one, smaller."""
+    before = [np.array(variable) for variable in model.variables]
+    whole = np.asarray(model(as_tensors(inputs)))
+    smaller = prune_heads(model, heads)
+    answer = np.asarray(smaller(as_tensors(inputs)))
+    scale = max(1.0, float(np.abs(whole).max()))
+    np.testing.assert_allclose(
+        answer, masked(model, heads, inputs), rtol=0, atol=1e-5 * scale
+    )
+    assert np.abs(answer - whole).max() > 1e-3
+    assert smaller.count_params() < model.count_params()
+    assert type(smaller) is type(model)
+    layers, left = attention_layers(model), attention_layers(smaller)
+    assert list(layers) == list(left)
+    for path, layer in layers.items():
+        assert left[path].num_heads == layer.num_heads - len(heads.get(path, ()))
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    shared = {id(v) for v in model.variables} & {id(v) for v in smaller.variables}
+    assert not shared
+    return smaller
+
+
+def removable(layer: Any) -> tuple[int, ...]:
+    """The first head of each group where several share keys, else heads 0 and 2."""
+    size = layer.num_heads // layer.num_key_value_heads
+    if size == 1:
+        return (0, 2)
+    return tuple(range(0, layer.num_heads, size))
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_self_attention_of_every_option(name: str) -> None:
+    inputs = keras.Input((None, D), name="vectors")
+    mask = keras.Input((None,), dtype="bool", name="mask")
+    options = {"key_dim": score_cases.H, **score_cases.OPTIONS[name]()}
+    layer = keras_mha.MultiHeadSelfAttention(score_cases.N, name="heads", **options)
+    model = keras.Model([inputs, mask], layer(inputs, mask=mask))
+    randomize(model)
+    given = [normal(B, 7, D), REAL]
+    check(model, {"heads": removable(layer)}, given)
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_attention_of_every_option(name: str) -> None:
+    query, value = keras.Input((None, D)), keras.Input((None, 17))
+    options = score_cases.OPTIONS[name]()
+    layer = keras_mha.MultiHeadAttention(
+        score_cases.N, score_cases.H, name="heads", **options
+    )
+    model = keras.Model([query, value], layer(query, value))
+    randomize(model)
+    given = [normal(B, 7, D), normal(B, S, 17, seed=1)]
+    check(model, {"heads": removable(layer)}, given)
+
+
+def test_no_biases_and_another_output_shape() -> None:
+    inputs = keras.Input((None, 8))
+    layer = keras_mha.MultiHeadSelfAttention(
+        4, use_bias=False, output_shape=(2, 3), name="heads"
+    )
+    model = keras.Model(inputs, layer(inputs))
+    randomize(model)
+    smaller = check(model, {"heads": (1, 2, 3)}, normal(B, T, 8))
+    (kernel, output) = smaller.get_weights()
+    assert kernel.shape == (8, 1, 6)
+    assert output.shape == (1, 2, 2, 3)
+
+
+def test_several_attention_axes() -> None:
+    inputs = keras.Input((3, 5, D))
+    layer = keras_mha.MultiHeadAttention(3, H, attention_axes=(1, 2), name="heads")
+    model = keras.Model(inputs, layer(inputs, inputs))
+    randomize(model)
+    check(model, {"heads": (1,)}, normal(B, 3, 5, D))
+
+
+@pytest.mark.parametrize(
+    ("placement", "position"),
+    [("pre", "relative"), ("post", None), ("sandwich", "rotary")],
+)
+def test_blocks(placement: str, position: str | None) -> None:
+    model = classifier(3, 5, placement=placement, position=position)
+    check(model, {path_of(0): (1,), path_of(1): (0, 3, 4)}, IDS)
+
+
+def test_one_block_of_two() -> None:
+    model = classifier(3, 5)
+    smaller = check(model, {path_of(1): (2,), path_of(0): ()}, IDS)
+    assert smaller.get_layer("block_0").count_params() == (
+        model.get_layer("block_0").count_params()
+    )
+
+
+def decoder() -> keras.Model:
+    target, memory = keras.Input((None, D)), keras.Input((None, 17))
+    block = keras_mha.TransformerDecoderBlock(
+        3, 19, key_dim=H, cross_attention=True, name="block"
+    )
+    model = keras.Model([target, memory], block(target, memory))
+    randomize(model)
+    return model
+
+
+OWN, CROSS = "block/attention/self_attention", "block/memory_attention/cross_attention"
+
+
+def test_a_decoder_with_both_attentions() -> None:
+    given = [normal(B, T, D), normal(B, S, 17, seed=1)]
+    check(decoder(), {OWN: (0,), CROSS: (2,)}, given)
+
+
+def test_a_decoder_must_stay_even() -> None:
+    for heads in ({OWN: (0,)}, {CROSS: (1,)}):
+        with pytest.raises(ValueError, match="'block' with {'self.*} left"):
+            prune_heads(decoder(), heads)
+
+
+def test_wrappers_nested_models_and_shared_layers() -> None:
+    ids = keras.Input((None,), dtype="int32")
+    inner = classifier(3, name="member_0")
+    other = classifier(3, name="member_1")
+    randomize(other, seed=50)
+    vectors = keras.Input((T, 7, D), name="rows")
+    each = keras.layers.TimeDistributed(
+        keras_mha.ResidualNorm(
+            keras_mha.MultiHeadSelfAttention(3, key_dim=H, name="heads"),
+            name="residual",
+        ),
+        name="each",
+    )
+    pooled = keras.layers.GlobalAveragePooling2D()(each(each(vectors)))
+    label = keras.layers.Dense(2)(pooled)
+    total = keras.layers.Add()([inner(ids), other(ids), inner(ids), label])
+    model = keras.Model([ids, vectors], total)
+    randomize(model.get_layer("each"))
+    heads = {
+        f"member_0/{path_of(0)}": (0,),
+        f"member_1/{path_of(0)}": (1, 2),
+        "each/residual/heads": (1,),
+    }
+    check(model, heads, [IDS, normal(B, T, 7, D)])
+
+
+def test_a_pruned_model_is_saved_trained_and_pruned_again(tmp_path: Path) -> None:
+    smaller = prune_heads(classifier(5), {path_of(0): [1, 3]})
+    smaller.save(tmp_path / "smaller.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "smaller.keras")
+    np.testing.assert_allclose(loaded(IDS), smaller(IDS), atol=1e-6)
+    check(loaded, {path_of(0): (0,)}, IDS)
+    loaded.compile("sgd", "sparse_categorical_crossentropy")
+    before = loaded.get_weights()
+    loaded.fit(IDS, np.array([1, 0, 1, 1, 0]), verbose=0)
+    assert any(
+        np.any(a != b) for a, b in zip(before, loaded.get_weights(), strict=True)
+    )
+
+
+class Wrapped(keras.Model):
+    """Subclassed, with its attention in its configuration."""
+
+    def __init__(self, heads: Any = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.heads = heads or keras_mha.MultiHeadSelfAttention(3, key_dim=H, name="own")
+
+    def build(self, shape: Any) -> None:
+        if not self.heads.built:
+            self.heads.build(shape)
+
+    def call(self, inputs: Any) -> Any:
+        return self.heads(inputs)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"heads": keras.saving.serialize_keras_object(self.heads)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(keras.saving.deserialize_keras_object(config["heads"]))
+
+
+class Hidden(Wrapped):
+    """Makes its attention by itself."""
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(**config)
+
+
+def test_subclassed_models() -> None:
+    vectors = normal(B, T, D)
+    for cls in (Wrapped, Hidden):
+        model = cls()
+        model(vectors)
+        randomize(model)
+        if cls is Wrapped:
+            check(model, {"own": (1,)}, vectors)
+        else:
+            with pytest.raises(ValueError, match="Hidden .*makes .'own'. by its"):
+                prune_heads(model, {"own": (1,)})
+
+
+def test_groups_that_share_keys() -> None:
+    inputs = keras.Input((None, D))
+    layer = keras_mha.MultiHeadSelfAttention(
+        6, key_dim=H, num_key_value_heads=2, name="heads"
+    )
+    model = keras.Model(inputs, layer(inputs))
+    randomize(model)
+    vectors = normal(B, T, D)
+    for heads, groups in (
+        ((0, 5), 2),  # another one of each
+        ((2, 3), 2),
+        ((0, 1, 2), 1),  # a whole group
+        ((0, 1, 2, 4), 1),  # a group, and one of the other
+    ):
+        smaller = check(model, {"heads": heads}, vectors)
+        assert smaller.get_layer("heads").num_key_value_heads == groups
+    for heads in ((0,), (0, 1), (0, 1, 3)):
+        with pytest.raises(ValueError, match="'heads', with groups of 3, of which"):
+            prune_heads(model, {"heads": heads})
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    model = classifier(3)
+    model.get_layer("block_0").trainable = False
+    smaller = prune_heads(model, {path_of(0): [0]})
+    assert len(smaller.trainable_weights) == len(model.trainable_weights)
+    assert len(smaller.trainable_weights) < len(smaller.weights)
+
+
+def test_wrong_heads_are_named() -> None:
+    model = classifier(3)
+    path = path_of(0)
+    for heads, message in (
+        ({"block": [0]}, f"must name attention layers .*{path}.*Received: 'block'"),
+        ({path: [3]}, f"of '{path}' must be integers from 0 to 2. Received: .3."),
+        ({path: [-1]}, "Received: .-1."),
+        ({path: [0.5]}, "Received: .0.5."),
+        ({path: [0, 1, 2]}, f"Received: '{path}' without all of its 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_heads(model, heads)
+
+
+def test_what_cannot_be_pruned_is_named() -> None:
+    alibi = classifier(3, position="alibi")
+    with pytest.raises(ValueError, match="ALiBi's slopes .* Received: 'block_0/"):
+        prune_heads(alibi, {path_of(0): [0]})
+    adapted: Any = classifier(3)
+    adapted.get_layer("block_0").attention.sublayer.enable_lora(2)
+    with pytest.raises(ValueError, match="'block_0/.*/qkv' with low-rank factors"):
+        prune_heads(adapted, {path_of(0): [0]})
+    quantized = classifier(3)
+    quantized.get_layer("label").quantize("int8")
+    with pytest.raises(ValueError, match="'label' with quantization 'int8'"):
+        prune_heads(quantized, {path_of(0): [0]})
