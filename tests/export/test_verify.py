@@ -172,9 +172,10 @@ def test_an_absent_runtime_is_never_ok(
         onnx=tmp_path / "a.onnx",
         tflite=tmp_path / "a.tflite",
     )
-    assert statuses(report) == ["reference", *["not run"] * 5]
+    assert statuses(report) == ["reference", *["not run"] * 6]
     assert [check.reason for check in report.checks[1:]] == [
         *["pip install 'keras-mha[tflite]'"] * 3,
+        "pip install 'keras-mha[mediapipe]'",
         "pip install 'keras-mha[openvino]'",
         "pip install 'keras-mha[onnx]'",
     ]

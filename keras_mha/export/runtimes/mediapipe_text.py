@@ -48,13 +48,15 @@ def run(
         TextClassifier.create_from_model_path(path) as classifier,
         TextEmbedder.create_from_options(probe) as embedder,
     ):
-        for case in cases:
+        for number, case in enumerate(cases):
             text = _decoded(case)
             # Classified even where it is refused: that tells the shapes.
             (found,) = classifier.classify(text or "").classifications
             categories = sorted(found.categories, key=lambda one: one.index)
-            (embedding,) = embedder.embed(text or "").embeddings
             scores = np.array([[one.score for one in categories]], np.float32)
+            if number >= len(cases):  # run again to be timed
+                continue
+            (embedding,) = embedder.embed(text or "").embeddings
             ids = np.array([embedding.embedding]).astype(np.int32)
             if text is None:
                 scores, ids = scores * np.nan, 0 * ids - 1
