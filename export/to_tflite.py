@@ -3,6 +3,8 @@ r"""Writes a saved Keras model as TFLite files of fixed length, and checks them.
 Example:
     python export/to_tflite.py dist/sentiment/model.keras dist/sentiment \
         --samples ids.npy --sequence-lengths 64 128 --quantization dynamic_int8
+    python export/to_tflite.py dist/sentiment/model.keras dist/sentiment/phone \
+        --samples reviews.txt --text --metadata dist/sentiment/labels.txt
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         help="only these: saved_model, openvino, litert, litert_gpu, litert_arm, "
-        "onnx_runtime",
+        "mediapipe, onnx_runtime",
     )
     parser.add_argument(
         "--tolerance",

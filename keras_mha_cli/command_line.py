@@ -27,6 +27,8 @@ that fails leaves nothing new and does not stop the others.
 
   saved_model  DIR/saved_model/<version>/    TensorFlow Serving
   tflite       DIR/tflite/model_<S>.tflite   LiteRT: phones, ARM, browsers
+               DIR/tflite/text_<S>.tflite    the same for strings, with --text
+               DIR/tflite/mediapipe_<S>.tflite  MediaPipe, with --metadata
   onnx         DIR/onnx/model.onnx           ONNX Runtime
 """
 
@@ -43,6 +45,10 @@ examples:
   A quarter of the size for a phone:
     keras-mha export classifier.keras --to tflite --out dist \\
         --samples ids.npy --quantization dynamic_int8
+
+  Files that take texts, for LiteRT and for MediaPipe on a phone:
+    keras-mha export model.keras --to tflite --out dist --samples reviews.txt \
+        --text --metadata labels.txt
 
 What to give as --samples: some dozen inputs like those that the model will meet.
 
@@ -159,7 +165,8 @@ def _request(
         parser.error(wrong)
     if report is not None and not report.parent.is_dir():
         parser.error(f"the directory {report.parent} does not exist")
-    for path in (parsed.model, parsed.samples, values.get("representative_data")):
+    further = [values.get(name) for name in ("representative_data", "metadata")]
+    for path in (parsed.model, parsed.samples, *further):
         if path is not None and not path.is_file():
             parser.error(
                 f"{path} {'is no file' if path.exists() else 'does not exist'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # How reading a file fails: as a whole, or where an entry of it is missing.
 _UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
 _RANGES = "representative_data"
+# What `export_tflite` does with a model of texts, whole.
+_OF_TEXTS = {"text", "metadata"}
 _FAILED, _MISSING_PACKAGE, _INTERRUPTED = 1, 3, 130
 
 
@@ -93,11 +96,21 @@ def _export(request: Request) -> int:
         values["samples"] = keras_mha.export.load_samples(request.samples)
         if _RANGES in values:
             values[_RANGES] = keras_mha.export.load_samples(values[_RANGES])
+    if "metadata" in values:
+        with _step(
+            f"load {values['metadata']}", request.debug, (*_UNREADABLE, TypeError)
+        ):
+            values["metadata"] = _load_metadata(values["metadata"])
     formats = [options.FORMATS[name] for name in request.places]
     # By whether the format takes texts.
+    takes_texts = {
+        one.name: one.takes_texts
+        or (one.name == "tflite" and bool(_OF_TEXTS & {*values}))
+        for one in formats
+    }
     given = {True: (model, values), False: (model, values)}
     if values.pop("tokens", False):
-        if not all(one.takes_texts for one in formats):
+        if not all(takes_texts.values()):
             label = "cut the model after its tokenizer"
             with _step(label, request.debug, (ValueError, TypeError)):
                 given[False] = _without_tokenizer(model, values)
@@ -109,7 +122,9 @@ def _export(request: Request) -> int:
     unfit = (ValueError, TypeError, OSError, keras_mha.export.VerificationError)
     for one in formats:
         exporter = getattr(keras_mha.export, one.exporter)
-        part, chosen = given[one.takes_texts]
+        part, chosen = given[takes_texts[one.name]]
+        if one.name == "tflite":
+            chosen = {name: chosen[name] for name in chosen if name != "tokens"}
         place = request.places[one.name]
         try:
             with _step(f"export to {one.name}, {place}", request.debug, unfit):
@@ -131,6 +146,24 @@ def _without_tokenizer(model: Any, values: dict[str, Any]) -> tuple[Any, dict]:
     if _RANGES in values:
         cut[_RANGES] = without_tokenizer(model, values[_RANGES])[1]
     return part, cut
+
+
+def _load_metadata(path: Path) -> Any:
+    """Labels, one in a line, or all that metadata can hold, by name."""
+    from keras_mha.export import BertMetadata, RegexMetadata, load_samples
+
+    if path.suffix == ".txt":
+        return BertMetadata(load_samples(path))
+    fields = json.loads(path.read_text("utf-8"))
+    named = isinstance(fields, dict)
+    kind = RegexMetadata if named and "delimiter" in fields else BertMetadata
+    known = list(inspect.signature(kind).parameters)
+    if not named or "labels" not in fields or set(fields) - {*known}:
+        raise ValueError(
+            f"`metadata` must hold an object with `labels` and further of {known}. "
+            f"Received in {path}: {list(fields) if named else type(fields).__name__}"
+        )
+    return kind(**fields)
 
 
 def _load_model(path: Path) -> Any:
@@ -259,6 +292,18 @@ def _summary(places: Mapping[str, Path], reports: Mapping[str, ExportReport]) ->
                 f"| {name} | {file['path']} | {file['size_bytes']} | "
                 f"{parity['max_absolute_difference']:.3g} | "
                 f"{parity['tolerance']:.3g} | "
-                f"{parity['runtime']} {parity['runtime_version']} |"
+                f"{parity['runtime']} {parity['runtime_version']}"
+                f"{_in_mediapipe(file.get('mediapipe'))} |"
             )
     return "\n".join(rows)
+
+
+def _in_mediapipe(check: Mapping[str, Any] | None) -> str:
+    if check is None:
+        return ""
+    if check["status"] != "ok":
+        return f"; MediaPipe {check['status']}: {check['reason']}"
+    return (
+        f"; MediaPipe {check['parity']['runtime_version']}, "
+        f"{check['same_ids']} of {check['texts']} texts into the same ids"
+    )

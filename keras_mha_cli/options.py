@@ -231,6 +231,27 @@ OPTIONS: Sequence[Option] = (
         },
     ),
     Option(
+        "--text",
+        ("tflite",),
+        {
+            "action": "store_true",
+            "help": "for a model of texts: also write text_<S>.tflite, which takes "
+            "strings; the interpreter needs the operations of tensorflow-text",
+        },
+    ),
+    Option(
+        "--metadata",
+        ("tflite",),
+        {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "also write mediapipe_<S>.tflite for MediaPipe's TextClassifier, "
+            "with these labels: a .txt with one in a line, for a model of texts; for a "
+            'model of ids a .json, {"labels": [...], "vocabulary": [...], "texts": '
+            '[...]}, with "delimiter" for words instead of wordpieces',
+        },
+    ),
+    Option(
         "--signature-name",
         ("tflite",),
         {
@@ -290,6 +311,9 @@ def misplaced(values: Mapping[str, Any], formats: Sequence[str]) -> str | None:
                 f"{option.flag} is for {' and '.join(option.formats)}, not for "
                 f"{' and '.join(formats)}: leave it out, or add one to --to"
             )
+    metadata = values.get("metadata")
+    if metadata is not None and metadata.suffix not in (".txt", ".json"):
+        return "--metadata must end in .txt or .json"
     wants_ranges = values.get("quantization") == "int8_dense"
     if ("representative_data" in values) != wants_ranges:
         return "--representative-data goes with --quantization int8_dense"

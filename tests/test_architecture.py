@@ -39,6 +39,7 @@ LATE = (
     "ai_edge_litert",
     "litert_quantizer",
     "matplotlib",
+    "mediapipe",
     "onnx",
     "onnxruntime",
     "openvino",

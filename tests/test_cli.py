@@ -146,7 +146,8 @@ def test_texts_are_refused_by_what_to_change(
         ]
     )
     assert code == 1
-    assert "after its tokenizer: `--tokens` gives it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "after its tokenizer: `--tokens` gives it; or pass `--text`" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -173,6 +174,84 @@ def test_a_model_of_texts_goes_where_ids_are_taken(files: Path, tmp_path: Path) 
     (answer,) = session.run(None, {"ids": np.asarray(ids)})
     wanted = small_models.text_model()(np.array(small_models.TEXTS))
     np.testing.assert_allclose(answer, wanted, atol=1e-5)
+
+
+def test_a_model_of_texts_becomes_files_that_take_texts(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    labels, texts = tmp_path / "labels.txt", tmp_path / "texts.txt"
+    labels.write_text("bad\ngood\nnone\n", "utf-8")
+    texts.write_text("good movie\n\na bad movie\n", "utf-8")
+    code = main(
+        [
+            *("export", str(files / "texts.keras"), "--tokens", "--text"),
+            *("--to", "saved_model", "tflite", "onnx", "--sequence-lengths", "6"),
+            *("--metadata", str(labels), "--samples", str(texts)),
+            *("--out", str(out), "--report", str(report)),
+        ]
+    )
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    found = json.loads(report.read_text())
+    kinds = {file["kind"]: file for file in found["tflite"]["files"]}
+    assert list(kinds) == ["ids", "text", "mediapipe"]
+    assert kinds["text"]["inputs"][0]["dtype"] == "string"
+    assert found["onnx"]["inputs"][0]["name"] == "ids"
+    assert found["saved_model"]["further_signatures"][0]["name"] == "tokens"
+    assert (out / "tflite" / "labels.txt").read_text() == labels.read_text()
+    check = kinds["mediapipe"]["mediapipe"]
+    if check["status"] == "not run":
+        assert "; MediaPipe not run: pip install 'keras-mha[mediapipe]'" in told.out
+        return
+    assert (check["same_ids"], check["texts"]) == (3, 3)
+    assert ", 3 of 3 texts into the same ids |" in told.out
+
+
+def test_metadata_of_words(files: Path, tmp_path: Path) -> None:
+    metadata, report = tmp_path / "metadata.json", tmp_path / "report.json"
+    words = ["<PAD>", "<START>", "<UNKNOWN>", "good", "bad", "film"]
+    fields = {
+        "labels": ["a", "b", "c"],
+        "vocabulary": words,
+        "texts": ["good film", "bad"],
+        "delimiter": "[^a-z]+",
+    }
+    metadata.write_text(json.dumps(fields), "utf-8")
+    np.save(tmp_path / "ids.npy", np.array([[1, 3, 5], [1, 4, 0]]))
+    arguments = of_ids(files, tmp_path / "out", "tflite")
+    arguments[arguments.index("--samples") + 1] = str(tmp_path / "ids.npy")
+    further = ["--metadata", str(metadata), "--report", str(report)]
+    assert main([*arguments, *further]) == 0
+    written = json.loads(report.read_text())["tflite"]["files"]
+    assert [file["kind"] for file in written] == ["ids", "mediapipe"]
+    vocabulary = (tmp_path / "out" / "tflite" / "vocab.txt").read_text("utf-8")
+    assert vocabulary.split() == words
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"labels": ["a"], "words": []}', "object with `labels` and further of"),
+        ("3", "object with `labels` and further of"),
+        ('{"labels": "a"}', "`labels` must be a sequence of strings"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_metadata_that_is_none(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    message: str,
+) -> None:
+    metadata = tmp_path / "metadata.json"
+    metadata.write_text(content, "utf-8")
+    arguments = of_ids(files, tmp_path / "out", "tflite")
+    assert main([*arguments, "--metadata", str(metadata)]) == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
 
 
 def test_samples_of_another_type_are_refused_in_one_line(
@@ -251,6 +330,9 @@ def test_layers_that_are_not_known_are_named(
             "the tolerance is --quantized-tolerance",
         ),
         (["pb"], [], "invalid choice: 'pb'"),
+        (["onnx"], ["--text"], "--text is for tflite, not for onnx"),
+        (["tflite"], ["--metadata", "l.csv"], "--metadata must end in .txt or .json"),
+        (["tflite"], ["--metadata", "l.txt"], "l.txt does not exist"),
         (["onnx"], ["--report", "absent/r.md"], "absent does not exist"),
         (["onnx"], ["--report", "r.txt"], "--report must end in .json or .md"),
         (["onnx"], ["--samples", "absent.npy"], "absent.npy does not exist"),

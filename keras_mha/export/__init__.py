@@ -3,10 +3,12 @@
 from keras_mha.export.device_form import register_device_form
 from keras_mha.export.device_layers import NoDeviceFormError, Swap
 from keras_mha.export.lint import Finding, lint_tflite
+from keras_mha.export.metadata import BertMetadata, RegexMetadata
 from keras_mha.export.onnx_file import export_onnx
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
     ExportReport,
+    MediaPipeCheck,
     ONNXReport,
     Parity,
     SavedModelReport,
@@ -23,12 +25,15 @@ from keras_mha.export.verification import verify
 from keras_mha.export.verification_report import RuntimeCheck, VerificationReport
 
 __all__ = [
+    "BertMetadata",
     "ExportReport",
     "Finding",
+    "MediaPipeCheck",
     "NoDeviceFormError",
     "ONNXReport",
     "Parity",
     "ParityError",
+    "RegexMetadata",
     "RuntimeCheck",
     "SavedModelReport",
     "SignatureReport",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.tokens import INPUT, after_tokenizer
 
 Arrays = Mapping[str, np.ndarray]
 _BATCH = 32
@@ -64,6 +65,7 @@ def fixed_cases(
     """The samples that fit a file whose one input has a fixed shape.
 
     Integers of two axes are ids: they are padded with 0, or lose zeros at their end.
+    Strings all fit.
 
     Args:
         endpoint: The model.
@@ -76,7 +78,8 @@ def fixed_cases(
     """
     ((name, array),) = arrays.items()
     received = f"the samples are {array.dtype} {array.shape}"
-    if array.dtype.kind == "O" or dtype == "string" or len(shape) != array.ndim:
+    strings = array.dtype.kind == "O"
+    if strings != (dtype == "string") or len(shape) != array.ndim:
         raise MisfitError(f"it takes {dtype} {list(shape)}; {received}")
     batch = shape[0] if shape[0] > 0 else 1
     sizes = tuple(
@@ -93,23 +96,57 @@ def fixed_cases(
         array = array[kept, : sizes[0]]
         array = np.pad(array, ((0, 0), (0, sizes[0] - array.shape[1])))
     filled = np.concatenate([array, np.repeat(array[-1:], -len(array) % batch, axis=0)])
-    own = filled.astype(dtype)
+    own = filled if strings else filled.astype(dtype)
     runs = [{name: own[i : i + batch]} for i in range(0, len(own), batch)]
-    # The model takes several of the file's batches at once: that is faster.
-    step = -(-_BATCH // batch) * batch
-    wanted = [
-        {output: answer[i : i + batch] for output, answer in answers.items()}
-        for j in range(0, len(filled), step)
-        for answers in [endpoint.answer({name: filled[j : j + step]})]
-        for i in range(0, len(filled[j : j + step]), batch)
-    ]
+    wanted = _answers(endpoint, {name: filled}, batch)
     return Cases(tuple(runs), tuple(wanted), kept)
+
+
+def text_cases(endpoint: Endpoint, arrays: Arrays, length: int) -> Cases:
+    """Each text alone, for a runtime that cuts texts into `length` ids itself.
+
+    Besides the model's one output, under the name `scores`, the ids are wanted that
+    its own tokenizer makes.
+
+    Raises:
+        MisfitError: If the model has several outputs.
+        ValueError: If it has no tokenizer, or several.
+    """
+    ((name, texts),) = arrays.items()
+    ids = after_tokenizer(endpoint, arrays)[1][INPUT]
+    # Where more ids than that are not padding, none that it can make are the same.
+    too_long = np.any(ids[:, length:], axis=1)
+    ids = np.pad(ids, ((0, 0), (0, max(0, length - ids.shape[1]))))[:, :length]
+    ids[too_long] = -2
+    answers = _answers(endpoint, arrays, 1)
+    if len(answers[0]) != 1:
+        raise MisfitError(f"the model has the outputs {sorted(answers[0])}, not one")
+    wanted = [
+        {"scores": next(iter(answer.values())), "ids": row[np.newaxis]}
+        for answer, row in zip(answers, ids, strict=True)
+    ]
+    given = [{name: text.reshape(1)} for text in np.split(texts, len(texts))]
+    return Cases(tuple(given), tuple(wanted), np.arange(len(texts)))
+
+
+def _answers(endpoint: Endpoint, arrays: Arrays, batch: int) -> list[Arrays]:
+    """The model's answers to the batches of its one input."""
+    ((name, array),) = arrays.items()
+    # It takes several of the batches at once: that is faster.
+    step = -(-_BATCH // batch) * batch
+    return [
+        {output: answer[i : i + batch] for output, answer in answers.items()}
+        for j in range(0, len(array), step)
+        for answers in [endpoint.answer({name: array[j : j + step]})]
+        for i in range(0, len(array[j : j + step]), batch)
+    ]
 
 
 def labels_of(answers: Sequence[Arrays], rows: int) -> np.ndarray | None:
     """The class of each of the first rows; `None` where that is not what is answered.
 
-    It is the largest of several values, or whether a single one is at least 0.5.
+    It is the largest of several values, or whether a single one is at least 0.5; -1
+    where a value is no number.
     """
     if len(answers[0]) != 1:
         return None
@@ -117,6 +154,6 @@ def labels_of(answers: Sequence[Arrays], rows: int) -> np.ndarray | None:
     if first.ndim != 2 or first.dtype.kind != "f":
         return None
     values = np.concatenate([answer[name] for answer in answers])[:rows]
-    if first.shape[1] == 1:
-        return (values[:, 0] >= 0.5).astype(np.int64)
-    return np.argmax(values, axis=1)
+    several = first.shape[1] > 1
+    labels = np.argmax(values, axis=1) if several else values[:, 0] >= 0.5
+    return np.where(np.isnan(values).any(axis=1), -1, labels)

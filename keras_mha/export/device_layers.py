@@ -193,11 +193,10 @@ def _ids_as_floats(ids: Tensor) -> Tensor:
 def not_equal(operation: Any) -> list[Swap]:
     """The mask `ids != 0`, which functional models compute once for all layers."""
     original = operation.call
-    (node,) = operation._inbound_nodes
-    ids = node.input_tensors[0]
-    # What is looked up in a table is whole and not negative, whatever its type.
-    readers = ids._keras_history.operation._outbound_nodes
-    if not any(isinstance(reader.operation, _EMBEDDINGS) for reader in readers):
+    # Several where the operation is in several models, as in one and a part of it.
+    if not all(
+        _is_looked_up(node.input_tensors[0]) for node in operation._inbound_nodes
+    ):
         return []
 
     def call(x1: Tensor, x2: Any) -> Tensor:
@@ -206,6 +205,12 @@ def not_equal(operation: Any) -> list[Swap]:
         return with_floats(visible, _ids_as_floats(x1)) if is_mask else visible
 
     return [Swap(operation, "call", call)]
+
+
+def _is_looked_up(ids: Any) -> bool:
+    """Whether a table reads them: then they are whole and not negative."""
+    readers = ids._keras_history.operation._outbound_nodes
+    return any(isinstance(reader.operation, _EMBEDDINGS) for reader in readers)
 
 
 # Normalization and pooling.

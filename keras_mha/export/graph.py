@@ -71,7 +71,12 @@ def read_operators(path: Path, *, timeout: float) -> tuple[Operator, ...]:
 
 
 def read_graphs(path: Path, *, timeout: float) -> list[dict[str, Any]]:
-    """Reads all graphs of the file at `path`, as the runtime `tflite_graph` does.
+    """All graphs of the file at `path`; see `read_file`."""
+    return read_file(path, timeout=timeout)["graphs"]
+
+
+def read_file(path: Path, *, timeout: float) -> dict[str, Any]:
+    """Reads the file at `path`, as the runtime `tflite_graph` does.
 
     The file need not be trusted: a fresh process reads it, in bounded time and memory.
 
@@ -101,7 +106,7 @@ def read_graphs(path: Path, *, timeout: float) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as a TFLite file: {error}") from error
     if "broken" in facts:
         raise ValueError(f"{path} cannot be read as a TFLite file: {facts['broken']}")
-    return facts["graphs"]
+    return facts
 
 
 def operators_of(graphs: Sequence[Mapping[str, Any]]) -> tuple[Operator, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -166,31 +166,66 @@ class SavedModelReport(ExportReport):
 
 
 @dataclass(frozen=True)
+class MediaPipeCheck:
+    """A file with metadata in MediaPipe's TextClassifier.
+
+    MediaPipe cuts texts itself. The scores of all texts are compared, each with what
+    the model gives for the ids that MediaPipe made of it.
+
+    Attributes:
+        status: `"ok"`, or `"not run"` where mediapipe is not installed.
+        reason: What to install; empty where it was run.
+        texts: Number of texts.
+        same_ids: Number of texts that MediaPipe cuts into the ids of the samples.
+        other_ids: The first texts that it cuts otherwise, as Python writes them.
+        parity: The comparison of the scores.
+    """
+
+    status: Literal["ok", "not run"]
+    reason: str = ""
+    texts: int = 0
+    same_ids: int = 0
+    other_ids: tuple[str, ...] = ()
+    parity: Parity | None = None
+
+
+@dataclass(frozen=True)
 class TFLiteFile:
     """One file that `export_tflite` wrote and checked.
 
     Attributes:
         path: Where it is.
+        kind: `"ids"` takes ids, `"text"` takes strings, and `"mediapipe"` has labels
+            and a tokenizer in it for MediaPipe, which takes strings.
         sequence_length: The fixed length of its ids.
         batch_size: The fixed number of rows.
         size_bytes: Of the file.
         inputs: The signature's inputs.
         outputs: The signature's outputs.
         operators: How often each builtin operation occurs, most frequent first.
+        custom_operations: Operations that are not built in; tensorflow-text has those
+            of a file that takes strings.
+        min_runtime_version: The oldest TensorFlow Lite that has the builtin operations,
+            in the versions that the file uses, as the file says itself.
         delegate_partitions: Number of parts that the CPU delegate (XNNPACK) took
             over; `None` where the runtime does not tell.
-        parity: The comparison with the model.
+        parity: The comparison with the model, in LiteRT.
+        mediapipe: The comparison in MediaPipe, for a file of that kind.
     """
 
     path: str
+    kind: Literal["ids", "text", "mediapipe"]
     sequence_length: int
     batch_size: int
     size_bytes: int
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     operators: dict[str, int]
+    custom_operations: tuple[str, ...]
+    min_runtime_version: str
     delegate_partitions: int | None
     parity: Parity
+    mediapipe: MediaPipeCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -202,7 +237,9 @@ class TFLiteReport(ExportReport):
         quantization: How the files' numbers were made smaller, or `None`.
         target: What the files are for.
         notes: One sentence for each layer that was exported as it is.
-        files: One entry for each sequence length.
+        files: One entry for each file, by length and kind.
+        companions: The paths of what stands beside them: `vocab.txt` and `labels.txt`
+            where they are known, `manifest.json`, and snippets of code.
     """
 
     signature_name: str
@@ -210,6 +247,7 @@ class TFLiteReport(ExportReport):
     target: str
     notes: tuple[str, ...]
     files: tuple[TFLiteFile, ...]
+    companions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -242,10 +280,11 @@ def _sections(title: str, fields: dict[str, Any]) -> list[str]:
     """A table of `fields` under `title`, then one section for each part."""
     files = fields.get("files", [])
     signatures = fields.get("further_signatures", [])
-    nested = ("files", "further_signatures", "parity")
+    mediapipe = fields.get("mediapipe")
+    nested = ("files", "further_signatures", "parity", "mediapipe")
     # A nested comparison stands on the level of its owner.
     flat = {key: fields[key] for key in fields if key not in nested}
-    flat |= fields.get("parity", {})
+    flat |= fields.get("parity") or {}
     rows = ["| field | value |", "| --- | --- |"]
     rows += [f"| {key} | {_cell(value)} |" for key, value in flat.items()]
     parts = [title, "\n".join(rows)]
@@ -253,6 +292,8 @@ def _sections(title: str, fields: dict[str, Any]) -> list[str]:
         parts += _sections(f"### {Path(file['path']).name}", file)
     for signature in signatures:
         parts += _sections(f"### signature {signature['name']}", signature)
+    if mediapipe:
+        parts += _sections("#### in MediaPipe", mediapipe)
     return parts
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from google.protobuf.message import DecodeError
 
-from keras_mha.export.comparison import Arrays, Cases, fixed_cases
+from keras_mha.export.comparison import Arrays, Cases, fixed_cases, text_cases
 from keras_mha.export.endpoint import Endpoint
 from keras_mha.export.files import highest_version
-from keras_mha.export.graph import read_graphs
+from keras_mha.export.graph import read_file
 from keras_mha.export.runtimes import arm, litert_gpu
 from keras_mha.export.saved_model import loader, read_graph
+from keras_mha.export.tflite_text import registrar
 
-Kind = Literal["saved_model", "tflite", "onnx"]
+Kind = Literal["saved_model", "tflite", "onnx", "tflite_text", "tflite_mediapipe"]
+# Why a runtime that reads TFLite files does not read one of this kind.
+UNREAD: Mapping[Kind, str] = {
+    "tflite": "the file has no metadata, which `export_tflite(metadata=...)` writes",
+    "tflite_text": "the file takes strings, which this runtime does not",
+    "tflite_mediapipe": "the file is for MediaPipe; the file of ids has the same graph",
+}
 _BLOCKED = ("keras_mha", "keras", "tensorflow")
 _SMALL = ("int16", "float16", "int8", "uint8", "int4", "uint4", "int2")
 
 
 class AbsentError(RuntimeError):
-    """A runtime cannot be used here; the message says what to install."""
+    """A runtime cannot be used, or a file not with this model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Opened:
     """What is known of a file before it runs.
 
     Attributes:
+        kind: Its kind.
         path: The file or directory itself.
         cases: The runs that it is given.
         quantized: Whether it holds weights in less than float32.
@@ -52,6 +60,7 @@ class Opened:
         loader: How TensorFlow loads it, if it is a SavedModel.
     """
 
+    kind: Kind
     path: Path
     cases: Cases
     quantized: bool
@@ -70,7 +79,8 @@ class Runtime:
         find: Looks for it, and gives what `start` needs; raises `AbsentError`.
         start: How it is started on a file.
         emulated: Whether its speed says nothing.
-        takes_text: Whether it takes strings.
+        takes_text: Whether it takes strings where the file does.
+        cuts_texts: Whether it cuts texts into ids itself, and answers these too.
     """
 
     label: str
@@ -79,6 +89,7 @@ class Runtime:
     start: Callable[[Opened, Any], Start]
     emulated: bool = False
     takes_text: bool = False
+    cuts_texts: bool = False
 
 
 def _need(package: str, extra: str) -> None:
@@ -114,6 +125,11 @@ def _find_arm() -> tuple[str, ...]:
         raise AbsentError(str(error)) from error
 
 
+def _find_mediapipe() -> None:
+    _need("mediapipe", "mediapipe")
+    _need("ai_edge_litert", "tflite")  # whose schema it reads the file's shapes with
+
+
 def _find_onnx_runtime() -> None:
     _need("onnxruntime", "onnx")
 
@@ -130,7 +146,9 @@ def _start_openvino(opened: Opened, _: None) -> Start:
 
 
 def _start_litert(opened: Opened, _: None) -> Start:
-    options = {"signature_name": opened.signature_name}
+    options: dict[str, Any] = {"signature_name": opened.signature_name}
+    if opened.kind == "tflite_text":
+        options["registrar"] = registrar()
     return Start("litert", {"blocked": _BLOCKED, "options": options})
 
 
@@ -142,6 +160,10 @@ def _start_gpu(opened: Opened, driver: str) -> Start:
 def _start_arm(opened: Opened, python: tuple[str, ...]) -> Start:
     start = _start_litert(opened, None)
     return Start(start.module, {**start.arguments, "python": python})
+
+
+def _start_mediapipe(_opened: Opened, _: None) -> Start:
+    return Start("mediapipe_text", {"blocked": _BLOCKED, "options": {}})
 
 
 def _start_onnx_runtime(_opened: Opened, _: None) -> Start:
@@ -161,7 +183,11 @@ RUNTIMES: Mapping[str, Runtime] = {
         "OpenVINO, CPU", ("saved_model", "onnx"), _find_openvino, _start_openvino
     ),
     "litert": Runtime(
-        "LiteRT interpreter, CPU", ("tflite",), _find_litert, _start_litert
+        "LiteRT interpreter, CPU",
+        ("tflite", "tflite_text"),
+        _find_litert,
+        _start_litert,
+        takes_text=True,
     ),
     "litert_gpu": Runtime(
         "LiteRT GPU delegate, software Vulkan",
@@ -169,6 +195,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         _find_gpu,
         _start_gpu,
         emulated=True,
+        takes_text=True,
     ),
     "litert_arm": Runtime(
         "LiteRT interpreter, emulated ARM",
@@ -176,6 +203,15 @@ RUNTIMES: Mapping[str, Runtime] = {
         _find_arm,
         _start_arm,
         emulated=True,
+        takes_text=True,
+    ),
+    "mediapipe": Runtime(
+        "MediaPipe TextClassifier, CPU",
+        ("tflite_mediapipe",),
+        _find_mediapipe,
+        _start_mediapipe,
+        takes_text=True,
+        cuts_texts=True,
     ),
     "onnx_runtime": Runtime(
         "ONNX Runtime, CPU", ("onnx",), _find_onnx_runtime, _start_onnx_runtime
@@ -196,22 +232,14 @@ def open_file(
     """Reads what its runtimes must know of a file, without running it.
 
     Raises:
+        AbsentError: If it takes texts and the model ids, or the other way round.
         ValueError: If it is no such file, or does not fit the model.
     """
     names = tuple(free.wanted[0])
     if kind == "onnx":
-        return Opened(path, free, False, names, "")
+        return Opened("onnx", path, free, False, names, "")
     if kind == "tflite":
-        graph, *_ = read_graphs(path, timeout=timeout)
-        inputs = [graph["tensors"][number] for number in graph["inputs"]]
-        if len(inputs) != 1:
-            raise ValueError(f"{path} must have one input, and has {len(inputs)}")
-        cases = fixed_cases(endpoint, arrays, inputs[0]["shape"], inputs[0]["dtype"])
-        quantized = any(
-            tensor["constant"] and tensor["dtype"] in _SMALL
-            for tensor in graph["tensors"]
-        )
-        return Opened(path, cases, quantized, names, signature_name)
+        return _open_tflite(path, endpoint, arrays, names, signature_name, timeout)
     if not (path / "saved_model.pb").is_file():
         path /= str(highest_version(path))
     try:
@@ -224,4 +252,51 @@ def open_file(
             f"{sorted(arrays)}, and has {sorted(signature.inputs)}"
         )
     start = Start(*loader(signature, operations, signature_name))
-    return Opened(path, free, False, names, signature_name, start)
+    return Opened("saved_model", path, free, False, names, signature_name, start)
+
+
+def _open_tflite(
+    path: Path,
+    endpoint: Endpoint,
+    arrays: Arrays,
+    names: tuple[str, ...],
+    signature_name: str,
+    timeout: float,
+) -> Opened:
+    facts = read_file(path, timeout=timeout)
+    graph, *_ = facts["graphs"]
+    inputs = [graph["tensors"][number] for number in graph["inputs"]]
+    kind = _kind_of_tflite(facts["has_metadata"], inputs)
+    of_texts = any(array.dtype.kind == "O" for array in arrays.values())
+    if of_texts != (kind != "tflite"):
+        raise AbsentError(
+            "it takes ids, and no strings"
+            if of_texts
+            else "it takes texts, and the model ids: verify the model of texts"
+        )
+    if kind == "tflite_mediapipe":
+        try:
+            cases = text_cases(endpoint, arrays, inputs[0]["shape"][-1])
+        except ValueError as error:
+            raise AbsentError(f"its ids cannot be compared: {error}") from error
+    elif len(inputs) != 1:
+        raise ValueError(f"{path} must have one input, and has {len(inputs)}")
+    else:
+        cases = fixed_cases(endpoint, arrays, inputs[0]["shape"], inputs[0]["dtype"])
+    if kind == "tflite_text":
+        try:
+            registrar()
+        except FileNotFoundError as error:
+            raise AbsentError(str(error)) from error
+    quantized = any(
+        # The tokenizer's tables are bytes.
+        tensor["constant"] and tensor["dtype"] in _SMALL and tensor["dtype"] != "uint8"
+        for tensor in graph["tensors"]
+    )
+    return Opened(kind, path, cases, quantized, names, signature_name)
+
+
+def _kind_of_tflite(has_metadata: bool, inputs: Sequence[Mapping[str, Any]]) -> Kind:
+    if has_metadata:
+        return "tflite_mediapipe"
+    return "tflite_text" if inputs[0]["dtype"] == "string" else "tflite"

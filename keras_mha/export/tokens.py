@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_mha.export.endpoint import Endpoint, describe
+
+if TYPE_CHECKING:
+    from keras_mha.text import WordpieceTokenizer
 
 INPUT = "ids"
 
@@ -60,11 +63,20 @@ def after_tokenizer(
     return inner, cut
 
 
+def tokenizer_of(model: keras.Model) -> WordpieceTokenizer:
+    """The tokenizer that the model has and calls once.
+
+    Raises:
+        ValueError: If it has none, or more such calls than one.
+    """
+    return _with_output_of_tokenizer(model)[1]
+
+
 def _cut(
     model: keras.Model, arrays: Mapping[str, np.ndarray]
 ) -> tuple[keras.Model, dict[str, np.ndarray]]:
     """The model after its tokenizer, and samples by the names of its inputs."""
-    traced, ids = _with_output_of_tokenizer(model)
+    traced, _, ids = _with_output_of_tokenizer(model)
     kept = [tensor for tensor in traced.inputs if tensor.dtype != "string"]
     cut = {tensor.name: arrays[tensor.name] for tensor in kept}
     if INPUT in cut:
@@ -91,8 +103,10 @@ def _keep(layer: Any) -> Any:
     return layer
 
 
-def _with_output_of_tokenizer(model: keras.Model) -> tuple[keras.Model, Any]:
-    """The model traced anew with its own layers, and what its tokenizer gives there."""
+def _with_output_of_tokenizer(
+    model: keras.Model,
+) -> tuple[keras.Model, WordpieceTokenizer, Any]:
+    """The model traced anew, its tokenizer, and what that gives there."""
     from keras_mha.text import WordpieceTokenizer
 
     found = []
@@ -100,7 +114,7 @@ def _with_output_of_tokenizer(model: keras.Model) -> tuple[keras.Model, Any]:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         output = layer(*args, **kwargs)
         if isinstance(layer, WordpieceTokenizer):
-            found.append(output)
+            found.append((layer, output))
         return output
 
     traced: Any = model
@@ -112,8 +126,8 @@ def _with_output_of_tokenizer(model: keras.Model) -> tuple[keras.Model, Any]:
         )
     if len(found) != 1:
         raise ValueError(
-            "With `tokens` the model must be Functional or Sequential and call a "
+            "The model must be Functional or Sequential and call a "
             "`keras_mha.text.WordpieceTokenizer` of its own once. Received: "
             f"{type(model).__name__} with {len(found)} such calls"
         )
-    return traced, found[0]
+    return traced, *found[0]

@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras_mha.export.comparison import Cases, free_cases, labels_of
 from keras_mha.export.endpoint import Endpoint, describe
 from keras_mha.export.parity import check_timeout, check_tolerance
-from keras_mha.export.runtime_table import RUNTIMES, Kind, open_file
+from keras_mha.export.runtime_table import RUNTIMES, AbsentError, Kind, open_file
 from keras_mha.export.verification_job import UNCOUNTED, Job, share
 from keras_mha.export.verification_report import RuntimeCheck, VerificationReport
 
@@ -52,12 +52,16 @@ def verify(
     | `litert` | LiteRT on the CPU | TFLite |
     | `litert_gpu` | LiteRT's GPU delegate on a software Vulkan driver | TFLite |
     | `litert_arm` | LiteRT on an emulated ARM processor | TFLite |
+    | `mediapipe` | MediaPipe's TextClassifier on the CPU | TFLite with metadata |
     | `onnx_runtime` | ONNX Runtime | ONNX |
 
     Files need not be trusted: nothing but those processes loads them, and their end is
     a row of the report. A file of fixed length gets the rows that fit it, padded with
-    0, and so does the model it is compared with. Latencies are medians of calls that
-    the processes make in turns; TensorFlow's use all cores, the others' one.
+    0, and so does the model it is compared with. Files that take strings, and those for
+    MediaPipe, are compared with the model of texts. MediaPipe cuts texts itself: values
+    are compared where it makes the ids that the model's tokenizer makes, and labels
+    everywhere. Latencies are medians of calls that the processes make in turns;
+    TensorFlow's use all cores, the others' one.
 
     Args:
         model: A built Keras model on the TensorFlow backend.
@@ -65,7 +69,8 @@ def verify(
             a dictionary by input name. Hundreds of rows from the real data are best.
         saved_model: A SavedModel, or a directory of numbered versions, of which the
             highest is taken.
-        tflite: One or more TFLite files; the model must then have one input of ids.
+        tflite: One or more TFLite files; the model must then have one input, of ids or
+            of strings.
         onnx: An ONNX file.
         labels: The right class of each sample, whole numbers `(n,)`, for accuracies.
         runtimes: Names from the table above. Default: all.
@@ -129,7 +134,7 @@ def verify(
         of_file = [
             Job(path, RUNTIMES[name], right)
             for name in names
-            if kind in RUNTIMES[name].reads
+            if any(read.startswith(kind) for read in RUNTIMES[name].reads)
         ]
         jobs += of_file
         ready = [job for job in of_file if job.find(endpoint)]
@@ -145,6 +150,10 @@ def verify(
                 signature_name=signature_name,
                 timeout=timeout,
             )
+        except AbsentError as error:
+            for job in ready:
+                job.skip(str(error))
+            continue
         except ValueError as error:
             for job in ready:
                 job.fail(str(error))

@@ -40,6 +40,8 @@ class RuntimeCheck:
             batch, as a multiple of the Keras model's. None where it is emulated.
         delegate_partitions: Number of parts that LiteRT's CPU delegate took over.
         fully_accelerated: Whether the GPU delegate took the whole graph.
+        same_ids: Share of texts that MediaPipe cuts into the model's own ids; where it
+            does not, values are not compared, and labels are.
     """
 
     file: str
@@ -57,6 +59,7 @@ class RuntimeCheck:
     latency: float | None = None
     delegate_partitions: int | None = None
     fully_accelerated: bool | None = None
+    same_ids: float | None = None
 
 
 _HEADS = {
@@ -67,6 +70,7 @@ _HEADS = {
     "max_absolute_difference": "max. difference",
     "max_relative_difference": "relative",
     "tolerance": "tolerance",
+    "same_ids": "same ids",
     "label_agreement": "label agreement",
     "accuracy": "accuracy",
     "size_bytes": "bytes",
@@ -172,7 +176,7 @@ def _cell(check: RuntimeCheck, key: str, names: Mapping[str, str]) -> str:
         text = ""
     elif isinstance(value, bool):
         text = "yes" if value else "no"
-    elif key in ("label_agreement", "accuracy"):
+    elif key in ("same_ids", "label_agreement", "accuracy"):
         text = f"{value:.2%}"
     else:
         text = f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -142,7 +142,8 @@ class WordpieceTokenizer(keras.layers.Layer):
         ids = tf.where(position <= kept, body, 0)
         ids = tf.where(position == 0, self._start, ids)
         ids = tf.where(position == kept + 1, self._end, ids)
-        return tf.ensure_shape(ids, (None, self._static_length()))
+        ids.set_shape((None, self._static_length()))  # no operation, as TFLite has none
+        return ids
 
     @override
     def compute_output_spec(self, inputs: keras.KerasTensor) -> keras.KerasTensor:

@@ -492,7 +492,7 @@ def test_the_whole_program_on_made_up_reviews(
     expected = {
         *("metrics.json", "model.keras", "saved_model", "model.tflite", "vocab.txt"),
         *("labels.txt", "report.md", "report.json", "training.png", "attention.png"),
-        *("model_128.tflite", "logs"),
+        *("model_128.tflite", "manifest.json", "snippets", "logs"),
         *("cross_validation.json", "cross_validation.md"),
     }
     assert {path.name for path in tmp_path.iterdir()} == expected

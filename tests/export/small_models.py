@@ -13,6 +13,18 @@ from keras_mha.text import WordpieceTokenizer
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "##ly", "movie", "a"]
 TEXTS = ["good movie", "a badly bad movie", "\u00dcber GOOD \U0001f3ac", "", "bad\0bad"]
 
+# As texts that users send: nothing, unknown words, a whole book, control characters,
+# broken UTF-8, right-to-left letters, emoji with joiners.
+HOSTILE = [
+    "",
+    "qqqq wwww",
+    "good movie " * 9091,
+    "bad\x00\x01\x1b[31m\r\n\tmovie",
+    b"good \xff\xfe\xc3 movie",
+    "\u202e\u05e1\u05e8\u05d8 \u0637\u064a\u0628 good",
+    "\U0001f3ac\U0001f468\u200d\U0001f469\u200d\U0001f467 bad",
+]
+
 
 def randomize(model: keras.Model, seed: int = 7) -> keras.Model:
     """Gives every weight a random value: biases start as zeros."""

@@ -8,6 +8,7 @@ import pytest
 
 from keras_mha.export import (
     ExportReport,
+    MediaPipeCheck,
     ONNXReport,
     Parity,
     SavedModelReport,
@@ -50,17 +51,24 @@ LITE = TFLiteReport(
     files=tuple(
         TFLiteFile(
             path=f"out/model_{length}.tflite",
+            kind="ids",
             sequence_length=length,
             batch_size=1,
             size_bytes=10 * length,
             inputs=(IDS,),
             outputs=(IDS,),
             operators={"ADD": 3, "MUL": 1},
+            custom_operations=(),
+            min_runtime_version="2.4.0",
             delegate_partitions=None,
             parity=PARITY,
+            mediapipe=MediaPipeCheck("ok", "", 5, 3, ("'caf\\xe9'",), PARITY)
+            if length == 11
+            else None,
         )
         for length in (7, 11)
     ),
+    companions=("out/manifest.json",),
 )
 
 ONNX = ONNXReport(
@@ -119,6 +127,7 @@ def test_markdown() -> None:
         "## TFLiteReport",
         "### model_7.tflite",
         "### model_11.tflite",
+        "#### in MediaPipe",
     ]
     assert "| notes | layer 'a' (Rare) has no device form |" in lines
     assert lines.count("| operators | ADD 3, MUL 1 |") == 2

@@ -25,17 +25,6 @@ from tests.export import small_models
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 3, 0, 0, 0]], "int32")
 LENGTH = 7
-# As texts that users send: nothing, unknown words, a whole book, control characters,
-# broken UTF-8, right-to-left letters, emoji with joiners.
-HOSTILE = [
-    "",
-    "qqqq wwww",
-    "good movie " * 9091,
-    "bad\x00\x01\x1b[31m\r\n\tmovie",
-    b"good \xff\xfe\xc3 movie",
-    "\u202e\u05e1\u05e8\u05d8 \u0637\u064a\u0628 good",
-    "\U0001f3ac\U0001f468\u200d\U0001f469\u200d\U0001f467 bad",
-]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 
 
@@ -183,9 +172,10 @@ def test_an_absent_runtime_is_never_ok(
         onnx=tmp_path / "a.onnx",
         tflite=tmp_path / "a.tflite",
     )
-    assert statuses(report) == ["reference", *["not run"] * 5]
+    assert statuses(report) == ["reference", *["not run"] * 6]
     assert [check.reason for check in report.checks[1:]] == [
         *["pip install 'keras-mha[tflite]'"] * 3,
+        "pip install 'keras-mha[mediapipe]'",
         "pip install 'keras-mha[openvino]'",
         "pip install 'keras-mha[onnx]'",
     ]
@@ -238,9 +228,11 @@ def test_broken_files_fail_in_their_rows(
 def test_hostile_texts_are_answered_as_by_the_model(tmp_path: Path) -> None:
     model = small_models.text_model()
     export_saved_model(model, tmp_path, samples=small_models.TEXTS)
-    report = verify(model, samples=HOSTILE, saved_model=tmp_path, timed_calls=0)
+    report = verify(
+        model, samples=small_models.HOSTILE, saved_model=tmp_path, timed_calls=0
+    )
     _, loader, openvino = report.checks
-    assert (loader.status, loader.samples) == ("ok", len(HOSTILE))
+    assert (loader.status, loader.samples) == ("ok", len(small_models.HOSTILE))
     assert loader.max_absolute_difference < 1e-6
     assert loader.label_agreement == 1.0
     assert (openvino.status, openvino.reason) == (
@@ -248,7 +240,7 @@ def test_hostile_texts_are_answered_as_by_the_model(tmp_path: Path) -> None:
         "it takes ids, and no strings",
     )
     # The texts do differ to the model.
-    answers = model(tf.constant(HOSTILE)).numpy()
+    answers = model(tf.constant(small_models.HOSTILE)).numpy()
     assert len(np.unique(answers.round(4), axis=0)) >= 4
 
 

@@ -44,15 +44,17 @@ def run(
         cases: Must be empty: nothing is run.
 
     Returns:
-        No answers, and either its `graphs`, in the form that `read_graphs` gives, or
-        what is wrong with it, under `broken`.
+        No answers, and either its `graphs`, in the form that `read_graphs` gives, and
+        whether it `has_metadata` for MediaPipe, or what is wrong with it, under
+        `broken`.
     """
     if cases:
         raise ValueError(f"`cases` must be empty. Received: {len(cases)}")
     content = Path(path).read_bytes()
     _limit_memory(2 * len(content) + _MEMORY)
     try:
-        return [], {"graphs": read_graphs(content)}
+        graphs = read_graphs(content)
+        return [], {"graphs": graphs, "has_metadata": _has_metadata(content)}
     except BrokenFileError as error:
         return [], {"broken": str(error)}
     except MemoryError:
@@ -93,6 +95,13 @@ def read_graphs(content: bytes) -> list[dict[str, Any]]:
         _read_graph(graph, f"graph {i}", codes, filled, types)
         for i, graph in enumerate(model.subgraphs)
     ]
+
+
+def _has_metadata(content: bytes) -> bool:
+    from ai_edge_litert import schema_py_generated as schema
+
+    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
+    return any(entry.name == b"TFLITE_METADATA" for entry in model.metadata or ())
 
 
 def _limit_memory(size: int) -> None:
