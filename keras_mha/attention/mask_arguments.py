@@ -189,6 +189,7 @@ def as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
     """
     if lengths is None:
         return None
+    refuse_symbolic(lengths, name)
     most = 2**31 - 1
     if not ops.is_tensor(lengths):
         # JAX and torch would wrap them around to int32 right away.
@@ -204,8 +205,25 @@ def as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
 
 def as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:
     """Returns integers of one of the ranks as int32; see `check_integers`."""
+    refuse_symbolic(values, name)
     values = check_integers(ops.convert_to_tensor(values), name, ranks)
     return ops.cast(values, "int32")
+
+
+def refuse_symbolic(values: Any, name: str) -> None:
+    """Says that a mask value holds numbers, not what stands for an input.
+
+    Raises:
+        TypeError: If `values` is a `KerasTensor`.
+    """
+    if isinstance(values, KerasTensor):
+        raise TypeError(
+            f"`{name}` must have values. Received: a symbolic KerasTensor of shape "
+            f"{tuple(values.shape)}. A mask value is made where a layer or a function "
+            "runs; a functional model passes a boolean tensor as `attention_mask`, "
+            "such as `keras.ops.arange(S) < keras.ops.expand_dims(lengths, (1, 2))` "
+            "of shape (B, 1, S)"
+        )
 
 
 def check_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:

@@ -21,6 +21,7 @@ from keras_mha.attention.mask_arguments import (
     check_integers,
     check_window,
     rank_2,
+    refuse_symbolic,
 )
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.typing import Shape, Tensor
@@ -495,6 +496,7 @@ def _as_offset(offset: Any) -> Any:
     number = plain_integer(offset)
     if number is not None:
         return number
+    refuse_symbolic(offset, "offset")
     offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
     return check_integers(offset, "offset", (0,))
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import backend, ops
 
+import keras_mha
 from keras_mha import CausalMask, PaddingMask, SegmentMask, SlidingWindowMask
 from keras_mha.attention.mask_arguments import as_boolean, as_pairs
 from keras_mha.attention.masks import Mask, clear_padding, intersect, materialize
@@ -359,3 +360,29 @@ def test_other_segments_are_refused(make: Any, name: str) -> None:
         make(np.array([0.0, 1.0]))
     with pytest.raises(ValueError, match=rf"`{name}` must have rank 1 or 2.*\(1, 1, 2"):
         make(np.array([[[0, 1]]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda symbol: PaddingMask(symbol), "key_lengths"),
+        (lambda symbol: PaddingMask(None, symbol), "query_lengths"),
+        (lambda symbol: SegmentMask(symbol), "query_ids"),
+        (lambda symbol: CausalMask(symbol), "offset"),
+    ],
+)
+def test_what_stands_for_an_input_is_refused(make: Any, name: str) -> None:
+    text = f"`{name}` must have values.*`attention_mask`"
+    with pytest.raises(TypeError, match=text):
+        make(keras.Input((), dtype="int32"))
+
+
+def test_a_functional_model_takes_lengths_as_the_error_says() -> None:
+    inputs, lengths = keras.Input((S, 8)), keras.Input((), dtype="int32")
+    visible = ops.arange(S) < ops.expand_dims(lengths, (1, 2))
+    layer = keras_mha.MultiHeadSelfAttention(2)
+    model = keras.Model([inputs, lengths], layer(inputs, attention_mask=visible))
+    array = np.random.default_rng(3).normal(size=(2, S, 8)).astype("float32")
+    found = model([array, np.array([3, 5])])
+    expected = layer(array, attention_mask=PaddingMask(np.array([3, 5])))
+    np.testing.assert_allclose(numbers(found), numbers(expected), atol=1e-6)
