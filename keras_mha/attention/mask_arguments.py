@@ -221,7 +221,7 @@ def refuse_symbolic(values: Any, name: str) -> None:
             f"`{name}` must have values. Received: a symbolic KerasTensor of shape "
             f"{tuple(values.shape)}. A mask value is made where a layer or a function "
             "runs; a functional model passes a boolean tensor as `attention_mask`, "
-            "such as `keras.ops.arange(S) < keras.ops.expand_dims(lengths, (1, 2))` "
+            "such as `keras.ops.expand_dims(lengths, (1, 2)) > keras.ops.arange(S)` "
             "of shape (B, 1, S)"
         )
 

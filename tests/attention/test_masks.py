@@ -365,10 +365,10 @@ def test_other_segments_are_refused(make: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda symbol: PaddingMask(symbol), "key_lengths"),
+        (PaddingMask, "key_lengths"),
         (lambda symbol: PaddingMask(None, symbol), "query_lengths"),
-        (lambda symbol: SegmentMask(symbol), "query_ids"),
-        (lambda symbol: CausalMask(symbol), "offset"),
+        (SegmentMask, "query_ids"),
+        (CausalMask, "offset"),
     ],
 )
 def test_what_stands_for_an_input_is_refused(make: Any, name: str) -> None:
@@ -379,7 +379,7 @@ def test_what_stands_for_an_input_is_refused(make: Any, name: str) -> None:
 
 def test_a_functional_model_takes_lengths_as_the_error_says() -> None:
     inputs, lengths = keras.Input((S, 8)), keras.Input((), dtype="int32")
-    visible = ops.arange(S) < ops.expand_dims(lengths, (1, 2))
+    visible = ops.expand_dims(lengths, (1, 2)) > ops.arange(S)
     layer = keras_mha.MultiHeadSelfAttention(2)
     model = keras.Model([inputs, lengths], layer(inputs, attention_mask=visible))
     array = np.random.default_rng(3).normal(size=(2, S, 8)).astype("float32")
