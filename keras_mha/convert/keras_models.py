@@ -42,10 +42,11 @@ def from_keras(layer_or_model: Any) -> Any:
       `GroupQueryAttention` counts the layer's outputs twice.
 
     What cannot be swapped raises: a layer, or a subclassed model, that makes Keras'
-    attention in code of its own, as those of KerasHub do. Put
-    `keras_mha.MultiHeadAttention` in the place of `keras.layers.MultiHeadAttention`
-    there; it takes the same arguments, and weights go over by `set_weights`.
-    Subclasses of Keras' layers are kept as they are.
+    attention in code of its own, as KerasHub's `TransformerEncoder` does. In code of
+    yours put `keras_mha.MultiHeadAttention` in the place of
+    `keras.layers.MultiHeadAttention`; it takes the same arguments, and weights go over
+    by `set_weights`. Subclasses of Keras' layers are kept as they are: those in
+    KerasHub's `TransformerDecoder`, for one.
 
     Args:
         layer_or_model: A layer of one of the two classes, or a model.
@@ -177,7 +178,10 @@ _FROM_KERAS = Rule(
     convert=from_stock,
     call=_call_ours,
     old="`keras.layers.MultiHeadAttention` or `keras.layers.GroupQueryAttention`",
-    new="keras_mha.MultiHeadAttention",
+    advice=(
+        "In that code use `keras_mha.MultiHeadAttention` instead: it takes the same "
+        "arguments, and weights go over by `new.set_weights(old.get_weights())`."
+    ),
 )
 _TO_KERAS = Rule(
     is_swapped=is_ours,
@@ -185,5 +189,8 @@ _TO_KERAS = Rule(
     convert=to_stock,
     call=_call_stock,
     old="`keras_mha.MultiHeadAttention` or `keras_mha.MultiHeadSelfAttention`",
-    new="keras.layers.MultiHeadAttention",
+    advice=(
+        "`to_keras` converts attention layers and functional models of them: build "
+        "the rest anew."
+    ),
 )

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
         convert: Makes the new layer, with weights if the old one has them.
         call: Calls a new layer, given the old one, in a functional model.
         old: Names of the classes that are swapped, for messages.
-        new: Name of the class that a layer should make instead of them.
+        advice: What to do where one cannot be swapped.
     """
 
     is_swapped: Callable[[Any], bool]
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     convert: Callable[[Any], Any]
     call: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
     old: str
-    new: str
+    advice: str
 
 
 def copy_model(model: keras.Model, rule: Rule) -> Any:
@@ -91,7 +91,7 @@ class _Copier:
     def _make(self, layer: Any) -> Any:
         if self.rule.is_swapped(layer):
             return self.rule.convert(layer)
-        if isinstance(layer, keras.Sequential) and type(layer) is keras.Sequential:
+        if type(layer) is keras.Sequential:
             return self._copy_sequential(layer)
         if _is_functional(layer):
             return self._copy_functional(layer)
@@ -102,7 +102,7 @@ class _Copier:
     def _copy_sequential(self, model: Any) -> Any:
         for layer in model.layers:
             if self.rule.is_fused(layer):
-                self._refuse(model, "calls its layers with a single input", [layer])
+                self._refuse(model, "calls it with a single input", [layer])
         layers = [self.copy(layer) for layer in model.layers]
         inputs = getattr(model, "inputs", None) or []
         return keras.Sequential([*map(_copy_input, inputs), *layers], name=model.name)
@@ -138,12 +138,17 @@ class _Copier:
             for sublayer in layer._flatten_layers(include_self=False)
             if self.rule.is_swapped(sublayer)
         ]
-        if isinstance(layer, keras.Model):
-            self._refuse(
-                layer, "is a model that calls layers in code of its own", inner
+        if isinstance(layer, keras.Model) and hasattr(layer, "inputs"):
+            raise TypeError(
+                "A functional model whose class has a constructor of its own cannot be "
+                "made anew from inputs and outputs: convert the plain "
+                "`keras.Model(model.input, model.output)` instead. "
+                f"Received: {_described(layer)}"
             )
+        if isinstance(layer, keras.Model):
+            self._refuse(layer, "is a model that calls it in code of its own", inner)
         if any(map(self.rule.is_fused, inner)):
-            self._refuse(layer, "calls a layer with a single input", inner)
+            self._refuse(layer, "calls it with a single input", inner)
         kinds = {_kind(keras.saving.serialize_keras_object(each)) for each in inner}
         swapped: list[str] = []
 
@@ -162,15 +167,13 @@ class _Copier:
         with _own_objects(layer):
             config = swap(layer.get_config())
             if sorted(swapped) != sorted(each.name for each in inner):
-                self._refuse(layer, "makes layers in code of its own", inner)
+                self._refuse(layer, "makes it in code of its own", inner)
             return type(layer).from_config(config)
 
     def _refuse(self, holder: Any, reason: str, inner: list[Any]) -> NoReturn:
         raise TypeError(
-            f"{_described(holder)} {reason}, where none can be swapped. Use "
-            f"`{self.rule.new}` in that code: it takes the same arguments, and the "
-            "layer then takes its weights by `new.set_weights(old.get_weights())`. "
-            f"Received: {', '.join(map(_described, inner))} inside"
+            f"Attention inside {_described(holder)} cannot be swapped: that {reason}. "
+            f"{self.rule.advice} Received: {', '.join(map(_described, inner))} inside"
         )
 
     def _sublayers(self, one: Any, other: Any) -> Iterator[tuple[Any, Any]]:

@@ -219,6 +219,17 @@ def test_losses_are_those_of_keras() -> None:
     assert totals[0] > 1
 
 
+def test_keras_counts_the_activity_of_grouped_outputs_twice() -> None:
+    layer = grouped(activity_regularizer=keras.regularizers.L2(0.1))
+    converted = from_keras(layer)
+    outputs = numbers(layer(*INPUTS))
+    converted(*INPUTS)
+    given, ours = (sum(map(float, each.losses)) for each in (layer, converted))
+    again = 0.1 * np.square(outputs).sum() / B
+    np.testing.assert_allclose(given, ours + again, rtol=1e-5)
+    assert again > 0.1
+
+
 # Weights.
 
 

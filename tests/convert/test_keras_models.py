@@ -80,7 +80,7 @@ def check_equal(
 ) -> None:
     """Outputs, names, class and weights; and not one layer of Keras' is left."""
     kinds = [type(layer) for layer in converted._flatten_layers()]
-    swapped = (
+    swapped: Any = (
         (Stock, Grouped)
         if function is from_keras
         else (MultiHeadAttention, MultiHeadSelfAttention)
@@ -220,6 +220,29 @@ def sequence_without_input() -> Any:
 
 
 @model
+def operations() -> Any:
+    x = first = vectors()
+    x = Stock(N, H, name="mix")(ops.concatenate([x, -x], axis=1), x)
+    x = ops.reshape(x, (-1, 2 * T, D)) / ops.sqrt(ops.cast(D, "float32"))
+    x = ops.softmax(ops.transpose(x, (0, 2, 1)), axis=-1) @ ops.expand_dims(x, 1)[:, 0]
+    x = ops.where(x > 0, x, 2.0 * x)
+    return keras.Model(first, [ops.mean(x, axis=1), ops.einsum("btd,bsd->bts", x, x)])
+
+
+@model
+def other_layers_with_weights() -> Any:
+    ids = tokens()
+    x = layers.Bidirectional(layers.LSTM(5, return_sequences=True))(
+        embed(ids, mask_zero=False)
+    )
+    x = Stock(N, H, name="mix")(x, x)
+    x = layers.GRU(7, return_sequences=True)(x)
+    x = layers.Conv1D(D, 3, padding="same")(layers.GroupNormalization(7)(x))
+    x = TransformerEncoderBlock(N, 17, key_dim=H, name="block")(x)
+    return keras.Model(ids, x)
+
+
+@model
 def mixed_precision() -> Any:
     x = first = vectors()
     x = Stock(N, H, name="mix", dtype="mixed_bfloat16")(x, x)
@@ -275,7 +298,9 @@ def test_outputs_are_those_of_the_original(name: str) -> None:
     tolerance = 3e-2 if name == "mixed_precision" else 1e-5
     converted = from_keras(original)
     check_equal(converted, original, tolerance=tolerance)
-    check_equal(to_keras(converted), original, function=to_keras, tolerance=tolerance)
+    if name != "other_layers_with_weights":  # a block of ours has no like in Keras
+        back = to_keras(converted)
+        check_equal(back, original, function=to_keras, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", ["pooled_tokens", "nested_models", "wrapped_model"])
@@ -479,7 +504,7 @@ def test_a_class_of_functional_models_stays() -> None:
 
 
 def test_a_model_with_a_constructor_of_its_own_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"\(Sized\).*layer 'mix' \(MultiHeadAttention"):
+    with pytest.raises(TypeError, match=r"`keras.Model\(model.input.*\(Sized\)"):
         from_keras(Sized(3))
     plain = keras.Model((sized := randomize(Sized(3))).input, sized.output)
     check_equal(from_keras(plain), plain)
@@ -546,7 +571,7 @@ def test_a_layer_shared_with_the_inside_of_a_wrapper_is_refused() -> None:
     inner = encoder("inner")
     each = layers.TimeDistributed(inner, name="each")(steps)
     original = keras.Model(steps, each + ops.expand_dims(inner(steps[:, 0]), 1))
-    with pytest.raises(ValueError, match="would become two.*'mix'|'inner'"):
+    with pytest.raises(ValueError, match="would become two.*'(mix|inner)'"):
         from_keras(original)
 
 
@@ -662,6 +687,15 @@ def test_self_attention_inside_others_is_refused(holder: Any) -> None:
     x = vectors()
     with pytest.raises(TypeError, match="'holder'.*MultiHeadSelfAttention"):
         to_keras(keras.Model(x, holder()(x)))
+
+
+def test_options_that_configurations_leave_out_carry_over_inside_wrappers() -> None:
+    x, steps = vectors(), keras.Input((3, T, D), name="steps")
+    inner = keras.Model(x, Stock(N, H, flash_attention=True, name="mix")(x, x))
+    each = layers.TimeDistributed(inner, name="each")
+    converted = from_keras(keras.Model(steps, each(steps)))
+    swapped = converted.get_layer("each").layer.get_layer("mix")
+    assert swapped.get_config()["flash_attention"] is True
 
 
 def test_attention_inside_a_residual_is_swapped() -> None:
