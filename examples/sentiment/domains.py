@@ -29,7 +29,6 @@ from download import (
     write_bytes,
 )
 
-DOMAINS = ("amazon", "tweets", "nyt")
 MEMBERS = {
     "amazon": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
     "tweets": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
@@ -61,6 +60,16 @@ def load_domains(cache: Path | None = None) -> dict[str, Reviews]:
     Raises:
         DataError: If the download, or what is in it, is not what was expected.
     """
+    paths = domain_files(cache)
+    return {name: parse(path.read_text("utf-8")) for name, path in paths.items()}
+
+
+def domain_files(cache: Path | None = None) -> dict[str, Path]:
+    """Returns the path of each domain's file, downloaded at the first call.
+
+    Raises:
+        DataError: If the download, or what is in it, is not what was expected.
+    """
     paths = {
         name: (cache or cache_directory()) / Path(member).name
         for name, member in MEMBERS.items()
@@ -68,19 +77,24 @@ def load_domains(cache: Path | None = None) -> dict[str, Reviews]:
     if any(not _is_whole(path, MEMBERS[name]) for name, path in paths.items()):
         for name, content in _download_members().items():
             write_bytes(paths[name], content)
-    return {name: parse(path.read_text("utf-8")) for name, path in paths.items()}
+    return paths
 
 
 def parse(content: str) -> Reviews:
-    """Reads lines `id, mean rating, text`, separated by tabs."""
+    """The texts of a file whose mean rating is not zero, labelled by its sign."""
+    means, texts = read_rows(content)
+    kept = means != 0
+    return Reviews(texts[kept], (means[kept] > 0).astype(int))
+
+
+def read_rows(content: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads lines `id, mean rating, text`, separated by tabs: ratings and texts."""
     rows = [line.split("\t") for line in content.replace("\r\n", "\n").split("\n")]
     rows = [row for row in rows if row != [""]]
     if any(len(row) != 3 for row in rows):
         raise DataError("A file of texts has a line without three fields.")
     means = np.array([float(row[1]) for row in rows])
-    texts = np.array([html.unescape(row[2]).strip() for row in rows], object)
-    kept = means != 0
-    return Reviews(texts[kept], (means[kept] > 0).astype(int))
+    return means, np.array([html.unescape(row[2]).strip() for row in rows], object)
 
 
 def load_critics(reviews: Reviews, cache: Path | None = None) -> Reviews:

@@ -1,0 +1,65 @@
+"""The tokenizer in the graph beside the checkpoint's own, on all texts there are."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keras_mha.text import WordpieceTokenizer
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
+MODULES = ("checkpoint", "data", "domains", "download")
+LONGEST = 512
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE))
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield {name: importlib.import_module(name) for name in MODULES}
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.slow
+def test_the_same_ids_as_the_checkpoints_tokenizer(example: dict[str, Any]) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="needs `transformers`")
+    directory = example["checkpoint"].load_checkpoint()
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    theirs.no_padding()
+    theirs.enable_truncation(LONGEST)
+    ours = WordpieceTokenizer(directory / "vocab.txt", LONGEST)
+    texts = example["data"].load_reviews().texts.tolist()
+    for path in example["domains"].domain_files().values():
+        texts += example["domains"].read_rows(path.read_text("utf-8"))[1].tolist()
+    assert len(texts) == 23_703
+
+    differing = []
+    for start in range(0, len(texts), 1000):
+        some = texts[start : start + 1000]
+        expected = [encoding.ids for encoding in theirs.encode_batch(some)]
+        rows = ours(np.array(some, object)).numpy()
+        found = [row[row != 0].tolist() for row in rows]
+        differing += [
+            text for text, a, b in zip(some, found, expected, strict=True) if a != b
+        ]
+    # tensorflow-text folds letters by Unicode's NFKC_Casefold, which makes three
+    # characters of "½"; BERT lowers letters, and decomposes them by NFD alone.
+    assert len(differing) == 2
+    assert all("9 ½ Weeks" in text for text in differing)
+
+
+def test_what_tensorflow_text_folds_and_bert_does_not() -> None:
+    pieces = ["1", "##\N{FRACTION SLASH}", "##2", "2", "\N{GREEK SMALL LETTER SIGMA}"]
+    tokenizer = WordpieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pieces], 8)
+    final_sigma = "\N{GREEK SMALL LETTER FINAL SIGMA}"
+    found = tokenizer(np.array(["½", "²", final_sigma], object)).numpy()
+    assert found[:, 1:-1].tolist() == [[4, 5, 6], [7, 3, 0], [8, 3, 0]]
