@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from data import LABELS, DataError, Reviews, load_reviews, split_fold
-from report import figure, write_text
+from report import figure, wilson_interval, write_text
 
 import keras_mha
 
@@ -46,7 +47,7 @@ TEXTS = (
 )
 LOSS = "sparse_categorical_crossentropy"
 # How much accuracy the smaller model may lose on the reviews that choose it.
-ALLOWED_LOSS = 0.005
+MAX_DROP = 0.005
 
 
 @dataclass(frozen=True)
@@ -100,41 +101,45 @@ def stacks(maps: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def draw_review(path: Path, text: str, review: Explained) -> None:
-    """Draws who attends to whom, and what each word gets in all."""
+    """Draws who attends to whom, and below what each word gets in all."""
     T = len(review.tokens)
     places = np.arange(T)
-    side = 0.34 * T + 1.4
     with figure(
         path,
-        figsize=(1.9 * side + 1.2, side + 0.9),
-        ncols=2,
-        gridspec_kw={"width_ratios": [1.15, 1]},
-    ) as (left, right):
-        image = left.imshow(100 * review.attention, cmap="Blues", vmin=0)
-        left.set_xticks(places, review.tokens, rotation=90)
-        left.set_yticks(places, review.tokens)
-        left.set(title="Attention", xlabel="attended to", ylabel="attending")
-        left.figure.colorbar(image, ax=left, shrink=0.8, label="% of a row")
+        figsize=(0.4 * T + 2.6, 0.3 * T + 4.2),
+        nrows=2,
+        sharex=True,
+        gridspec_kw={"height_ratios": [0.3 * T, 2]},
+    ) as axes:
+        above, below = axes
+        image = above.imshow(100 * review.attention, "Blues", vmin=0, aspect="auto")
+        above.set_yticks(places, review.tokens)
+        share, label = max(zip(review.answer, LABELS, strict=True))
+        above.set_title(f"“{text}”\n{label}, {share:.0%}", fontsize=11)
+        above.set_ylabel("this token attends ...")
+        above.figure.colorbar(
+            image, ax=axes, label="% of a row's attention", shrink=0.5, anchor=(0, 1)
+        )
         spread = 100 * review.received
         mean = spread.mean(axis=0)
         bounds = np.abs(np.quantile(spread, [0.1, 0.9], axis=0) - mean)
-        right.barh(
-            places - 0.2, mean, 0.4, xerr=bounds, label="attention received", color="C0"
-        )
-        right.barh(places + 0.2, 100 * review.flow, 0.4, label="rollout", color="C1")
-        right.axvline(100 / T, color="grey", linestyle=":", label="equal shares")
-        right.set_yticks(places, review.tokens)
-        right.invert_yaxis()
-        right.set(title="What each token gets", xlabel="% of all")
-        right.legend(loc="lower right", fontsize=8)
-        share, label = max(zip(review.answer, LABELS, strict=True))
-        left.figure.suptitle(f"“{text}”: {label}, {share:.0%}")
+        received = "attention received; line: 80 % of encoders"
+        below.bar(places - 0.2, mean, 0.4, yerr=bounds, label=received, color="C0")
+        below.bar(places + 0.2, 100 * review.flow, 0.4, label="rollout", color="C1")
+        below.axhline(100 / T, color="grey", linestyle=":", label="equal shares")
+        below.set_xticks(places, review.tokens, rotation=90)
+        below.set(xlabel="... to this token", ylabel="% of all")
+        below.set_ylim(0, 1.5 * float((mean + bounds[1]).max()))
+        below.legend(loc="upper left", fontsize=8)
 
 
 def draw_heads(
-    path: Path, importance: Mapping[str, np.ndarray], curve: PruningCurve
+    path: Path,
+    importance: Mapping[str, np.ndarray],
+    curves: Mapping[str, PruningCurve],
+    rows: int,
 ) -> None:
-    """Draws how important each head is, and the accuracy as the least go."""
+    """Draws how important each head is, and the accuracy as they go, on `rows`."""
     names = [name.removesuffix("/attention/self_attention") for name in importance]
     heads = max(map(len, importance.values()))
     table = np.full((len(names), heads), np.nan)
@@ -151,22 +156,29 @@ def draw_heads(
         left.set_yticks(range(len(names)), names)
         left.set(title="Importance of the heads", xlabel="head")
         left.figure.colorbar(image, ax=left, label="slope of the loss, by layer")
-        left_over = [step.heads_left for step in curve.steps]
-        right.plot(left_over, [100 * step.score for step in curve.steps], marker=".")
-        right.axhline(100 * curve.steps[0].score, color="grey", linestyle=":")
+        for label, curve in curves.items():
+            left_over = [step.heads_left for step in curve.steps]
+            scores = [100 * step.score for step in curve.steps]
+            right.plot(left_over, scores, marker=".", label=label)
+        whole = next(iter(curves.values())).steps[0].score
+        low, high = wilson_interval(round(whole * rows), rows)
+        right.axhspan(
+            100 * low, 100 * high, color="grey", alpha=0.15, label="all heads, 95 %"
+        )
         right.invert_xaxis()
         right.set(
-            title="The least important heads go first",
+            title=f"Accuracy on {rows} reviews as heads go",
             xlabel="heads left",
-            ylabel="accuracy, %",
+            ylabel="%",
         )
         right.grid(alpha=0.3)
+        right.legend(loc="lower left", fontsize=8)
 
 
 def prune(
-    model: keras.Model, train: Reviews, test: Reviews, rows: int
-) -> tuple[dict[str, np.ndarray], PruningCurve, str]:
-    """Ranks the heads on `rows` training reviews, removes them; a report besides.
+    model: keras.Model, train: Reviews, test: Reviews, rows: int, picture: Path
+) -> str:
+    """Ranks the heads on `rows` training reviews and removes them; returns a report.
 
     What is left is chosen by half of the test reviews and judged by the other half.
     """
@@ -177,19 +189,34 @@ def prune(
     importance = head_importance(
         model, ranked.texts, ranked.labels, loss=LOSS, batch_size=64
     )
-    curve = pruning_curve(model, importance, choosing.texts, choosing.labels)
-    chosen = curve.smallest(ALLOWED_LOSS)
+    curves = {
+        label: pruning_curve(
+            model,
+            {path: sign * numbers for path, numbers in importance.items()},
+            choosing.texts,
+            choosing.labels,
+        )
+        for label, sign in (
+            ("least important first", 1),
+            ("most important first", -1),
+        )
+    }
+    draw_heads(picture, importance, curves, len(choosing))
+    curve, backwards = curves.values()
+    chosen = curve.smallest(MAX_DROP)
     smaller = prune_heads(model, chosen.removed)
     before, after = (accuracy_of(each, judging) for each in (model, smaller))
-    report = (
+    last, worst = curve.steps[-1], backwards.steps[-1]
+    return (
         f"# Without {curve.steps[0].heads_left - chosen.heads_left} of "
         f"{curve.steps[0].heads_left} heads\n\n"
         f"On {len(judging)} test reviews that chose nothing: {before:.4f} with all "
         f"heads and {model.count_params():,} weights, {after:.4f} with "
         f"{chosen.heads_left} heads and {smaller.count_params():,} weights.\n\n"
-        f"On the {len(choosing)} that chose:\n\n{curve.to_markdown()}"
+        f"On the {len(choosing)} that chose; of one head a layer, the most important "
+        f"ones keep {last.score:.4f} and the least important ones {worst.score:.4f}:"
+        f"\n\n{curve.to_markdown()}"
     )
-    return importance, curve, report
 
 
 def accuracy_of(model: Any, reviews: Reviews) -> float:
@@ -229,12 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw_review(options.directory / f"explained_{i}.png", text, review)
     if options.rows:
         try:
-            split = split_fold(load_reviews(), 0)
+            reviews = load_reviews()
         except DataError as error:
             print(error, file=sys.stderr)
             return 1
-        importance, curve, report = prune(model, split.train, split.test, options.rows)
-        draw_heads(options.directory / "heads.png", importance, curve)
+        figures = json.loads((options.directory / "metrics.json").read_text("utf-8"))
+        split = split_fold(reviews, figures["fold"], seed=figures["seed"])
+        picture = options.directory / "heads.png"
+        report = prune(model, split.train, split.test, options.rows, picture)
         write_text(options.directory / "heads.md", report)
         print(report)
     print(f"Pictures are in {options.directory}.")

@@ -279,13 +279,8 @@ def metrics(
 
 def attention_of(member: keras.Sequential, ids: np.ndarray) -> np.ndarray:
     """The first block's attention probabilities for one row `(T,)`: `(N, T, T)`."""
-    vectors = ids[np.newaxis]
-    for layer in member.layers:
-        if isinstance(layer, keras_mha.TransformerEncoderBlock):
-            _, scores = layer(vectors, return_attention_scores=True)
-            return np.asarray(scores)[0]
-        vectors = layer(vectors)
-    raise ValueError("The model has no TransformerEncoderBlock.")
+    maps = keras_mha.attention_maps(member, ids[np.newaxis])
+    return next(iter(maps.values()))[0]
 
 
 def write_results(

@@ -49,11 +49,14 @@ class PruningCurve:
     metric: str
     steps: tuple[PruningStep, ...]
 
-    def smallest(self, loss: float) -> PruningStep:
-        """Returns the step of the fewest heads whose score is at most `loss` lower.
+    def smallest(self, max_drop: float) -> PruningStep:
+        """Returns the step of the fewest heads whose score is at most `max_drop` lower.
 
         Args:
-            loss: How far the score may lie under that of the whole model.
+            max_drop: How far the score may lie under that of the whole model.
+
+        Raises:
+            ValueError: If `max_drop` is negative.
 
         Example:
 
@@ -62,22 +65,28 @@ class PruningCurve:
         >>> PruningCurve("accuracy", steps).smallest(0.05).heads_left
         2
         """
-        least = self.steps[0].score - loss
+        if not max_drop >= 0:
+            raise ValueError(f"`max_drop` must be 0 or more. Received: {max_drop}")
+        least = self.steps[0].score - max_drop
         return [step for step in self.steps if step.score >= least][-1]
 
     def to_markdown(self) -> str:
-        """Returns a table of the steps."""
-        rows = [
-            f"| {step.heads_left} | {step.score:.4f} | "
-            + ", ".join(
-                f"{path}: {' '.join(map(str, heads))}"
+        """Returns a table of the steps, with the heads that go in each."""
+        lines = [f"| heads left | {self.metric} | removed |", "| --: | --: | --- |"]
+        before: dict[str, tuple[int, ...]] = {}
+        for step in self.steps:
+            gone = {
+                path: sorted(set(heads) - set(before.get(path, ())))
                 for path, heads in step.removed.items()
+            }
+            text = ", ".join(
+                f"{path}: {' '.join(map(str, heads))}"
+                for path, heads in gone.items()
+                if heads
             )
-            + " |"
-            for step in self.steps
-        ]
-        head = [f"| heads left | {self.metric} | removed |", "| --: | --: | --- |"]
-        return "\n".join(head + rows)
+            lines.append(f"| {step.heads_left} | {step.score:.4f} | {text} |")
+            before = step.removed
+        return "\n".join(lines)
 
 
 def pruning_curve(

@@ -72,8 +72,9 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
     stock = [path for path, layer in paths.items() if isinstance(layer, _STOCK)]
     if stock:
         raise ValueError(
-            "`model` must attend by layers of keras_mha: exchange those of Keras, "
-            f"which keep their weights in the new ones. Received: Keras' {stock}"
+            "`model` must attend by layers of keras_mha alone; "
+            "`keras_mha.MultiHeadAttention` takes the arguments and the weights of "
+            f"Keras' layer. Received: Keras' layers {stock}"
         )
     found: dict[str, Any] = {
         path: layer

@@ -128,11 +128,13 @@ def test_the_smallest_model_within_a_loss_and_the_table() -> None:
     curve = PruningCurve("accuracy", steps)
     assert curve.smallest(0.05) is steps[2]
     assert curve.smallest(0.0) is steps[0]
+    with pytest.raises(ValueError, match="`max_drop` must be 0 or more. Received: -1"):
+        curve.smallest(-1)
     assert curve.to_markdown().splitlines()[2:] == [
         "| 4 | 0.9000 |  |",
         "| 3 | 0.8000 | a: 1 |",
-        "| 2 | 0.8700 | a: 0 1 |",
-        "| 1 | 0.5000 | a: 0 1, b: 0 |",
+        "| 2 | 0.8700 | a: 0 |",
+        "| 1 | 0.5000 | b: 0 |",
     ]
 
 

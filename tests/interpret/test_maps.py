@@ -326,5 +326,5 @@ def test_wrong_models_are_named() -> None:
         keras_mha.attention_maps(Pair(), INPUTS)
     inputs = keras.Input((None, D))
     stock = keras.layers.MultiHeadAttention(N, H, name="stock")
-    with pytest.raises(ValueError, match="Keras' \\['stock'\\]"):
+    with pytest.raises(ValueError, match="Keras' layers \\['stock'\\]"):
         keras_mha.attention_maps(keras.Model(inputs, stock(inputs, inputs)), INPUTS)
