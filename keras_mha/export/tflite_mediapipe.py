@@ -72,6 +72,11 @@ def complete(metadata: Any, source: Source, batch_size: int) -> Metadata:
                     "tokenizer, which tells it. Received: one of "
                     f"{len(getattr(metadata, name))} strings"
                 )
+        if not whole.tokenizer.lowercase:
+            raise ValueError(
+                "`metadata` is for a tokenizer with `lowercase=True`: MediaPipe's "
+                "lowers letters. Received a model whose tokenizer has lowercase=False"
+            )
         # What is no UTF-8 stands for itself until MediaPipe refuses it.
         texts = [text.decode("utf-8", "surrogateescape") for text in whole.texts.flat]
         vocabulary = whole.tokenizer.get_vocabulary()

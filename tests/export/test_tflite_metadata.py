@@ -35,9 +35,9 @@ needs_mediapipe = pytest.mark.skipif(
 )
 
 
-def text_model(max_length: int = 7) -> keras.Model:
+def text_model(lowercase: bool = True) -> keras.Model:
     texts = keras.Input((), dtype="string", name="text")
-    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=max_length)
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=7, lowercase=lowercase)
     head = keras.layers.Identity(name="probabilities")
     return keras.Model(texts, head(small_models.ids_model()(tokenizer(texts))))
 
@@ -340,6 +340,11 @@ IDS_OF = {"model": small_models.ids_model, "samples": [[2, 4, 3], [2, 3]]}
             {"metadata": RegexMetadata(LABELS, WORDS, ["a"])},
             ValueError,
             "must be a BertMetadata where the model has a tokenizer",
+        ),
+        (
+            {"model": lambda: text_model(lowercase=False)},
+            ValueError,
+            "`metadata` is for a tokenizer with `lowercase=True`",
         ),
         ({"batch_size": 2}, ValueError, "`metadata` is for files of one row.*size=2"),
         (IDS_OF, ValueError, "must hold `vocabulary` and `texts`.*None and texts=None"),
