@@ -155,6 +155,21 @@ def test_hostile_texts(tmp_path: Path) -> None:
 
 
 @needs_mediapipe
+def test_a_tokenizer_that_always_makes_as_many_ids(tmp_path: Path) -> None:
+    texts = keras.Input((), dtype="string", name="text")
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=7, pad_to=7)
+    head = keras.layers.Identity(name="probabilities")
+    model = keras.Model(texts, head(small_models.ids_model()(tokenizer(texts))))
+    report = export_texts(tmp_path, ALIKE, model=model, text=True)
+    assert [file.kind for file in report.files] == ["ids", "text", "mediapipe"]
+    check = report.files[2].mediapipe
+    assert check is not None
+    assert check.same_ids == len(ALIKE)
+    with pytest.raises(ValueError, match=r"must have the shape \(None, 7\)"):
+        export_texts(tmp_path, ALIKE, model=model, sequence_lengths=(9,))
+
+
+@needs_mediapipe
 def test_where_its_wordpieces_differ(tmp_path: Path) -> None:
     # Accents are kept, only ASCII letters lowered, and no-break spaces part no words.
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "cafe", "caf\u00e9", "uber"]
