@@ -22,7 +22,8 @@ Kind = Literal["saved_model", "tflite", "onnx", "tflite_text", "tflite_mediapipe
 # Why a runtime that reads TFLite files does not read one of this kind.
 UNREAD: Mapping[Kind, str] = {
     "tflite": "the file has no metadata, which `export_tflite(metadata=...)` writes",
-    "tflite_text": "the file takes strings, which this runtime does not",
+    "tflite_text": "the file takes strings by tensorflow-text's operations, which "
+    "this runtime lacks",
     "tflite_mediapipe": "the file is for MediaPipe; the file of ids has the same graph",
 }
 _BLOCKED = ("keras_mha", "keras", "tensorflow")

@@ -177,7 +177,7 @@ def export_tflite(
         text=text or _is_of_texts(model, metadata),
     )
     if metadata is not None:
-        metadata = complete(metadata, source, batch_size)
+        metadata = complete(metadata, source, batch_size=batch_size, length=lengths[0])
     rounded = check_precision(source.model)
     settings = Settings(
         batch_size=batch_size,

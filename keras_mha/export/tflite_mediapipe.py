@@ -27,6 +27,7 @@ from keras_mha.export.metadata import (
 )
 from keras_mha.export.parity import ParityError, check_parity
 from keras_mha.export.report import MediaPipeCheck, TFLiteFile
+from keras_mha.export.tflite_arguments import pad
 from keras_mha.export.tflite_file import (
     BLOCKED,
     Settings,
@@ -40,8 +41,16 @@ INSTALL = "pip install 'keras-mha[mediapipe]'"
 _SHOWN = 5  # texts in a report
 
 
-def complete(metadata: Any, source: Source, batch_size: int) -> Metadata:
+def complete(
+    metadata: Any, source: Source, *, batch_size: int, length: int
+) -> Metadata:
     """Metadata with the vocabulary and the texts of a model of texts.
+
+    Args:
+        metadata: What the caller gave.
+        source: The model.
+        batch_size: The files' number of rows.
+        length: The length of one of them.
 
     Raises:
         TypeError: If it is no metadata.
@@ -57,7 +66,7 @@ def complete(metadata: Any, source: Source, batch_size: int) -> Metadata:
             "`metadata` is for files of one row, as MediaPipe runs them. Received: "
             f"batch_size={batch_size}"
         )
-    _check_labels(metadata, source)
+    _check_labels(metadata, source, length)
     whole = source.whole
     if whole is not None:
         if isinstance(metadata, RegexMetadata):
@@ -72,6 +81,11 @@ def complete(metadata: Any, source: Source, batch_size: int) -> Metadata:
                     "tokenizer, which tells it. Received: one of "
                     f"{len(getattr(metadata, name))} strings"
                 )
+        if not whole.tokenizer.lowercase:
+            raise ValueError(
+                "`metadata` is for a tokenizer with `lowercase=True`: MediaPipe's "
+                "lowers letters. Received a model whose tokenizer has lowercase=False"
+            )
         # What is no UTF-8 stands for itself until MediaPipe refuses it.
         texts = [text.decode("utf-8", "surrogateescape") for text in whole.texts.flat]
         vocabulary = whole.tokenizer.get_vocabulary()
@@ -94,8 +108,8 @@ def _brief(items: Sequence[str] | None) -> str:
     return "None" if items is None else f"{len(items)} strings"
 
 
-def _check_labels(metadata: Metadata, source: Source) -> None:
-    endpoint, ids = source.describe(source.rows[0][np.newaxis])
+def _check_labels(metadata: Metadata, source: Source, length: int) -> None:
+    endpoint, ids = source.describe(pad(source.rows[:1], length, "samples"))
     answer = endpoint.answer({next(iter(endpoint.inputs)): ids})
     shapes = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
     wanted = [("float32", (1, len(metadata.labels)))]

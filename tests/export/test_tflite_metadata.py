@@ -35,9 +35,9 @@ needs_mediapipe = pytest.mark.skipif(
 )
 
 
-def text_model(max_length: int = 7) -> keras.Model:
+def text_model(lowercase: bool = True) -> keras.Model:
     texts = keras.Input((), dtype="string", name="text")
-    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=max_length)
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=7, lowercase=lowercase)
     head = keras.layers.Identity(name="probabilities")
     return keras.Model(texts, head(small_models.ids_model()(tokenizer(texts))))
 
@@ -152,6 +152,21 @@ def test_hostile_texts(tmp_path: Path) -> None:
     assert check.parity is not None
     assert check.parity.samples == 6
     assert check.parity.max_absolute_difference < 1e-6
+
+
+@needs_mediapipe
+def test_a_tokenizer_that_always_makes_as_many_ids(tmp_path: Path) -> None:
+    texts = keras.Input((), dtype="string", name="text")
+    tokenizer = WordpieceTokenizer(VOCABULARY, max_length=7, pad_to=7)
+    head = keras.layers.Identity(name="probabilities")
+    model = keras.Model(texts, head(small_models.ids_model()(tokenizer(texts))))
+    report = export_texts(tmp_path, ALIKE, model=model, text=True)
+    assert [file.kind for file in report.files] == ["ids", "text", "mediapipe"]
+    check = report.files[2].mediapipe
+    assert check is not None
+    assert check.same_ids == len(ALIKE)
+    with pytest.raises(ValueError, match=r"must have the shape \(None, 7\)"):
+        export_texts(tmp_path, ALIKE, model=model, sequence_lengths=(9,))
 
 
 @needs_mediapipe
@@ -340,6 +355,11 @@ IDS_OF = {"model": small_models.ids_model, "samples": [[2, 4, 3], [2, 3]]}
             {"metadata": RegexMetadata(LABELS, WORDS, ["a"])},
             ValueError,
             "must be a BertMetadata where the model has a tokenizer",
+        ),
+        (
+            {"model": lambda: text_model(lowercase=False)},
+            ValueError,
+            "`metadata` is for a tokenizer with `lowercase=True`",
         ),
         ({"batch_size": 2}, ValueError, "`metadata` is for files of one row.*size=2"),
         (IDS_OF, ValueError, "must hold `vocabulary` and `texts`.*None and texts=None"),

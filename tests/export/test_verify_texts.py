@@ -80,9 +80,8 @@ def test_strings(files: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> 
     assert cpu.latency is not None
     assert (cpu.label_agreement, cpu.tolerance) == (1.0, 1e-5)
     for check in others[:2]:
-        assert (check.status, check.reason) == (
-            *("not run", "the file takes strings, which this runtime does not"),
-        )
+        assert check.status == "not run"
+        assert check.reason.endswith("operations, which this runtime lacks")
 
 
 def test_strings_of_another_vocabulary_are_wrong(files: Mapping[str, Path]) -> None:
