@@ -298,7 +298,15 @@ def test_help_and_version_load_nothing_heavy() -> None:
         "atexit.register(lambda: print('loaded', *heavy & set(sys.modules)))\n"
         "sys.exit(keras_mha_cli.main(sys.argv[1:]))"
     )
-    for arguments in (["export", "--help"], ["--help"], ["export", "--opset", "x"]):
+    for arguments in (
+        ["export", "--help"],
+        ["lint", "--help"],
+        ["verify", "--help"],
+        ["--help"],
+        ["export", "--opset", "x"],
+        ["lint", "absent.tflite"],
+        ["verify", "absent.keras", "--samples", "x.npy", "--onnx", "y.onnx"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=ROOT,
@@ -316,7 +324,7 @@ def test_help_names_every_option_and_exit_code() -> None:
     told = run("export", "--help").stdout
     for option in options.OPTIONS:
         assert f"\n  {option.flag}" in told
-    for code in range(4):
+    for code in (0, 1, 2, 3, 130):
         assert f"\n  {code}  " in told
 
 
@@ -335,8 +343,9 @@ def test_the_installed_script_is_main() -> None:
     assert getattr(importlib.import_module(module), name) is main
 
 
-def test_killed_it_leaves_nothing_under_a_final_name(
-    files: Path, tmp_path: Path
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_ended_early_it_leaves_nothing_under_a_final_name(
+    files: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(
@@ -344,12 +353,19 @@ def test_killed_it_leaves_nothing_under_a_final_name(
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         while process.poll() is None and not list(out.glob("onnx/.staging-*")):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+        process.send_signal(ending)
+        _, told = process.communicate()
     left = [path for path in out.glob("*/*") if not path.name.startswith(".staging-")]
     assert left == []
-    assert list(out.glob("onnx/.staging-*"))
+    if ending == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert list(out.glob("onnx/.staging-*"))
+    else:
+        assert process.returncode == 130
+        assert told.splitlines()[-1].startswith("keras-mha: interrupted")
+        assert not out.exists()
