@@ -183,12 +183,21 @@ OPTIONS: Sequence[Option] = (
         },
     ),
     Option(
+        "--with-tflite",
+        ("saved_model",),
+        {
+            "action": "store_true",
+            "help": "also write model.tflite beside saved_model.pb, which TF Serving "
+            "runs instead under --prefer_tflite_model; not for models of texts",
+        },
+    ),
+    Option(
         "--version",
         ("saved_model",),
         {
-            "type": whole(1),
+            "type": whole(0),
             "metavar": "N",
-            "help": "the version's number (default: highest + 1)",
+            "help": "the version's number, at least 0 (default: highest + 1)",
         },
     ),
     Option(

@@ -319,12 +319,17 @@ def _trace(
     tf.saved_model.save(module, str(path), signatures={signature_name: traced})
 
 
-def _convert(
+def convert(
     graph: Path,
     signature_name: str,
     quantization: str | None,
     notes: Sequence[str],
 ) -> bytes:
+    """Converts a signature of a SavedModel to builtin operations.
+
+    Raises:
+        ValueError: If it has others; the text tells what `notes` say of its layers.
+    """
     converter = tf.lite.TFLiteConverter.from_saved_model(
         str(graph), signature_keys=[signature_name]
     )
@@ -376,7 +381,7 @@ def _export_one(
         endpoint.model, target=target, padded_queries_read=padded_queries_read
     ):
         _trace(endpoint, name, spec, graph, signature_name)
-    content = _convert(graph, signature_name, quantization, notes)
+    content = convert(graph, signature_name, quantization, notes)
     if ranges is not None:
         cases = [{name: batch} for batch in _batches(ranges, batch_size)]
         content = quantize_dense(content, signature_name, cases)

@@ -517,6 +517,8 @@ def test_a_timeout_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
         ({"version": -1}, ValueError, "`version` must not be negative. Received: -1"),
         ({"warmup": 1001}, ValueError, "from 0 to 1000. Received: 1001"),
         ({"warmup": -1}, ValueError, "from 0 to 1000. Received: -1"),
+        ({"warmup": True}, TypeError, "`warmup` must be an integer. Received: True"),
+        ({"warmup": 2.0}, TypeError, "`warmup` must be an integer. Received: 2.0"),
         ({"tolerance": float("nan")}, ValueError, "of at least 0. Received: nan"),
         ({"output_names": ["a", "b"]}, ValueError, r"1 different names.*\['a', 'b'\]"),
         (

@@ -308,7 +308,7 @@ def test_a_perturbed_weight_is_caught_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ids_model()
-    convert = module._convert
+    convert = module.convert
 
     def convert_and_perturb(graph: Path, *arguments: Any) -> bytes:
         content = convert(graph, *arguments)
@@ -316,7 +316,7 @@ def test_a_perturbed_weight_is_caught_and_nothing_is_left(
             model.layers[-1].bias.assign_add([1e-3, 0.0, 0.0])
         return content
 
-    monkeypatch.setattr(module, "_convert", convert_and_perturb)
+    monkeypatch.setattr(module, "convert", convert_and_perturb)
     old = tmp_path / "model_7.tflite"
     old.write_bytes(b"old")
     with pytest.raises(ParityError, match="'probabilities' .* LiteRT"):
@@ -329,14 +329,14 @@ def test_a_perturbed_weight_is_caught_and_nothing_is_left(
 def test_a_damaged_file_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert = module._convert
+    convert = module.convert
 
     def convert_and_damage(graph: Path, *arguments: Any) -> bytes:
         content = bytearray(convert(graph, *arguments))
         content[len(content) // 2 :: 7] = bytes(len(content[len(content) // 2 :: 7]))
         return bytes(content)
 
-    monkeypatch.setattr(module, "_convert", convert_and_damage)
+    monkeypatch.setattr(module, "convert", convert_and_damage)
     monkeypatch.setattr(module, "read_contents", lambda _: Contents({}, (), ()))
     monkeypatch.setattr(module, "_check_operators", lambda *_: None)
     with pytest.raises(VerificationError, match=r"litert on model_7\.tflite"):
@@ -358,7 +358,7 @@ def test_an_operator_that_the_target_runs_wrongly_is_refused(
 
 
 @pytest.mark.parametrize(
-    "step", ["_convert", "read_contents", "run_in_fresh_process", "check_parity"]
+    "step", ["convert", "read_contents", "run_in_fresh_process", "check_parity"]
 )
 def test_an_interruption_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
