@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from keras_mha.export.flatbuffer import read_contents
 from keras_mha.export.fresh_process import run_in_fresh_process
+from keras_mha.export.model_object import read_model, write_model
 from keras_mha.export.parity import Arrays, check_parity
 from keras_mha.export.report import SignatureReport, TensorInfo
 from keras_mha.export.tflite import convert
@@ -50,10 +50,7 @@ def named_by_signature(content: bytes) -> bytes:
     Raises:
         ValueError: If a tensor would need two names.
     """
-    import flatbuffers
-    from ai_edge_litert import schema_py_generated as schema
-
-    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
+    model = read_model(content)
     (signature,) = model.signatureDefs
     tensors = model.subgraphs[signature.subgraphIndex].tensors
     entries = [*signature.inputs, *signature.outputs]
@@ -66,9 +63,7 @@ def named_by_signature(content: bytes) -> bytes:
             "output as it is: TF Serving tells them apart by the names of their "
             f"tensors. Received: {[name.decode() for name in shared]}"
         )
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return write_model(model)
 
 
 def check_served_tflite(

@@ -27,6 +27,7 @@ from keras_mha.export.flatbuffer import read_contents
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.graph import operators_of
 from keras_mha.export.lint import Target, findings
+from keras_mha.export.narrow_tables import with_one_scale_for_narrow_tables
 from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
 from keras_mha.export.quantization import (
     TOLERANCES,
@@ -91,7 +92,9 @@ def export_tflite(
         representative_data: Ids like `samples`, not longer than any S, from which
             `"int8_dense"` takes those ranges. Some hundred typical rows do.
         target: `"cpu"`, or `"gpu"` for files that LiteRT's GPU delegate is to take
-            over whole: layers that stay as they are then raise instead of warning.
+            over whole: layers that stay as they are then raise instead of warning, and
+            each row of an int8 embedding keeps a scale of its own, 12 bytes, without
+            which the delegate answers wrongly.
         tolerance: Largest absolute difference allowed in any output of a float file.
             The default suits probabilities (measured: under 1e-6).
         quantized_tolerance: The same for quantized files, and for models that Keras
@@ -385,6 +388,8 @@ def _export_one(
     if ranges is not None:
         cases = [{name: batch} for batch in _batches(ranges, batch_size)]
         content = quantize_dense(content, signature_name, cases)
+    if quantization == "dynamic_int8" and target == "cpu":
+        content = with_one_scale_for_narrow_tables(content)
     contents = read_contents(content)
     if contents.custom or contents.dynamic:
         raise ValueError(
