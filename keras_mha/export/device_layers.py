@@ -193,11 +193,10 @@ def _ids_as_floats(ids: Tensor) -> Tensor:
 def not_equal(operation: Any) -> list[Swap]:
     """The mask `ids != 0`, which functional models compute once for all layers."""
     original = operation.call
-    (node,) = operation._inbound_nodes
-    ids = node.input_tensors[0]
+    # A model and a part of it that was cut off share the operation: it is called twice.
+    called_on = [node.input_tensors[0] for node in operation._inbound_nodes]
     # What is looked up in a table is whole and not negative, whatever its type.
-    readers = ids._keras_history.operation._outbound_nodes
-    if not any(isinstance(reader.operation, _EMBEDDINGS) for reader in readers):
+    if not all(_is_looked_up(tensor) for tensor in called_on):
         return []
 
     def call(x1: Tensor, x2: Any) -> Tensor:
@@ -206,6 +205,11 @@ def not_equal(operation: Any) -> list[Swap]:
         return with_floats(visible, _ids_as_floats(x1)) if is_mask else visible
 
     return [Swap(operation, "call", call)]
+
+
+def _is_looked_up(ids: Any) -> bool:
+    readers = ids._keras_history.operation._outbound_nodes
+    return any(isinstance(reader.operation, _EMBEDDINGS) for reader in readers)
 
 
 # Normalization and pooling.
