@@ -70,9 +70,11 @@ def test_all_formats_in_one_command(files: Path, tmp_path: Path) -> None:
     done = run(
         *of_ids(files, out, "saved_model", "tflite", "onnx"),
         *("--sequence-lengths", 5, "--opset", 17, "--warmup", 1, "--report", report),
+        *("--version", 0, "--with-tflite"),
     )
     assert done.returncode == 0, done.stderr
-    assert (out / "saved_model" / "1" / "saved_model.pb").exists()
+    for name in ("saved_model.pb", "model.tflite"):
+        assert (out / "saved_model" / "0" / name).exists()
     found = json.loads(report.read_text())
     assert list(found) == ["saved_model", "tflite", "onnx"]
     # An option reaches the exporters that take it.
@@ -241,6 +243,7 @@ def test_layers_that_are_not_known_are_named(
         (["onnx"], ["--warmup", "2"], "--warmup is for saved_model, not for onnx"),
         (["tflite"], ["--output-names", "p"], "is for saved_model and onnx, not"),
         (["onnx"], ["--opset", "12"], "must be 13 to 18, not 12"),
+        (["saved_model"], ["--version", "-1"], "must be at least 0, not -1"),
         (["onnx"], ["--tolerance", "nan"], "must be finite and at least 0, not nan"),
         (["onnx"], ["--tolerance", "x"], "invalid number value: 'x'"),
         (["tflite"], ["--sequence-lengths", "0"], "must be at least 1, not 0"),
