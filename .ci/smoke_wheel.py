@@ -46,7 +46,7 @@ def check_contents(wheel: Path) -> None:
             f"{wheel.name} and the checkout differ in: {sorted(packed ^ expected)}"
         )
     if not any(name.endswith("/licenses/LICENSE") for name in names):
-        raise SystemExit(f"{wheel.name} has no licence in it.")
+        raise SystemExit(f"{wheel.name} has no license in it.")
 
 
 def install(wheel: Path, directory: Path) -> Path:

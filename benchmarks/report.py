@@ -118,7 +118,7 @@ def draw_times(results: dict[str, Any], path: Path) -> None:
             [row.seconds.upper - row.seconds.median for row in rows],
         ]
         labels = [row.label for row in rows]
-        bars = axis.barh(labels, medians, xerr=whiskers, color=_colours(labels))
+        bars = axis.barh(labels, medians, xerr=whiskers, color=_colors(labels))
         axis.bar_label(bars, [duration(value) for value in medians], padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.15)
@@ -168,7 +168,7 @@ def _measured(found: dict[str, Any], results: dict[str, Any]) -> list[summary.Ro
     return [row for row in rows if isinstance(row, summary.Row)]
 
 
-def _colours(labels: list[str]) -> list[str]:
+def _colors(labels: list[str]) -> list[str]:
     return [OURS if _is_ours(label) else RIVAL for label in labels]
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_mha_cli import options
+from keras_mha_cli.console import INTERRUPTED_TEXT
 from keras_mha_cli.export import Request, export
+from keras_mha_cli.lint import add_lint
+from keras_mha_cli.verify import add_verify
 
-_EXIT_CODES = """\
+_EXIT_CODES = f"""\
 exit codes:
   0  every file was written, and its values are the model's
   1  a value differs, or the model cannot be exported: the message says what to change
   2  wrong usage, or a file is missing
   3  a package is missing: the message is the command that installs it
+  {INTERRUPTED_TEXT}; what is unfinished was removed
 """
 
 _EXPORT = """\
@@ -60,10 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="keras-mha",
         description="Attention layers for Keras: what one does with saved models.",
-        epilog="`keras-mha export --help` tells more.",
+        epilog="`keras-mha COMMAND --help` tells more, with examples and exit codes.",
     )
     parser.add_argument("--version", action=_Version, help="print it and end")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_export(commands)
+    add_verify(commands)
+    add_lint(commands)
+    parsed = parser.parse_args(arguments)
+    return parsed.run(parsed)
+
+
+def _add_export(commands: Any) -> None:
     command = commands.add_parser(
         "export",
         help="write a model as SavedModel, TFLite and ONNX, checked by value",
@@ -85,10 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_common(command)
     options.add_options(command, tuple(options.FORMATS))
-    parsed = parser.parse_args(arguments)
-    formats = tuple(dict.fromkeys(parsed.to))
-    places = {name: parsed.out / options.FORMATS[name].place for name in formats}
-    return export(_request(command, parsed, places))
+
+    def run(parsed: argparse.Namespace) -> int:
+        formats = tuple(dict.fromkeys(parsed.to))
+        places = {name: parsed.out / options.FORMATS[name].place for name in formats}
+        return export(_request(command, parsed, places))
+
+    command.set_defaults(run=run)
 
 
 def export_one(name: str, description: str | None) -> int:
@@ -158,23 +173,17 @@ def _request(
     """What was asked for; ends the program where that cannot be done."""
     values = options.given(parsed)
     report: Path | None = parsed.report
-    if report is not None and report.suffix not in (".json", ".md"):
-        parser.error("--report must end in .json or .md")
     wrong = options.misplaced(values, tuple(places))
     if wrong is not None:
         parser.error(wrong)
-    if report is not None and not report.parent.is_dir():
-        parser.error(f"the directory {report.parent} does not exist")
+    if report is not None:
+        options.check_report(parser, report, (".json", ".md"))
     further = [values.get(name) for name in ("representative_data", "metadata")]
-    for path in (parsed.model, parsed.samples, *further):
-        if path is not None and not path.is_file():
-            parser.error(
-                f"{path} {'is no file' if path.exists() else 'does not exist'}"
-            )
-    if not zipfile.is_zipfile(parsed.model):
-        parser.error(
-            f"{parsed.model} is no .keras file, which `model.save('name.keras')` writes"
-        )
+    options.check_files(
+        parser,
+        [path for path in (parsed.model, parsed.samples, *further) if path is not None],
+    )
+    options.check_model(parser, parsed.model)
     return Request(
         model=parsed.model,
         samples=parsed.samples,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Option:
         return self.flag.removeprefix("--").replace("-", "_")
 
 
-def _whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
+def whole(least: int, greatest: int | None = None) -> Callable[[str], int]:
     """Reads an integer of this range."""
 
     def integer(text: str) -> int:
@@ -113,6 +114,34 @@ def seconds(text: str) -> float:
     if value == 0:
         raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
     return value
+
+
+def check_files(parser: argparse.ArgumentParser, paths: Iterable[Path]) -> None:
+    """Ends the program where one of `paths` is no file."""
+    for path in paths:
+        if not path.is_file():
+            parser.error(
+                f"{path} {'is no file' if path.exists() else 'does not exist'}"
+            )
+
+
+def check_model(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Ends the program where the file at `path` cannot be a `.keras` file."""
+    if not zipfile.is_zipfile(path):
+        parser.error(
+            f"{path} is no .keras file, which `model.save('name.keras')` writes"
+        )
+
+
+def check_report(
+    parser: argparse.ArgumentParser, path: Path, suffixes: Sequence[str]
+) -> None:
+    """Ends the program where no report can be written to `path`."""
+    if path.suffix not in suffixes:
+        *most, last = suffixes
+        parser.error(f"--report must end in {', '.join(most)} or {last}")
+    if not path.parent.is_dir():
+        parser.error(f"the directory {path.parent} does not exist")
 
 
 _ALL = tuple(FORMATS)
@@ -154,12 +183,21 @@ OPTIONS: Sequence[Option] = (
         },
     ),
     Option(
+        "--with-tflite",
+        ("saved_model",),
+        {
+            "action": "store_true",
+            "help": "also write model.tflite beside saved_model.pb, which TF Serving "
+            "runs instead under --prefer_tflite_model; not for models of texts",
+        },
+    ),
+    Option(
         "--version",
         ("saved_model",),
         {
-            "type": _whole(1),
+            "type": whole(0),
             "metavar": "N",
-            "help": "the version's number (default: highest + 1)",
+            "help": "the version's number, at least 0 (default: highest + 1)",
         },
     ),
     Option(
@@ -171,7 +209,7 @@ OPTIONS: Sequence[Option] = (
         "--warmup",
         ("saved_model",),
         {
-            "type": _whole(0, 1000),
+            "type": whole(0, 1000),
             "metavar": "N",
             "help": "number of samples that become warm-up requests, 0 to 1000 "
             "(default: 16)",
@@ -181,7 +219,7 @@ OPTIONS: Sequence[Option] = (
         "--sequence-lengths",
         ("tflite",),
         {
-            "type": _whole(1),
+            "type": whole(1),
             "nargs": "+",
             "metavar": "S",
             "help": "one file for each of these lengths; none shorter than a sample "
@@ -191,7 +229,7 @@ OPTIONS: Sequence[Option] = (
     Option(
         "--batch-size",
         ("tflite",),
-        {"type": _whole(1), "metavar": "B", "help": "rows in a call (default: 1)"},
+        {"type": whole(1), "metavar": "B", "help": "rows in a call (default: 1)"},
     ),
     Option(
         "--quantization",
@@ -263,7 +301,7 @@ OPTIONS: Sequence[Option] = (
         "--opset",
         ("onnx",),
         {
-            "type": _whole(13, 18),
+            "type": whole(13, 18),
             "metavar": "N",
             "help": "version of ONNX' operations, 13 to 18 (default: 18)",
         },

@@ -70,9 +70,11 @@ def test_all_formats_in_one_command(files: Path, tmp_path: Path) -> None:
     done = run(
         *of_ids(files, out, "saved_model", "tflite", "onnx"),
         *("--sequence-lengths", 5, "--opset", 17, "--warmup", 1, "--report", report),
+        *("--version", 0, "--with-tflite"),
     )
     assert done.returncode == 0, done.stderr
-    assert (out / "saved_model" / "1" / "saved_model.pb").exists()
+    for name in ("saved_model.pb", "model.tflite"):
+        assert (out / "saved_model" / "0" / name).exists()
     found = json.loads(report.read_text())
     assert list(found) == ["saved_model", "tflite", "onnx"]
     # An option reaches the exporters that take it.
@@ -320,6 +322,7 @@ def test_layers_that_are_not_known_are_named(
         (["onnx"], ["--warmup", "2"], "--warmup is for saved_model, not for onnx"),
         (["tflite"], ["--output-names", "p"], "is for saved_model and onnx, not"),
         (["onnx"], ["--opset", "12"], "must be 13 to 18, not 12"),
+        (["saved_model"], ["--version", "-1"], "must be at least 0, not -1"),
         (["onnx"], ["--tolerance", "nan"], "must be finite and at least 0, not nan"),
         (["onnx"], ["--tolerance", "x"], "invalid number value: 'x'"),
         (["tflite"], ["--sequence-lengths", "0"], "must be at least 1, not 0"),
@@ -380,7 +383,15 @@ def test_help_and_version_load_nothing_heavy() -> None:
         "atexit.register(lambda: print('loaded', *heavy & set(sys.modules)))\n"
         "sys.exit(keras_mha_cli.main(sys.argv[1:]))"
     )
-    for arguments in (["export", "--help"], ["--help"], ["export", "--opset", "x"]):
+    for arguments in (
+        ["export", "--help"],
+        ["lint", "--help"],
+        ["verify", "--help"],
+        ["--help"],
+        ["export", "--opset", "x"],
+        ["lint", "absent.tflite"],
+        ["verify", "absent.keras", "--samples", "x.npy", "--onnx", "y.onnx"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=ROOT,
@@ -398,7 +409,7 @@ def test_help_names_every_option_and_exit_code() -> None:
     told = run("export", "--help").stdout
     for option in options.OPTIONS:
         assert f"\n  {option.flag}" in told
-    for code in range(4):
+    for code in (0, 1, 2, 3, 130):
         assert f"\n  {code}  " in told
 
 
@@ -417,8 +428,9 @@ def test_the_installed_script_is_main() -> None:
     assert getattr(importlib.import_module(module), name) is main
 
 
-def test_killed_it_leaves_nothing_under_a_final_name(
-    files: Path, tmp_path: Path
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_ended_early_it_leaves_nothing_under_a_final_name(
+    files: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(
@@ -426,12 +438,19 @@ def test_killed_it_leaves_nothing_under_a_final_name(
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         while process.poll() is None and not list(out.glob("onnx/.staging-*")):
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+        process.send_signal(ending)
+        _, told = process.communicate()
     left = [path for path in out.glob("*/*") if not path.name.startswith(".staging-")]
     assert left == []
-    assert list(out.glob("onnx/.staging-*"))
+    if ending == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert list(out.glob("onnx/.staging-*"))
+    else:
+        assert process.returncode == 130
+        assert told.splitlines()[-1].startswith("keras-mha: interrupted")
+        assert not out.exists()

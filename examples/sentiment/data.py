@@ -1,4 +1,4 @@
-"""The movie review sentences: fetched, checked, labelled, split.
+"""The movie review sentences: fetched, checked, labeled, split.
 
 The sentence polarity set ("MR") of Pang and Lee 2005, "Seeing stars", as Hutto and
 Gilbert 2014, "VADER", redistribute it in the source archive of the package

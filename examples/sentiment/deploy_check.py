@@ -1,8 +1,10 @@
 """Runs the trained model's files in every runtime at hand: `make deploy-check`.
 
-Needs what train.py wrote. Adds an ONNX file and TFLite files in float32 and int8 for
-the GPU, and compares all with the model, on reviews of the test part and on texts as
-users should not send them. The tables and pictures are written beside.
+Needs what train.py wrote. Adds an ONNX file and TFLite files, in float32, in int8 for
+GPUs and in int8 for the CPU, and compares all with the model, on the whole test part
+and on texts as users should not send them. The tables and pictures are written beside.
+Ends with 1 where a value is wrong, or where the accuracy of int8 is more than half a
+point from that of float.
 
 Example:
     python examples/sentiment/deploy_check.py --directory dist/sentiment
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from report import write_text
 # Registers the layer that the saved model begins with.
 import keras_mha.text  # noqa: F401
 from keras_mha.export import (
+    RuntimeCheck,
     VerificationReport,
     export_onnx,
     export_tflite,
@@ -36,6 +40,16 @@ from keras_mha.export import (
 )
 
 EXPORT_SAMPLES = 32
+# The most that accuracies of int8 and float may be apart, in percent of the reviews.
+MOST_POINTS = 0.5
+# Folders of TFLite files: how they are quantized, and for what.
+FLOAT, INT8_GPU, INT8_CPU = "float32", "dynamic_int8_gpu", "dynamic_int8"
+FILES = {
+    FLOAT: (None, "gpu"),
+    INT8_GPU: ("dynamic_int8", "gpu"),
+    INT8_CPU: ("dynamic_int8", "cpu"),
+}
+LITERT = "LiteRT interpreter, CPU"
 # Nothing, unknown words, a whole book, control characters, broken UTF-8, letters from
 # right to left, emoji with joiners.
 HOSTILE = [
@@ -49,7 +63,7 @@ HOSTILE = [
 ]
 
 
-def check(directory: Path, rows: int) -> dict[str, VerificationReport]:
+def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
     """Exports what is missing, and verifies the files by what they take."""
     of_texts: Any = keras.saving.load_model(directory / "model.keras")
     tokenizer = of_texts.get_layer("tokenizer")
@@ -60,36 +74,84 @@ def check(directory: Path, rows: int) -> dict[str, VerificationReport]:
     chosen = np.random.default_rng(0).permutation(len(test))[:rows]
     texts, labels = test.texts[chosen].tolist(), test.labels[chosen]
 
+    def to_ids(texts: list[Any]) -> np.ndarray:
+        cut = encode(texts, tokenizer.vocabulary, length)
+        return np.stack([np.pad(row, (0, length - len(row))) for row in cut])
+
     length = tokenizer.max_length
-    cut = encode(texts, tokenizer.vocabulary, length)
-    ids = np.stack([np.pad(row, (0, length - len(row))) for row in cut])
+    ids, hostile = to_ids(texts), to_ids(HOSTILE)
     few = ids[:EXPORT_SAMPLES]
-    export_onnx(of_ids, directory / "model.onnx", samples=few)
-    files = []
-    for quantization in (None, "dynamic_int8"):
-        folder = directory / "deployment" / (quantization or "float32")
+    onnx = directory / "model.onnx"
+    export_onnx(of_ids, onnx, samples=few)
+    files = {}
+    for name, (quantization, target) in FILES.items():
         written = export_tflite(
             of_ids,
-            folder,
+            directory / "deployment" / name,
             sequence_lengths=(length,),
             samples=few,
             quantization=quantization,
-            target="gpu",
+            target=target,
         )
-        files += [file.path for file in written.files]
+        files[name] = written.files[0].path
 
     served = directory / "saved_model"
+    on_gpus, on_cpus = [files[FLOAT], files[INT8_GPU]], [files[INT8_CPU]]
+    cpus = ["litert", "litert_arm"]
     return {
         "texts": verify(of_texts, samples=texts, labels=labels, saved_model=served),
         "hostile": verify(of_texts, samples=HOSTILE, saved_model=served),
-        "ids": verify(
-            of_ids,
-            samples=ids,
-            labels=labels,
-            tflite=files,
-            onnx=directory / "model.onnx",
+        "ids": verify(of_ids, samples=ids, labels=labels, tflite=on_gpus, onnx=onnx),
+        "ids_cpu": verify(
+            of_ids, samples=ids, labels=labels, tflite=on_cpus, runtimes=cpus
+        ),
+        "hostile_ids": verify(of_ids, samples=hostile, tflite=on_gpus, onnx=onnx),
+        "hostile_ids_cpu": verify(
+            of_ids, samples=hostile, tflite=on_cpus, runtimes=cpus
         ),
     }
+
+
+def compare_accuracies(checks: Sequence[RuntimeCheck]) -> tuple[str, bool]:
+    """Size and accuracy of the TFLite files as LiteRT runs them, beside float's.
+
+    Returns:
+        A Markdown section, and whether every accuracy is near float's. It is not where
+        one is unknown.
+    """
+    found = {
+        Path(check.file).parent.name: check
+        for check in checks
+        if check.runtime == LITERT and check.file
+    }
+    plain = found.get(FLOAT)
+    if plain is None or plain.accuracy is None or plain.size_bytes is None:
+        return f"## Accuracy of int8: not passed\n\n{LITERT} ran no float file.", False
+    lines = [
+        "| file | bytes | share of float | accuracy | points from float | agreement |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    passed = True
+    for name in FILES:
+        one = found.get(name)
+        if one is None or one.accuracy is None or one.label_agreement is None:
+            lines.append(f"| {name} | not run | | | | |")
+            passed = False
+            continue
+        points = 100 * (one.accuracy - plain.accuracy)
+        passed = passed and abs(points) <= MOST_POINTS
+        share = (one.size_bytes or 0) / plain.size_bytes
+        lines.append(
+            f"| {name} | {one.size_bytes} | {share:.3f} | {one.accuracy:.2%} | "
+            f"{points:+.2f} | {one.label_agreement:.2%} |"
+        )
+    verdict = "passed" if passed else "not passed"
+    head = (
+        f"## Accuracy of int8 on {plain.samples} reviews of the test part: {verdict}"
+        f"\n\nIn {LITERT}; at most {MOST_POINTS} points from float are allowed. "
+        "Agreement is with the Keras model's labels."
+    )
+    return "\n\n".join([head, "\n".join(lines)]), passed
 
 
 def main() -> None:
@@ -106,23 +168,28 @@ def main() -> None:
     parser.add_argument(
         "--rows",
         type=int,
-        default=1000,
-        help="how many reviews; 200 where a runtime is emulated (default: %(default)s)",
+        help="how many reviews (default: all of the test part); 200 where a runtime is "
+        "emulated",
     )
     options = parser.parse_args()
     if not (options.directory / "model.keras").exists():
         parser.error(f"{options.directory} holds no model.keras: run train.py first")
     reports = check(options.directory, options.rows)
+    folder = options.directory / "deployment"
     for name, report in reports.items():
         for suffix in ("json", "png"):
-            report.write(options.directory / "deployment" / f"{name}.{suffix}")
-    table = "\n\n".join(
+            report.write(folder / f"{name}.{suffix}")
+    of_ids = [*reports["ids"].checks, *reports["ids_cpu"].checks]
+    accuracies, near = compare_accuracies(of_ids)
+    tables = [
         report.to_markdown().replace(" of ", f" on {name} of ", 1)
         for name, report in reports.items()
-    )
-    write_text(options.directory / "deployment" / "report.md", table)
-    print(table)
-    sys.exit(0 if all(report.passed for report in reports.values()) else 1)
+    ]
+    text = "\n\n".join([*tables, accuracies])
+    write_text(folder / "report.md", text)
+    print(text)
+    passed = near and all(report.passed for report in reports.values())
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

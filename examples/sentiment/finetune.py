@@ -122,9 +122,13 @@ class AgreeingModel(keras.Model):
     ) -> Any:
         """Adds the symmetric divergence of the halves' answers to the loss."""
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        first, second = ops.split(ops.clip(y_pred, 1e-7, 1.0), 2)
-        divergence = ops.sum((first - second) * (ops.log(first) - ops.log(second)), -1)
-        return loss + self.agreement / 2 * ops.mean(divergence)
+        halves: Any = ops.split(ops.clip(y_pred, 1e-7, 1.0), 2)
+        first, second = halves
+        divergence: Any = ops.sum(
+            (first - second) * (ops.log(first) - ops.log(second)), -1
+        )
+        mean: Any = ops.mean(divergence)
+        return loss + self.agreement / 2 * mean
 
 
 class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -138,7 +142,8 @@ class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
         done = ops.cast(step, "float32") + 1.0
         rising = done / max(self.warmup, 1)
         falling = (self.steps - done) / max(self.steps - self.warmup, 1)
-        return self.peak * ops.maximum(ops.minimum(rising, falling), 0.0)
+        share: Any = ops.maximum(ops.minimum(rising, falling), 0.0)
+        return self.peak * share
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""

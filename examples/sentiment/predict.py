@@ -20,7 +20,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dist" / "sentiment"
-Predict = Callable[[Sequence[str]], np.ndarray]
+# Texts are bytes: a shell passes on what is no UTF-8, and the models take it.
+Predict = Callable[[Sequence[bytes]], np.ndarray]
 
 
 def load_keras(directory: Path) -> Predict:
@@ -63,7 +64,7 @@ def load_tflite(directory: Path) -> Predict:
         directory / "vocab.txt", max_length=length, pad_to=length
     )
 
-    def predict(texts: Sequence[str]) -> np.ndarray:
+    def predict(texts: Sequence[bytes]) -> np.ndarray:
         ids = tokenizer(tf.constant(list(texts))).numpy()
         rows = [runner(**{name: row[np.newaxis]})["probabilities"] for row in ids]
         return np.concatenate(rows)
@@ -112,14 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     labels = (options.directory / "labels.txt").read_text("utf-8").split()
-    probabilities = RUNTIMES[options.runtime](options.directory)(options.texts)
-    for text, row in zip(options.texts, probabilities.tolist(), strict=True):
+    # As the shell gave them.
+    texts = [os.fsencode(text) for text in options.texts]
+    probabilities = RUNTIMES[options.runtime](options.directory)(texts)
+    for given, row in zip(texts, probabilities.tolist(), strict=True):
+        text = given.decode("utf-8", "replace")
         named = dict(zip(labels, row, strict=True))
         if options.json:
             print(json.dumps({"text": text, **named}, ensure_ascii=False))
         else:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
-            print(f"{figures}  {text}")
+            # One line, whatever is in it.
+            shown = "".join(c if c.isprintable() else "\ufffd" for c in text)
+            print(f"{figures}  {shown}")
     return 0
 
 

@@ -134,14 +134,14 @@ def draw_training(
     parts = (("", "training (with dropout)", "C0"), ("val_", "validation", "C1"))
     with figure(path, figsize=(9, 3.5), ncols=2) as axes:
         for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
-            for prefix, label, colour in parts:
+            for prefix, label, color in parts:
                 for i, history in enumerate(histories):
                     curve = history[prefix + name]
                     axis.plot(
                         range(1, len(curve) + 1),
                         curve,
                         marker=".",
-                        color=colour,
+                        color=color,
                         alpha=0.6,
                         label=None if i else label,
                     )

@@ -24,7 +24,7 @@ from keras_mha.attention.bias import Bias
 from keras_mha.attention.masks import Mask
 from keras_mha.typing import Tensor
 
-# Up to so many scores, half a gigabyte of float32, "auto" has them materialised.
+# Up to so many scores, half a gigabyte of float32, "auto" has them materialized.
 _FEW = 2**27
 # From this length on, leaving out blocks saves more than storing scores does.
 _SKIPPED_FROM = 1024

@@ -165,7 +165,7 @@ def rotate(
         base: At least 1; the greater, the slower the last pairs turn.
         fraction: Share of H that is rotated, `0 < fraction <= 1`: the first
             `R = int(fraction * H)` features, an even number.
-        interleaved: Whether pairs are neighbours `(2 i, 2 i + 1)`, as in RoFormer, or
+        interleaved: Whether pairs are neighbors `(2 i, 2 i + 1)`, as in RoFormer, or
             stand half of R apart, `(i, i + R / 2)`, as in GPT-NeoX, Llama and Hugging
             Face.
         scaling: How the angles are stretched for sequences longer than the trained

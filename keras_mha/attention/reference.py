@@ -1,4 +1,4 @@
-"""Attention with the scores materialised: right on its whole domain.
+"""Attention with the scores materialized: right on its whole domain.
 
     softmax(mask(cap(scale Q K^T) + bias)) V
 
@@ -151,7 +151,7 @@ def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
 
     Args:
         scores: `(..., S)`, or `(B, N, T, S)` with sinks.
-        sinks: `(N,)`: scores that join the normalisation and are dropped after it,
+        sinks: `(N,)`: scores that join the normalization and are dropped after it,
             as in Xiao et al. 2024, "Efficient streaming language models with
             attention sinks", learned as in gpt-oss.
 

@@ -98,6 +98,9 @@ def register_device_form(layer_class: type, form: Form) -> None:
             subclasses that do not override `call`.
         form: Takes a layer and returns `Swap`s, or raises `NoDeviceFormError`.
 
+    Raises:
+        TypeError: If `layer_class` is no such class, or `form` cannot be called.
+
     Example:
 
     >>> import keras
@@ -112,6 +115,16 @@ def register_device_form(layer_class: type, form: Form) -> None:
     >>> FORMS.pop(Square) is square
     True
     """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, _layers.Layer)):
+        raise TypeError(
+            "`layer_class` must be a subclass of keras.layers.Layer. "
+            f"Received: {layer_class!r}"
+        )
+    if not callable(form):
+        raise TypeError(
+            "`form` must be a function that takes a layer and returns `Swap`s. "
+            f"Received: {form!r}"
+        )
     FORMS[layer_class] = form
 
 

@@ -232,8 +232,18 @@ def _as_array(name: str, samples: Any) -> np.ndarray:
                 f"`samples` for input {name!r} must be numbers or strings, equally "
                 f"many in each row. Received: {type(item).__name__}"
             )
-        encoded[index] = item.encode() if isinstance(item, str) else item
+        encoded[index] = item if isinstance(item, bytes) else _to_bytes(name, item)
     return encoded
+
+
+def _to_bytes(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`samples` for input {name!r} must be text that UTF-8 can write. "
+            f"Received: {error}"
+        ) from error
 
 
 def _dtype(array: np.ndarray) -> Any:

@@ -20,10 +20,12 @@ class Tensor(TensorInfo):
     Attributes:
         constant: Whether its values stand in the file.
         is_input: Whether it is one of its graph's inputs.
+        scales: How many it was rounded by, if at all: 1, or one for each slice.
     """
 
     constant: bool
     is_input: bool
+    scales: int
 
     @property
     def rank(self) -> int:
@@ -124,6 +126,7 @@ def _operators(subgraph: int, graph: Mapping[str, Any]) -> list[Operator]:
             shape=tuple(None if size < 0 else size for size in tensor["shape"]),
             constant=tensor["constant"],
             is_input=number in graph["inputs"],
+            scales=tensor["scales"],
         )
         for number, tensor in enumerate(graph["tensors"])
     ]

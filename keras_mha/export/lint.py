@@ -216,6 +216,13 @@ def _gathers_by_ids_not_of_rank_1(operator: Operator) -> bool:
     )
 
 
+def _looks_up_rows_of_one_scale(operator: Operator) -> bool:
+    return operator.name == "EMBEDDING_LOOKUP" and any(
+        tensor.scales == 1 and tensor.constant and (tensor.shape or (1,))[0] != 1
+        for tensor in operator.inputs
+    )
+
+
 def _slices_with_other_axes(operator: Operator) -> bool:
     masks = ("newAxisMask", "shrinkAxisMask")
     return operator.name == "STRIDED_SLICE" and any(
@@ -328,6 +335,14 @@ RULES = (
         _gathers_by_ids_not_of_rank_1,
         "The GPU delegate gathers by ids of rank 1 alone. Reshape the ids to one axis, "
         "look up (`one_hot(ids) @ table` becomes EMBEDDING_LOOKUP), and reshape back.",
+    ),
+    Rule(
+        "embedding-scale",
+        {"gpu": "error"},
+        _looks_up_rows_of_one_scale,
+        "The GPU delegate knows scales of single rows alone and answers with zeros for "
+        "all rows but the first, without a word. Export with `target='gpu'`, which "
+        "gives each row its scale.",
     ),
     Rule(
         "strided-slice-axes",

@@ -177,8 +177,8 @@ def _keep_rank_in_products(graph: Graph) -> bool:
 def _layer_normalization(mean_op: str) -> Any:
     """What Keras' `LayerNormalization` over the last axis is converted to."""
     mean = (f"mean={mean_op}", "x")
-    centred = ("Sub", "x", mean)
-    variance = (f"variance={mean_op}", ("Mul", centred, centred))
+    centered = ("Sub", "x", mean)
+    variance = (f"variance={mean_op}", ("Mul", centered, centered))
     factor = ("Mul", ("Reciprocal", ("Sqrt", ("Add", variance, "epsilon"))), "gamma")
     shift = ("Add", ("Mul", factor, ("Neg", mean)), "beta")
     return ("Add", ("Mul", factor, "x"), shift)

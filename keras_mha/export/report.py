@@ -149,7 +149,9 @@ class SavedModelReport(ExportReport):
         batch_difference: How much the answer to a row changed at most with the other
             rows of its batch.
         parity: The comparison with the model.
+        gpu_note: What to know before it is served on a GPU.
         further_signatures: Those besides `serving_default` and `serve`.
+        tflite: The signature of `model.tflite`, if that was asked for.
     """
 
     path: str
@@ -162,7 +164,9 @@ class SavedModelReport(ExportReport):
     custom_operations: tuple[str, ...]
     batch_difference: float
     parity: Parity
+    gpu_note: str
     further_signatures: tuple[SignatureReport, ...] = ()
+    tflite: SignatureReport | None = None
 
 
 @dataclass(frozen=True)
@@ -280,8 +284,8 @@ def _sections(title: str, fields: dict[str, Any]) -> list[str]:
     """A table of `fields` under `title`, then one section for each part."""
     files = fields.get("files", [])
     signatures = fields.get("further_signatures", [])
-    mediapipe = fields.get("mediapipe")
-    nested = ("files", "further_signatures", "parity", "mediapipe")
+    mediapipe, tflite = fields.get("mediapipe"), fields.get("tflite")
+    nested = ("files", "further_signatures", "parity", "mediapipe", "tflite")
     # A nested comparison stands on the level of its owner.
     flat = {key: fields[key] for key in fields if key not in nested}
     flat |= fields.get("parity") or {}
@@ -294,6 +298,8 @@ def _sections(title: str, fields: dict[str, Any]) -> list[str]:
         parts += _sections(f"### signature {signature['name']}", signature)
     if mediapipe:
         parts += _sections("#### in MediaPipe", mediapipe)
+    if tflite is not None:
+        parts += _sections(f"### signature {tflite['name']} of model.tflite", tflite)
     return parts
 
 

@@ -180,6 +180,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         _start_tensorflow,
         takes_text=True,
     ),
+    # No strings, not even with openvino-tokenizers: 2026.4 has no rule for the
+    # operations FastBertNormalize and FastWordpieceTokenizeWithOffsets.
     "openvino": Runtime(
         "OpenVINO, CPU", ("saved_model", "onnx"), _find_openvino, _start_openvino
     ),

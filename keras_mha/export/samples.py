@@ -20,8 +20,8 @@ def load_samples(path: str | Path) -> Any:
         An array, a dictionary of arrays, or a list of strings.
 
     Raises:
-        ValueError: If the file has another extension, holds pickled objects, or no
-            text.
+        ValueError: If the file has another extension, holds pickled objects, no text
+            or one that is no UTF-8.
 
     Example:
 
@@ -37,7 +37,13 @@ def load_samples(path: str | Path) -> Any:
     path = Path(path)
     if path.suffix == ".txt":
         # Not splitlines(): it also splits at characters that are part of a text.
-        text = path.read_text("utf-8-sig").removesuffix("\n")
+        try:
+            text = path.read_text("utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"`path` must hold UTF-8, and {path} does not: {error}. Texts of any "
+                "bytes go into an .npy file."
+            ) from error
         if not text:
             raise ValueError(f"`path` must hold at least one text. Received: {path}")
         return text.split("\n")

@@ -24,11 +24,13 @@ from keras_mha.export.files import (
 )
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
+from keras_mha.export.placement import gpu_note
 from keras_mha.export.report import SavedModelReport, SignatureReport, TensorInfo
+from keras_mha.export.served_tflite import check_served_tflite, write_served_tflite
 from keras_mha.export.tokens import INPUT, after_tokenizer
 from keras_mha.export.warmup import MAX_RECORDS, read_warmup, write_warmup
 
-_TOKENS = "tokens"
+_DEFAULT, _TOKENS = "serving_default", "tokens"
 
 
 def export_saved_model(
@@ -42,6 +44,7 @@ def export_saved_model(
     output_names: Sequence[str] | None = None,
     warmup: int = 16,
     tokens: bool = False,
+    with_tflite: bool = False,
     timeout: float = 600.0,
 ) -> SavedModelReport:
     """Writes `model` as a SavedModel at `<directory>/<version>/`, and checks it.
@@ -59,6 +62,19 @@ def export_saved_model(
     disabled, which TF Serving is built on; elsewhere Python's. A server may batch
     requests: that an answer does not depend on the other rows is checked too, also for
     a batch filled up with copies of its first row.
+
+    With `with_tflite=True` the version also holds `model.tflite`: the same signature in
+    TFLite's builtin operations, with free sizes. TF Serving runs it in place of
+    `saved_model.pb` if started with `--prefer_tflite_model`, an experimental flag, and
+    finds inputs and outputs by the names of its tensors, which are therefore those of
+    `serving_default`; it has no other signature. The server has no custom operations of
+    TFLite, so the model must take no strings. The file's values are compared in LiteRT
+    like the rest; the server itself was not run.
+
+    On a GPU nothing was run. `gpu_note` in the report names the operations that have no
+    GPU kernel, as those of tokenizers; TensorFlow leaves these on the CPU and copies.
+    Without XLA the others run one by one. NVIDIA GPUs since Ampere multiply float32
+    matrices in TF32, with errors near 1e-3, unless `NVIDIA_TF32_OVERRIDE=0` is set.
 
     Everything happens under a name beside `<directory>/<version>/` that is no number;
     only a checked version is renamed. After an error nothing is left.
@@ -86,7 +102,8 @@ def export_saved_model(
         tokens: Whether to write the signature `tokens`: the part of the model after
             its `keras_mha.text.WordpieceTokenizer`, which takes `ids`, and other
             inputs as they are. The weights are written once.
-        timeout: Seconds that the check may take.
+        with_tflite: Whether to write `model.tflite` beside `saved_model.pb`.
+        timeout: Seconds that the check of one file may take.
 
     Returns:
         What was written, and how far its values are from the model's.
@@ -95,10 +112,13 @@ def export_saved_model(
         FileExistsError: If the version exists and `overwrite` is False.
         ParityError: If a value differs by more than `tolerance`.
         VerificationError: If the file does not run in the fresh process.
+        ImportError: If `with_tflite` is set and ai-edge-litert is not installed.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, an input a name that no
             signature can carry, or the model is not safe to batch: an output has
-            another first dimension than the batch, or depends on other rows.
+            another first dimension than the batch, or depends on other rows. With
+            `with_tflite` also if the model takes strings, or needs operations that
+            TFLite has not built in.
 
     Example:
 
@@ -117,10 +137,7 @@ def export_saved_model(
     ((1, 5), True)
     """
     directory = Path(directory)
-    if not isinstance(warmup, int) or not 0 <= warmup <= MAX_RECORDS:
-        raise ValueError(
-            f"`warmup` must be an integer from 0 to {MAX_RECORDS}. Received: {warmup}"
-        )
+    _check_warmup(warmup)
     check_tolerance(tolerance)
     check_timeout(timeout)
     final = directory / str(_check_version(version, directory))
@@ -129,6 +146,8 @@ def export_saved_model(
             f"{final} exists; pass `overwrite=True` or another `version`."
         )
     endpoint, arrays = describe(model, samples, output_names)
+    if with_tflite:
+        _check_tflite(endpoint)
     rows = len(next(iter(arrays.values())))
 
     cut = after_tokenizer(endpoint, arrays) if tokens else None
@@ -162,7 +181,20 @@ def export_saved_model(
         signatures = []
         if cut is not None:
             signatures = [_check_tokens(path, *cut, wanted[0], tolerance, timeout)]
+        tflite = None
+        if with_tflite:
+            write_served_tflite(path)
+            tflite = check_served_tflite(
+                path,
+                cases,
+                wanted,
+                tensor_infos(endpoint.inputs),
+                _outputs(signature),
+                tolerance=tolerance,
+                timeout=timeout,
+            )
         size = size_of(path)
+        note = gpu_note(_meta_graph(path), _DEFAULT)
         publish_directory(path, final, overwrite=overwrite)
 
     return SavedModelReport(
@@ -181,7 +213,9 @@ def export_saved_model(
         custom_operations=tuple(facts["custom_operations"]),
         batch_difference=batch_difference,
         parity=parity,
+        gpu_note=note,
         further_signatures=tuple(signatures),
+        tflite=tflite,
     )
 
 
@@ -209,6 +243,31 @@ def _check_tokens(
     )
 
 
+def _check_warmup(warmup: int) -> None:
+    if isinstance(warmup, bool) or not isinstance(warmup, int):
+        raise TypeError(f"`warmup` must be an integer. Received: {warmup!r}")
+    if not 0 <= warmup <= MAX_RECORDS:
+        raise ValueError(
+            f"`warmup` must be an integer from 0 to {MAX_RECORDS}. Received: {warmup}"
+        )
+
+
+def _check_tflite(endpoint: Endpoint) -> None:
+    """Refuses `with_tflite` where the file could not be written or served."""
+    texts = [name for name, spec in endpoint.inputs.items() if spec.dtype == tf.string]
+    if texts:
+        raise ValueError(
+            "`with_tflite` is for models that take no strings: TF Serving has TFLite's "
+            "builtin operations alone, and tokenizers need others. Pass the part of "
+            "the model after its tokenizer: `without_tokenizer` gives it. Received: "
+            f"the string inputs {texts}"
+        )
+    if importlib.util.find_spec("ai_edge_litert") is None:
+        raise ImportError(
+            "`with_tflite` needs ai-edge-litert: pip install 'keras-mha[tflite]'"
+        )
+
+
 def _check_version(version: int | None, directory: Path) -> int:
     if version is None:
         return highest_version(directory) + 1
@@ -224,16 +283,20 @@ def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
 
 
 def read_graph(
-    path: Path, signature_name: str = "serving_default"
+    path: Path, signature_name: str = _DEFAULT
 ) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
     """A signature, empty if there is none, and the names of all operations."""
-    content = (path / "saved_model.pb").read_bytes()
-    meta_graph = saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
+    meta_graph = _meta_graph(path)
     graph = meta_graph.graph_def
     functions = {function.signature.name for function in graph.library.function}
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
     operations = sorted({node.op for node in nodes} - functions)
     return meta_graph.signature_def[signature_name], operations
+
+
+def _meta_graph(path: Path) -> meta_graph_pb2.MetaGraphDef:
+    content = (path / "saved_model.pb").read_bytes()
+    return saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
 
 
 def _outputs(signature: meta_graph_pb2.SignatureDef) -> tuple[TensorInfo, ...]:
@@ -250,7 +313,7 @@ def _run(
     signature: meta_graph_pb2.SignatureDef,
     operations: list[str],
     timeout: float,
-    signature_name: str = "serving_default",
+    signature_name: str = _DEFAULT,
 ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
     runtime, arguments = loader(signature, operations, signature_name)
     return run_in_fresh_process(runtime, path, cases, timeout=timeout, **arguments)
@@ -259,7 +322,7 @@ def _run(
 def loader(
     signature: meta_graph_pb2.SignatureDef,
     operations: list[str],
-    signature_name: str = "serving_default",
+    signature_name: str = _DEFAULT,
 ) -> tuple[str, dict[str, Any]]:
     """The runtime for a SavedModel, and further arguments of `run_in_fresh_process`."""
     options: dict[str, Any] = {

@@ -106,7 +106,9 @@ def export_tflite(
         representative_data: More of what `samples` has, not longer than any S, from
             which `"int8_dense"` takes those ranges. Some hundred typical rows do.
         target: `"cpu"`, or `"gpu"` for files that LiteRT's GPU delegate is to take
-            over whole: layers that stay as they are then raise instead of warning.
+            over whole: layers that stay as they are then raise instead of warning, and
+            each row of an int8 embedding keeps a scale of its own, 12 bytes, without
+            which the delegate answers wrongly.
         text: Whether to write files that take strings besides; needs tensorflow-text.
         metadata: Labels, and for a model of ids the vocabulary and the samples' texts:
             a `BertMetadata`, or for a model of ids perhaps a `RegexMetadata`. The files

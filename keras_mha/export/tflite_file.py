@@ -19,6 +19,7 @@ from keras_mha.export.flatbuffer import read_contents
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.graph import operators_of
 from keras_mha.export.lint import Target, findings
+from keras_mha.export.narrow_tables import with_one_scale_for_narrow_tables
 from keras_mha.export.parity import check_parity
 from keras_mha.export.quantization import ask_converter, quantize_dense
 from keras_mha.export.report import MediaPipeCheck, Parity, TensorInfo, TFLiteFile
@@ -86,6 +87,8 @@ def write_ids_file(
     if ranges is not None:
         cases = [{name: rows} for rows in batches(ranges, settings.batch_size)]
         content = quantize_dense(content, settings.signature_name, cases)
+    if settings.quantization == "dynamic_int8" and settings.target == "cpu":
+        content = with_one_scale_for_narrow_tables(content)
     contents = read_contents(content)
     if contents.custom or contents.dynamic:
         raise ValueError(

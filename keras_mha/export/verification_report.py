@@ -12,7 +12,7 @@ from typing import Literal
 from keras_mha.export.report import ExportReport
 
 Status = Literal["reference", "ok", "wrong", "failed", "not run"]
-_COLOURS = {"ok": "tab:green", "wrong": "tab:red"}
+_COLORS = {"ok": "tab:green", "wrong": "tab:red"}
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,10 @@ def _draw(report: VerificationReport, path: Path) -> None:
     values, times = figure.subplots(1, 2, sharey=True)
     for row, check in zip(rows, checks, strict=True):
         difference, latency = check.max_absolute_difference, check.latency
-        colour = _COLOURS.get(check.status, "tab:grey")
+        color = _COLORS.get(check.status, "tab:gray")
         if difference is not None and check.status != "reference":
             # Equal values have no place on the axis: they get its left end.
-            values.barh(row, max(difference, 1e-9), color=colour)
+            values.barh(row, max(difference, 1e-9), color=color)
             values.text(max(difference, 1e-9), row, f" {difference:.2g}", va="center")
         elif check.status != "reference":
             values.text(1e-9, row, f" {check.status}", va="center")

@@ -252,7 +252,7 @@ class AttentionLayer(SeededLayer):
             )
 
     def _turn(self, heads: Tensor, norm: Any, start: Tensor | int = 0) -> Tensor:
-        """Normalises and rotates queries or keys, whose positions begin at `start`."""
+        """Normalizes and rotates queries or keys, whose positions begin at `start`."""
         if norm is not None:
             heads = norm(heads)
         if isinstance(self.position_layer, RotaryEmbedding):

@@ -24,7 +24,7 @@ class FusedProjection(Projection):
     """Projects inputs to the heads' queries, keys and values in one product.
 
     The kernel is `(D, K, G H + H + V)`, G = N / K: the columns of each key head, its
-    queries', its own and its values', lie side by side. Each part is initialised as
+    queries', its own and its values', lie side by side. Each part is initialized as
     a projection of its own would be, and can have low-rank factors of its own.
 
     Low-rank adaptation follows Hu et al. 2021, "LoRA: low-rank adaptation of large

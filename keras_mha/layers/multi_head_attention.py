@@ -66,7 +66,7 @@ class MultiHeadAttention(AttentionLayer):
             needs a single attention axis. Defaults to no limit.
         flash_attention: True asks for memory linear in T and S, always; False for
             the reference implementation; `None` leaves the choice. Scores that are
-            asked for are materialised in any case.
+            asked for are materialized in any case.
         kernel_initializer: Initializer of the kernels.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the kernels.
@@ -83,7 +83,7 @@ class MultiHeadAttention(AttentionLayer):
         position: How scores know of positions: `"rotary"`, `"alibi"`, `"relative"`,
             or a `RotaryEmbedding`, `ALiBi` or `RelativePositionBias`, of which the
             layer makes a copy of its own. Defaults to not at all.
-        qk_norm: `"rms"` or `"layer"`: normalises each head's queries and keys over H
+        qk_norm: `"rms"` or `"layer"`: normalizes each head's queries and keys over H
             before they are rotated (Dehghani et al. 2023, "Scaling vision
             transformers to 22 billion parameters"). Defaults to none.
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)` (Gemma Team 2024,

@@ -41,7 +41,7 @@ class RotaryEmbedding(keras.layers.Layer):
         base: At least 1; the greater, the slower the last pairs of features turn.
         fraction: Share of H that is rotated, `0 < fraction <= 1`: the first
             `int(fraction * H)` features, an even number.
-        interleaved: Whether neighbours are a pair, as in RoFormer, or features half
+        interleaved: Whether neighbors are a pair, as in RoFormer, or features half
             of the rotated ones apart, as in GPT-NeoX, Llama and Hugging Face.
         scaling: How angles are stretched for sequences longer than the trained ones:
             `None`, `"linear"`, `"ntk"` or `"llama3"`.

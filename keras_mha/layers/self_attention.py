@@ -79,7 +79,7 @@ class MultiHeadSelfAttention(AttentionLayer):
         use_bias: Whether the projections have biases.
         output_shape: Size, or shape, of each output position. Defaults to D.
         kernel_initializer: Initializer of the kernels; queries, keys and values
-            are each initialised as a projection of their own.
+            are each initialized as a projection of their own.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the kernels.
         bias_regularizer: Regularizer of the biases.
@@ -94,7 +94,7 @@ class MultiHeadSelfAttention(AttentionLayer):
         position: How scores know of positions: `"rotary"`, `"alibi"`, `"relative"`,
             or a `RotaryEmbedding`, `ALiBi` or `RelativePositionBias`, of which the
             layer makes a copy of its own. Defaults to not at all.
-        qk_norm: `"rms"` or `"layer"`: normalises each head's queries and keys over H
+        qk_norm: `"rms"` or `"layer"`: normalizes each head's queries and keys over H
             before they are rotated (Dehghani et al. 2023, "Scaling vision
             transformers to 22 billion parameters"). Defaults to none.
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)` (Gemma Team 2024,

@@ -174,7 +174,7 @@ def _first_given(rate: float | None, default: float) -> float:
 
 
 def _derive_seeds(seed: int | None, count: int) -> list[int | None]:
-    """Different seeds out of one, also between blocks of neighbouring seeds.
+    """Different seeds out of one, also between blocks of neighboring seeds.
 
     With one seed, dropouts of one shape would fall on the same positions.
     """

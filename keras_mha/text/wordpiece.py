@@ -29,8 +29,9 @@ class WordpieceTokenizer(keras.layers.Layer):
     each word cut greedily into the longest pieces that the vocabulary has. A word
     that cannot be cut becomes `[UNK]`. A text too long loses its end, never its
     `[SEP]`, so each row has at least two ids and no attention row is empty. No text
-    can produce a special token: `"[PAD]"` written in a review is three words. Bytes
-    that are no UTF-8 are kept as unknown words.
+    can produce a special token: `"[PAD]"` written in a review is three words. A word
+    with bytes that are no UTF-8 is unknown; control characters are dropped. A `str`
+    with half a surrogate pair has no bytes: TensorFlow refuses it with a ValueError.
 
     The operations are TensorFlow's and tensorflow-text's, which run in a SavedModel
     under TF Serving (not with XLA) and, of tensorflow-text, in TFLite.

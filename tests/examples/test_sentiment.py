@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -19,8 +20,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from keras_mha.export import export_tflite
+from keras_mha.export import export_saved_model, export_tflite
+from keras_mha.text import WordpieceTokenizer
 from tests.export.small_models import randomize
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
@@ -517,6 +520,47 @@ def test_the_whole_program_on_made_up_reviews(
     assert np.allclose(found["keras"].sum(1), 1.0, atol=1e-6)
     assert np.allclose(found["keras"], found["saved_model"], atol=1e-5)
     assert np.allclose(found["keras"], found["tflite"], atol=1e-5)
+
+
+def test_predict_answers_hostile_texts_alike(
+    example: dict[str, ModuleType],
+    trained: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    committee, predict = example["model"].committee, example["predict"]
+    tokenizer = WordpieceTokenizer(trained.vocabulary, 32, name="tokenizer")
+    of_texts = committee(trained.members, tokenizer)
+    of_texts.save(tmp_path / "model.keras")
+    export_saved_model(of_texts, tmp_path / "saved_model", samples=["fine"], version=1)
+    export_tflite(
+        committee(trained.members), tmp_path, sequence_lengths=(32,), samples=[[2, 3]]
+    )
+    (tmp_path / "model_32.tflite").rename(tmp_path / "model.tflite")
+    (tmp_path / "vocab.txt").write_text("\n".join(trained.vocabulary), "utf-8")
+    (tmp_path / "labels.txt").write_text("negative\npositive\n", "utf-8")
+
+    # What a shell gives: bytes that are no UTF-8 arrive as lone surrogates.
+    texts = [
+        *("a fine one", "", "qqqqq \u4e00", "dull " * 20_000, "x" * 100_000),
+        *("dull\x01\x1b[31m\r\n\tone", "fine \udcff\udcfe one", "\udced\udca0\udc80"),
+        *("\u202e\u05e1\u05e8\u05d8 fine", "\U0001f468\u200d\U0001f469 dull"),
+    ]
+    as_bytes = [os.fsencode(text) for text in texts]
+    wanted = np.asarray(of_texts(tf.constant(as_bytes)))
+    assert np.ptp(wanted, axis=0).max() > 0.2
+    for runtime in ("keras", "saved_model", "tflite"):
+        options = ["--runtime", runtime, "--directory", str(tmp_path)]
+        assert predict.main([*options, "--json", *texts]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        got = [[row["negative"], row["positive"]] for row in rows]
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        assert rows[6]["text"] == "fine \ufffd\ufffd one"
+    # Without --json each is one line, and none speaks to the terminal.
+    assert predict.main([*options, *texts]) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == len(texts)
+    assert "\x1b" not in printed
 
 
 @pytest.mark.slow

@@ -90,36 +90,15 @@ def test_to_onnx_refuses_another_kind_of_file_before_the_work() -> None:
     assert "the path to write must end in .onnx" in done.stderr
 
 
-def test_lint_tflite(tmp_path: Path) -> None:
+def test_lint_tflite_is_keras_mha_lint(tmp_path: Path) -> None:
     path = tmp_path / "model.tflite"
     path.write_bytes(
         tflite_files.convert(tf.exp, tflite_files.on((None, 3)))  # free, so not on GPUs
     )
-    done = run("lint_tflite.py", path)
-    assert done.returncode == 0, done.stderr
-    first, last = done.stdout.splitlines()
-    assert first.startswith("warning: dynamic-shape: EXP (operator 0 of graph 0; ")
-    assert last == f"{path}, target cpu: 0 errors, 1 warnings"
     done = run("lint_tflite.py", path, "--target", "gpu")
     assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith("error: dynamic-shape: EXP ")
     assert done.stdout.endswith("target gpu: 1 errors, 0 warnings\n")
-
-
-def test_lint_tflite_names_what_is_no_such_file(tmp_path: Path) -> None:
-    small_models.dense_model().save(tmp_path / "model.keras")
-    done = run("lint_tflite.py", tmp_path / "model.keras")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith(
-        f"error: {tmp_path / 'model.keras'} cannot be read as a TFLite file: "
-    )
-    assert "zip archive" in done.stderr
-    done = run("lint_tflite.py", tmp_path / "a.tflite")
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith(
-        f"error: {tmp_path / 'a.tflite'} does not exist"
-    )
+    assert run("lint_tflite.py", "--help").stdout.startswith("usage: keras-mha lint ")
 
 
 def test_to_tflite_quantizes(tmp_path: Path) -> None:
@@ -152,7 +131,7 @@ def test_to_tflite_wants_representative_data_for_ranges(tmp_path: Path) -> None:
     assert "--representative-data goes with --quantization int8_dense" in done.stderr
 
 
-def test_verify(tmp_path: Path) -> None:
+def test_verify_is_keras_mha_verify(tmp_path: Path) -> None:
     model = small_models.dense_model()
     model.save(tmp_path / "model.keras")
     rows = small_models.features()
@@ -162,31 +141,10 @@ def test_verify(tmp_path: Path) -> None:
         *(tmp_path / "model.keras", "--samples", tmp_path / "rows.npy"),
         *("--saved-model", tmp_path / "served", "--runtimes", "saved_model"),
     )
-    reports = [tmp_path / "report.md", tmp_path / "report.json"]
-    done = run("verify.py", *arguments, "--report", *reports)
+    done = run("verify.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("## Verification of sequential")
-    assert reports[0].read_text() == done.stdout
-    assert json.loads(reports[1].read_text())["passed"] is True
-
-    model.layers[-1].bias.assign_add([0.1, 0.0])
-    model.save(tmp_path / "model.keras")
-    done = run("verify.py", *arguments)
-    assert done.returncode == 1, done.stderr
-    assert "| wrong: the tolerance is 1e-05 |" in done.stdout
-
-    done = run("verify.py", *arguments[:-1], "tvm")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: `runtimes` must be")
-
-
-def test_verify_wants_a_file() -> None:
-    done = run("verify.py", "a.keras", "--samples", "x.npy")
-    assert done.returncode == 2
-    assert "one of --saved-model, --tflite and --onnx must be given" in done.stderr
-    done = run("verify.py", "a.keras", "--samples", "x.npy", "--onnx", "a.onnx")
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("error: a.keras does not exist")
+    assert run("verify.py", "--help").stdout.startswith("usage: keras-mha verify ")
 
 
 COMMANDS = {

@@ -301,6 +301,22 @@ def test_a_form_is_registered() -> None:
         del FORMS[Cube]
 
 
+@pytest.mark.parametrize(
+    ("layer_class", "form", "text"),
+    [
+        (keras.layers.Dense(3), list, "`layer_class` must be a subclass of .*Dense"),
+        (dict, list, "`layer_class` must be a subclass.*<class 'dict'>"),
+        (keras.layers.Dense, "call", "`form` must be a function.*Received: 'call'"),
+        (keras.layers.Dense, None, "`form` must be a function.*Received: None"),
+    ],
+)
+def test_what_is_no_form_is_refused(layer_class: Any, form: Any, text: str) -> None:
+    before = dict(FORMS)
+    with pytest.raises(TypeError, match=text):
+        register_device_form(layer_class, form)
+    assert before == FORMS
+
+
 # Layers that Keras quantized, and low-rank factors.
 
 

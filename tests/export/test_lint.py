@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_mha.export import Finding, export_tflite, lint_tflite
 from keras_mha.export.graph import operators_of
 from keras_mha.export.lint import RULES, findings
+from keras_mha.export.narrow_tables import with_one_scale_for_narrow_tables
 from keras_mha.export.runtimes.tflite_graph import read_graphs
 from tests.export import small_models, tflite_files
 from tests.export.tflite_files import D, S, convert, edited, on, values
@@ -64,6 +65,10 @@ def attention_in_int8() -> bytes:
     return convert(
         tflite_files.masked_attention, on((1, S, D)), **tflite_files.int8_settings()
     )
+
+
+def lookup_by_one_scale() -> bytes:
+    return with_one_scale_for_narrow_tables(tflite_files.lookup())
 
 
 def plus(*shape: int) -> Callable[[Any], Any]:
@@ -131,6 +136,7 @@ CONTROLS: list[tuple[str, str | None, str | None, str, Callable[[], bytes]]] = [
         "GATHER",
         lambda: convert(lambda x: tf.gather(x, 3, axis=1), on((1, S, D))),
     ),
+    ("embedding-scale", None, "error", "EMBEDDING_LOOKUP", lookup_by_one_scale),
     (
         "strided-slice-axes",
         None,
@@ -224,6 +230,7 @@ def test_good_files_have_no_findings(target: str) -> None:
         convert(tflite_files.classifier, ids),
         convert(tflite_files.classifier, ids, optimizations=[tf.lite.Optimize.DEFAULT]),
         convert(mixed, on((1, S, D)), **tflite_files.int8_settings()),
+        tflite_files.lookup(),
     ):
         assert lint(content, target) == ()
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_mha.export import VerificationError
 from keras_mha.export.fresh_process import run_in_fresh_process
 from keras_mha.export.lint import lint_tflite
+from keras_mha.export.narrow_tables import with_one_scale_for_narrow_tables
 from keras_mha.export.runtimes import litert_gpu
 from tests.export import tflite_files
 from tests.export.gpu_runs import BLOCKED, Answers, run_on_both
@@ -117,6 +118,24 @@ def test_wrong_inputs_are_refused(
 
 
 # Errors that nothing tells but the values.
+
+
+@pytest.mark.gpu_software
+def test_a_table_of_one_scale_is_zeros_after_its_first_row(
+    tmp_path: Path, driver: str
+) -> None:
+    by_row, by_one = tmp_path / "row.tflite", tmp_path / "one.tflite"
+    by_row.write_bytes(tflite_files.lookup())
+    by_one.write_bytes(with_one_scale_for_narrow_tables(by_row.read_bytes()))
+    ids = np.arange(S, dtype="int32")[None]
+    good, bad = (run_on_both(path, driver, ids=ids) for path in (by_row, by_one))
+    for got in (good, bad):
+        assert got.facts["fully_accelerated"] is True
+    assert good.difference < 1e-5
+    assert bad.difference > 0.5
+    np.testing.assert_allclose(bad.gpu[0, 0], bad.cpu[0, 0], atol=1e-5)
+    assert not bad.gpu[0, 1:].any()
+    assert [f.rule for f in lint_tflite(by_one, "gpu")] == ["embedding-scale"]
 
 
 @pytest.mark.gpu_software

@@ -50,11 +50,11 @@ def vectors(*shape: int) -> np.ndarray:
     return np.random.default_rng(11).normal(size=shape).astype("float32")
 
 
-def normalization(axis: int = -1, *, squared: str = "centred", width: int = 5) -> Any:
+def normalization(axis: int = -1, *, squared: str = "centered", width: int = 5) -> Any:
     nodes = [
         helper.make_node("ReduceMean", ["x", "axis"], ["mean"]),
         helper.make_node("Neg", ["mean"], ["minus"]),
-        helper.make_node("Sub", ["x", "mean"], ["centred"]),
+        helper.make_node("Sub", ["x", "mean"], ["centered"]),
         helper.make_node("Mul", [squared, squared], ["square"]),
         helper.make_node("ReduceMean", ["square", "axis"], ["variance"]),
         helper.make_node("Add", ["variance", "epsilon"], ["sum"]),

@@ -36,6 +36,7 @@ SAVED = SavedModelReport(
     custom_operations=(),
     batch_difference=1e-8,
     parity=PARITY,
+    gpu_note="Not run on a GPU.",
     further_signatures=(SignatureReport("tokens", (IDS,), (IDS,), PARITY),),
 )
 LITE = TFLiteReport(

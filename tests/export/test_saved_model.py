@@ -126,7 +126,7 @@ def test_values_of_a_text_model(tmp_path: Path, form: Callable[[Any], Any]) -> N
 
 
 class Table(keras.layers.Layer):
-    """Looks strings up in a table of its own, which needs initialising on loading."""
+    """Looks strings up in a table of its own, which needs initializing on loading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,18 +145,18 @@ class Table(keras.layers.Layer):
 def several_inputs(kind: type) -> tuple[keras.Model, Any]:
     """A model of three inputs in a `kind` of structure, and samples for it."""
     size = keras.Input((2,), name="size")
-    colour = keras.Input((1,), dtype="string", name="colour")
+    color = keras.Input((1,), dtype="string", name="color")
     count = keras.Input((), dtype="int64", name="count")
-    joined = keras.ops.concatenate([size, Table()(colour)], -1)
+    joined = keras.ops.concatenate([size, Table()(color)], -1)
     price = keras.layers.Dense(3, name="price")(joined)
     price = keras.layers.Identity(name="price_each")(
         price * keras.ops.cast(count, "float32")[:, None]
     )
     label = keras.layers.Dense(2, activation="softmax", name="label")(joined)
-    inputs = {"size": size, "colour": colour, "count": count}
+    inputs = {"size": size, "color": color, "count": count}
     x = {
         "size": features(4)[:, :2],
-        "colour": np.array([["red"], ["green"], ["blue"], ["red"]]),
+        "color": np.array([["red"], ["green"], ["blue"], ["red"]]),
         "count": np.array([3, 1, 4, 1]),
     }
     if kind is list:
@@ -176,7 +176,7 @@ def test_several_inputs_and_outputs(
     report = export_saved_model(model, tmp_path, samples=x)
     assert {i.name: i.shape for i in report.inputs} == {
         "size": (None, 2),
-        "colour": (None, 1),
+        "color": (None, 1),
         "count": (None,),
     }
     assert [o.name for o in report.outputs] == outputs
@@ -184,7 +184,7 @@ def test_several_inputs_and_outputs(
 
     named = x
     if kind is list:
-        named = dict(zip(["size", "colour", "count"], x, strict=True))
+        named = dict(zip(["size", "color", "count"], x, strict=True))
     got = served(report, **named)
     tensors = keras.tree.map_structure(tf.constant, x)
     wanted = model(tensors)
@@ -517,6 +517,8 @@ def test_a_timeout_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
         ({"version": -1}, ValueError, "`version` must not be negative. Received: -1"),
         ({"warmup": 1001}, ValueError, "from 0 to 1000. Received: 1001"),
         ({"warmup": -1}, ValueError, "from 0 to 1000. Received: -1"),
+        ({"warmup": True}, TypeError, "`warmup` must be an integer. Received: True"),
+        ({"warmup": 2.0}, TypeError, "`warmup` must be an integer. Received: 2.0"),
         ({"tolerance": float("nan")}, ValueError, "of at least 0. Received: nan"),
         ({"output_names": ["a", "b"]}, ValueError, r"1 different names.*\['a', 'b'\]"),
         (
@@ -569,7 +571,7 @@ def test_a_model_that_is_none_or_not_built_is_refused(tmp_path: Path) -> None:
 def test_several_inputs_need_names_or_their_order(tmp_path: Path) -> None:
     model, x = several_inputs(dict)
     with pytest.raises(
-        ValueError, match=r"\['colour', 'count', 'size'\], or a list in the order"
+        ValueError, match=r"\['color', 'count', 'size'\], or a list in the order"
     ):
         export_saved_model(model, tmp_path, samples=features())
     x["count"] = x["count"][:3]

@@ -12,9 +12,16 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 import keras_mha
-from keras_mha.export import ParityError, VerificationError, export_tflite, lint
+from keras_mha.export import (
+    ParityError,
+    VerificationError,
+    export_tflite,
+    lint,
+    without_tokenizer,
+)
 from keras_mha.export import tflite_file as module
 from keras_mha.export.flatbuffer import Contents
+from keras_mha.text import WordpieceTokenizer
 from tests.export import small_models
 from tests.export.small_models import ids_model
 
@@ -197,6 +204,21 @@ def test_a_row_for_each_token_is_right_in_padding_too(tmp_path: Path) -> None:
     (file,) = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS).files
     assert file.delegate_partitions == 1
     assert file.parity.max_absolute_difference <= 1e-5
+
+
+def test_a_part_of_a_model_that_shares_its_mask(tmp_path: Path) -> None:
+    """The part after the tokenizer is traced anew with the operations of the whole."""
+    texts = keras.Input((), dtype="string", name="text")
+    ids = WordpieceTokenizer(small_models.VOCABULARY, max_length=6)(texts)
+    hidden = keras_mha.TokenAndPositionEmbedding(9, 6, 10)(ids)
+    hidden = keras_mha.TransformerEncoderBlock(2, 7)(hidden)
+    pooled = keras.layers.GlobalAveragePooling1D()(hidden)
+    head = keras.layers.Dense(2, activation="softmax", name="probabilities")
+    model = small_models.randomize(keras.Model(texts, head(pooled)))
+    rest, given = without_tokenizer(model, small_models.TEXTS)
+    report = export_tflite(rest, tmp_path, sequence_lengths=(6,), samples=given)
+    assert report.files[0].parity.max_absolute_difference <= 1e-6
+    assert report.files[0].delegate_partitions == 1
 
 
 # Quantized files.

@@ -45,6 +45,16 @@ def convert(
     return converter.convert()
 
 
+def lookup() -> bytes:
+    """Rows of a narrow int8 table `(223, D)` by ids `(1, S)`, each row with a scale."""
+    table = values(223, D)
+    return convert(
+        lambda ids: (tf.one_hot(tf.reshape(ids, (S,)), 223) @ table)[None],
+        {"ids": ((1, S), tf.int32)},
+        optimizations=[tf.lite.Optimize.DEFAULT],
+    )
+
+
 def on(shape: Shape, kind: tf.DType = tf.float32) -> dict[str, tuple[Shape, tf.DType]]:
     """One input `x`."""
     return {"x": (shape, kind)}

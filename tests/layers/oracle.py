@@ -168,9 +168,9 @@ def normalized(heads: Array, weights: Weights, name: str) -> Array:
         mean_square = np.mean(heads**2, axis=-1, keepdims=True)
         return heads / np.sqrt(mean_square + 1e-6) * weights[f"{name}/scale"]
     if f"{name}/gamma" in weights:
-        centred = heads - heads.mean(axis=-1, keepdims=True)
-        variance = np.mean(centred**2, axis=-1, keepdims=True)
-        scaled = centred / np.sqrt(variance + 1e-6) * weights[f"{name}/gamma"]
+        centered = heads - heads.mean(axis=-1, keepdims=True)
+        variance = np.mean(centered**2, axis=-1, keepdims=True)
+        scaled = centered / np.sqrt(variance + 1e-6) * weights[f"{name}/gamma"]
         return scaled + weights[f"{name}/beta"]
     return heads
 

@@ -49,9 +49,9 @@ def normalized(layer: Any, inputs: np.ndarray) -> np.ndarray:
     if isinstance(layer, keras.layers.RMSNormalization):
         square = np.square(inputs).mean(-1, keepdims=True)
         return inputs / np.sqrt(square + layer.epsilon) * weights[0]
-    centred = inputs - inputs.mean(-1, keepdims=True)
-    variance = np.square(centred).mean(-1, keepdims=True)
-    return centred / np.sqrt(variance + layer.epsilon) * weights[0] + weights[1]
+    centered = inputs - inputs.mean(-1, keepdims=True)
+    variance = np.square(centered).mean(-1, keepdims=True)
+    return centered / np.sqrt(variance + layer.epsilon) * weights[0] + weights[1]
 
 
 def dense(layer: Any, inputs: np.ndarray) -> np.ndarray:

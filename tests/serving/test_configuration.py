@@ -40,7 +40,7 @@ def test_models_config() -> None:
 
 
 def test_batching_parameters_of_the_server() -> None:
-    parameters = parse("batching_parameters.pbtxt", BatchingParameters())
+    parameters = parse("server_batching.pbtxt", BatchingParameters())
     assert parameters.num_batch_threads.value >= 1
     assert parameters.thread_pool_name.value
     assert parameters.max_batch_size.value == 32
@@ -88,9 +88,9 @@ def test_the_docker_line_names_files_that_exist() -> None:
     readme = (SERVING / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"=/config/(\S+)", readme)
     assert sorted(named) == [
-        "batching_parameters.pbtxt",
         "models.config",
         "monitoring.config",
+        "server_batching.pbtxt",
     ]
     assert all((SERVING / name).is_file() for name in named)
     config = parse("models.config", model_server_config_pb2.ModelServerConfig())

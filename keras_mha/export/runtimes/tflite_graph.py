@@ -66,7 +66,8 @@ def read_graphs(content: bytes) -> list[dict[str, Any]]:
 
     Returns:
         For each its `inputs` and `outputs` (numbers of tensors), `tensors` (`name`,
-        `dtype`, `shape` with -1 for a size known at run time, `constant`) and
+        `dtype`, `shape` with -1 for a size known at run time, `constant`, and `scales`,
+        how many it was rounded by) and
         `operators` (`name`, `custom` name, `options`, and `inputs` and `outputs`,
         numbers of tensors, -1 for an optional one left out).
 
@@ -200,11 +201,13 @@ def _read_tensor(
     shape = [int(size) for size in (() if sizes is None else sizes)]
     if any(size < -1 for size in shape):
         raise BrokenFileError(f"{where} has the shape {shape}")
+    scales = tensor.quantization and tensor.quantization.scale
     return {
         "name": _text(tensor.name),
         "dtype": types[tensor.type].lower(),
         "shape": shape,
         "constant": filled[tensor.buffer],
+        "scales": 0 if scales is None else len(scales),
     }
 
 

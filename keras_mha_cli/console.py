@@ -1,0 +1,154 @@
+"""What a command says while it works, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAILED, WRONG_USAGE, MISSING_PACKAGE, INTERRUPTED = 1, 2, 3, 130
+INTERRUPTED_TEXT = "130  interrupted by Ctrl-C"
+# How reading a file fails: as a whole, or where an entry of it is missing.
+UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+class StepError(Exception):
+    """A step that failed in a way that was to be expected."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Console:
+    """Tells the error stream what is done; the results go to the output alone.
+
+    Attributes:
+        options: The command's options by the names of the arguments they become.
+        debug: Whether errors are shown with their traceback.
+    """
+
+    options: Collection[str] = ()
+    debug: bool = False
+
+    def run(self, work: Callable[[], int]) -> int:
+        """Does the work; returns its exit code, or that of how it ended early."""
+        # Read when TensorFlow is imported, whose notes on the machine hide what is
+        # said.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if self.debug else "3")
+        # What files answer is computed on the CPU, and compared.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = self._show_warning
+                return work()
+        except StepError as error:
+            return error.code
+        except KeyboardInterrupt:
+            self.say("interrupted; what is unfinished was removed")
+            return INTERRUPTED
+
+    def say(self, message: str) -> None:
+        """Prints one message, at once."""
+        print(f"keras-mha: {message}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def step(
+        self,
+        label: str,
+        expected: Sequence[type[Exception]] = (),
+        *,
+        code: int = FAILED,
+    ) -> Iterator[None]:
+        """Says what is done, and how long it took or why it failed.
+
+        Args:
+            label: What is done.
+            expected: Errors that are told in a line, and end with `code`.
+            code: The exit code of these.
+
+        Raises:
+            StepError: For an ImportError, and for errors that are `expected`.
+        """
+        self.say(f"{label} ...")
+        start = time.perf_counter()
+        try:
+            yield
+        except (ImportError, *expected) as error:
+            if self.debug:
+                traceback.print_exc()
+            message = self.as_options(f"{error}" or type(error).__name__)
+            self.say(f"error: {message}")
+            missing = isinstance(error, ImportError)
+            raise StepError(message, MISSING_PACKAGE if missing else code) from error
+        self.say(f"{label}: done in {time.perf_counter() - start:.1f} s")
+
+    def as_options(self, message: str) -> str:
+        """Calls arguments in `message` by the names that they have on a command line.
+
+        Example:
+
+        >>> console = Console(("overwrite", "version", "target"))
+        >>> console.as_options("pass `overwrite=True` or `version`, not `target='gpu'`")
+        'pass `--overwrite` or `--version`, not `--target gpu`'
+        """
+        flags = {name: f"--{name.replace('_', '-')}" for name in self.options}
+        flags |= {"samples": "--samples", "model": "MODEL"}
+        flags |= {"without_tokenizer": "--tokens"}
+
+        def rename(found: re.Match[str]) -> str:
+            name, value = found.groups()
+            if name not in flags:
+                return found[0]
+            told = "" if value in (None, "True") else f" {value.strip(chr(39))}"
+            return f"`{flags[name]}{told}`"
+
+        return re.sub(r"`(\w+)(?:=([^`]*))?`", rename, message)
+
+    def load_model(self, path: Path, *, code: int = FAILED) -> Any:
+        """Loads a `.keras` file of layers of Keras and keras_mha, in a step.
+
+        Raises:
+            StepError: If that fails.
+        """
+        with self.step(f"load {path}", (ValueError,), code=code):
+            return _load_model(path)
+
+    def _show_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        self.say(f"warning: {self.as_options(str(message))}")
+
+
+def _load_model(path: Path) -> Any:
+    import keras
+
+    try:
+        return keras.saving.load_model(path)
+    except TypeError as error:  # a layer's class is unknown, or cannot be made
+        _raise_import_error(error)
+        # Keras quotes the configuration of every layer around the one that failed.
+        told = str(error).rsplit("Exception encountered: ")[-1]
+        raise ValueError(
+            f"{told.split(' Full object config')[0]}\nThis command loads layers of "
+            "Keras and of keras_mha. For layers of your own, import them and call "
+            "`keras_mha.export` in Python."
+        ) from error
+    except UNREADABLE as error:
+        raise ValueError(f"{path} holds no whole model: {error}") from error
+
+
+def _raise_import_error(error: BaseException | None) -> None:
+    """Raises the ImportError that led to `error`, if one did."""
+    while error is not None:
+        if isinstance(error, ImportError):
+            raise error
+        error = error.__cause__ or error.__context__
