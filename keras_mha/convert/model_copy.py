@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -60,6 +61,7 @@ class _Copier:
         self.copies: dict[int, Any] = {}
         self.pairs: list[tuple[Any, Any]] = []  # what is inside before what holds it
         self.originals: dict[int, Any] = {}
+        self.taken_apart: set[int] = set()  # models whose layers were copied singly
 
     def copy(self, layer: Any) -> Any:
         """The copy of a layer, or of another operation of a functional model."""
@@ -91,9 +93,10 @@ class _Copier:
     def _make(self, layer: Any) -> Any:
         if self.rule.is_swapped(layer):
             return self.rule.convert(layer)
-        if type(layer) is keras.Sequential:
-            return self._copy_sequential(layer)
-        if _is_functional(layer):
+        if type(layer) is keras.Sequential or _is_functional(layer):
+            self.taken_apart.add(id(layer))
+            if isinstance(layer, keras.Sequential):
+                return self._copy_sequential(layer)
             return self._copy_functional(layer)
         if isinstance(layer, keras.layers.Layer) and _holds(layer, self.rule):
             return self._copy_holder(layer)
@@ -181,10 +184,8 @@ class _Copier:
         if not isinstance(one, keras.layers.Layer):
             return
         yield one, other
-        if self.rule.is_swapped(one):
+        if self.rule.is_swapped(one) or id(one) in self.taken_apart:
             return
-        if isinstance(one, keras.Model) and self.copies.get(id(one)) is other:
-            return  # its layers were copied one by one
         for pair in _children(one, other):
             yield from self._sublayers(*pair)
 
@@ -248,18 +249,12 @@ def _own_objects(layer: Any) -> Any:
     if isinstance(layer, keras.layers.Layer):
         for inner in layer._flatten_layers():
             found[type(inner).__name__] = type(inner)
-            found |= {
-                value.__name__: value
-                for value in vars(inner).values()
-                if callable(value) and hasattr(value, "__code__")
-            }
+            functions = (x for x in vars(inner).values() if inspect.isfunction(x))
+            found |= {function.__name__: function for function in functions}
     # Keras' own are found without.
-    own = {
-        name: value
-        for name, value in found.items()
-        if not (value.__module__ or "").startswith("keras.")
-    }
-    return keras.saving.custom_object_scope(own)
+    return keras.saving.custom_object_scope(
+        {x: own for x, own in found.items() if not own.__module__.startswith("keras.")}
+    )
 
 
 def _children(one: Any, other: Any) -> list[tuple[Any, Any]]:

@@ -11,16 +11,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_mha.layers.arguments import check_flag, check_positive
+from keras_mha.convert.torch_weights import (
+    PARTS,
+    Arrays,
+    assign,
+    assign_fused,
+    take_attention,
+    take_linear,
+    take_with_bias,
+    to_array,
+)
+from keras_mha.layers.arguments import check_flag
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
-from keras_mha.typing import Shape
 
 _TORCH_EPSILON = 1e-5
-_PARTS = ("query", "key", "value")
 
 
 def from_torch(
@@ -109,7 +116,7 @@ def from_torch(
         options, weights = given, source
     else:
         options, weights = _read_module(source, given), source.state_dict()
-    arrays = _Arrays({name: _to_array(name, each) for name, each in weights.items()})
+    arrays = Arrays({name: to_array(name, each) for name, each in weights.items()})
     if "self_attn.out_proj.weight" in arrays.left or "linear1.weight" in arrays.left:
         if self_attention:
             raise ValueError(
@@ -202,11 +209,11 @@ def _read_activation(activation: Any, torch: Any) -> str:
 
 
 def _make_attention(
-    arrays: _Arrays, options: dict[str, Any], self_attention: bool, kwargs: Any
+    arrays: Arrays, options: dict[str, Any], self_attention: bool, kwargs: Any
 ) -> Any:
     _check_options(options, ("num_heads",), ("dropout",))
     use_bias = "in_proj_bias" in arrays.left
-    sizes, weights = _take_attention(arrays, "", options["num_heads"], use_bias)
+    sizes, weights = take_attention(arrays, "", options["num_heads"], use_bias)
     width, value_width, key_width, num_heads = sizes
     arguments = {
         "num_heads": num_heads,
@@ -218,9 +225,9 @@ def _make_attention(
     if not self_attention:
         made = MultiHeadAttention(**arguments)
         made.build(*((None, None, D) for D in (width, value_width, key_width)))
-        for name in _PARTS:
-            _assign(getattr(made, f"{name}_dense"), weights[name])
-        _assign(made.output_dense, weights["output"])
+        for name in PARTS:
+            assign(getattr(made, f"{name}_dense"), weights[name])
+        assign(made.output_dense, weights["output"])
         return made
     if not width == value_width == key_width:
         raise ValueError(
@@ -229,26 +236,26 @@ def _make_attention(
         )
     layer = MultiHeadSelfAttention(**arguments)
     layer.build((None, None, width))
-    _assign_fused(layer, weights)
+    assign_fused(layer, weights)
     return layer
 
 
-def _make_block(arrays: _Arrays, options: dict[str, Any], kwargs: Any) -> Any:
+def _make_block(arrays: Arrays, options: dict[str, Any], kwargs: Any) -> Any:
     needed = ("num_heads", "norm_first", "activation")
     _check_options(options, needed, ("layer_norm_eps", "dropout", "attention_dropout"))
     use_bias = "self_attn.in_proj_bias" in arrays.left
-    sizes, weights = _take_attention(
+    sizes, weights = take_attention(
         arrays, "self_attn.", options["num_heads"], use_bias
     )
     width, _, _, num_heads = sizes
     hidden_dim = arrays.size_of("linear2.weight", 1)
     norms = [
-        _take_bias(arrays, f"{name}.", width, use_bias, width)
+        take_with_bias(arrays, f"{name}.", (width,), use_bias)
         for name in ("norm1", "norm2")
     ]
     dense = [
-        _take_linear(arrays, "linear1.", hidden_dim, width, use_bias),
-        _take_linear(arrays, "linear2.", width, hidden_dim, use_bias),
+        take_linear(arrays, "linear1.", hidden_dim, width, use_bias),
+        take_linear(arrays, "linear2.", width, hidden_dim, use_bias),
     ]
     epsilon = options.get("layer_norm_eps", _TORCH_EPSILON)
     normalization: dict[str, Any] = {"normalization": "layer", "epsilon": epsilon}
@@ -272,12 +279,12 @@ def _make_block(arrays: _Arrays, options: dict[str, Any], kwargs: Any) -> Any:
         **kwargs,
     )
     block.build((None, None, width))
-    _assign_fused(block.attention.sublayer, weights)
+    assign_fused(block.attention.sublayer, weights)
     network = block.feed_forward.sublayer
     for layer, values in zip(
         (network.hidden_dense, network.output_dense), dense, strict=True
     ):
-        _assign(layer, values)
+        assign(layer, values)
     for part, (scale, offset) in zip(
         (block.attention, block.feed_forward), norms, strict=True
     ):
@@ -303,140 +310,3 @@ def _check_options(
             "Attention alone has no such thing; an encoder layer's weights would be "
             f"named `linear1.weight` and so on. Received: {', '.join(others)}"
         )
-
-
-# Weights.
-
-
-class _Arrays:
-    """A state dict's arrays, taken one by one by their names."""
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.left = arrays
-        self.names = list(arrays)
-
-    def take(self, name: str, shape: Shape) -> np.ndarray:
-        """Takes an array, which must have this shape."""
-        self._check_name(name)
-        array = self.left.pop(name)
-        if array.shape != tuple(shape):
-            raise ValueError(
-                f"`{name}` must have the shape {tuple(shape)}. "
-                f"Received: {name} of shape {array.shape}"
-            )
-        return array
-
-    def size_of(self, name: str, axis: int) -> int:
-        """The size of one axis of a matrix, which is left."""
-        self._check_name(name)
-        shape = self.left[name].shape
-        if len(shape) != 2:
-            raise ValueError(
-                f"`{name}` must be a matrix. Received: {name} of shape {shape}"
-            )
-        return shape[axis]
-
-    def check_all_taken(self) -> None:
-        """Raises where something was not asked for."""
-        for name in self.left:
-            if name.rpartition(".")[2] in ("bias_k", "bias_v"):
-                raise ValueError(
-                    "Our attention has no learned key and value beside those of the "
-                    f"inputs (`add_bias_kv`). Received: {name}"
-                )
-        if self.left:
-            raise ValueError(
-                "The state dict has weights that belong nowhere. "
-                f"Received: {', '.join(map(repr, self.left))}"
-            )
-
-    def _check_name(self, name: str) -> None:
-        if name not in self.left:
-            raise ValueError(
-                f"The state dict must have `{name}`; of a larger model, pass the part "
-                "alone, with the prefix removed from its names. "
-                f"Received: {', '.join(map(repr, self.names))}"
-            )
-
-
-def _take_attention(
-    arrays: _Arrays, prefix: str, num_heads: Any, use_bias: bool
-) -> tuple[tuple[int, int, int, int], dict[str, Any]]:
-    """Takes the widths of queries, values and keys, N, and the parts' weights."""
-    num_heads = check_positive(num_heads, "num_heads")
-    width = arrays.size_of(f"{prefix}out_proj.weight", 1)
-    if width % num_heads:
-        raise ValueError(
-            "The width must be divisible by `num_heads`. Received: "
-            f"num_heads={num_heads} and {prefix}out_proj.weight of width {width}"
-        )
-    kernel, bias = _take_linear(arrays, f"{prefix}out_proj.", width, width, use_bias)
-    heads = (num_heads, width // num_heads)
-    output = kernel.reshape(*heads, width), bias
-    if f"{prefix}q_proj_weight" in arrays.left:
-        names = [f"{prefix}{part[0]}_proj_weight" for part in _PARTS]
-        widths = [width, *(arrays.size_of(name, 1) for name in names[1:])]
-        kernels = [
-            arrays.take(name, (width, D)) for name, D in zip(names, widths, strict=True)
-        ]
-    else:
-        packed = arrays.take(f"{prefix}in_proj_weight", (3 * width, width))
-        kernels, widths = np.split(packed, 3), [width] * 3
-    biases: list[Any] = [None] * 3
-    if use_bias:
-        packed = arrays.take(f"{prefix}in_proj_bias", (3 * width,))
-        biases = [bias.reshape(heads) for bias in np.split(packed, 3)]
-    weights: dict[str, Any] = {"output": output}
-    for part, kernel, bias in zip(_PARTS, kernels, biases, strict=True):
-        weights[part] = kernel.T.reshape(-1, *heads), bias
-    query, key, value = widths
-    return (query, value, key, num_heads), weights
-
-
-def _take_linear(
-    arrays: _Arrays, prefix: str, outputs: int, inputs: int, use_bias: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Takes a `torch.nn.Linear` as a kernel `(inputs, outputs)` and a bias."""
-    kernel, bias = _take_bias(arrays, prefix, outputs, use_bias, outputs, inputs)
-    return kernel.T, bias
-
-
-def _take_bias(
-    arrays: _Arrays, prefix: str, size: int, use_bias: bool, *shape: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Takes a weight of this shape, and the bias beside it."""
-    weight = arrays.take(f"{prefix}weight", shape)
-    return weight, arrays.take(f"{prefix}bias", (size,)) if use_bias else None
-
-
-def _assign(dense: Any, weights: tuple[np.ndarray, np.ndarray | None]) -> None:
-    kernel, bias = weights
-    dense.kernel.assign(kernel)
-    if bias is not None:
-        dense.bias.assign(bias)
-
-
-def _assign_fused(layer: Any, weights: dict[str, Any]) -> None:
-    """Each head's columns are those of its queries, its keys and its values."""
-    kernels, biases = zip(*(weights[name] for name in _PARTS), strict=True)
-    bias = None if biases[0] is None else np.concatenate(biases, axis=-1)
-    _assign(layer.qkv_dense, (np.concatenate(kernels, axis=-1), bias))
-    _assign(layer.output_dense, weights["output"])
-
-
-def _to_array(name: str, value: Any) -> np.ndarray:
-    """A tensor or array as a floating NumPy array."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # NumPy has none
-            value = value.float()
-        value = value.numpy()
-    array = np.asarray(value)
-    if array.dtype.name == "bfloat16":
-        array = array.astype("float32")
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(
-            "Weights must be floating tensors or arrays. "
-            f"Received: {name} of dtype {array.dtype}"
-        )
-    return array

@@ -534,6 +534,29 @@ def test_a_layer_that_makes_attention_itself_is_refused_by_name(wrapped: bool) -
         from_keras(keras.Model(first, holder(x)))
 
 
+class Dense3(keras.Model):
+    """A model of a user without attention."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(D, name="dense")
+
+    def call(self, inputs: Any) -> Any:
+        return self.dense(inputs)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def test_models_that_hold_no_attention_are_kept() -> None:
+    x = first = vectors()
+    x = Dense3(name="own")(Stock(N, H, name="mix")(x, x))
+    original = randomize(keras.Model(first, x))
+    converted = from_keras(original)
+    check_equal(converted, original)
+    assert type(converted.get_layer("own")) is Dense3
+
+
 def test_the_advice_given_works() -> None:
     x = vectors()
     old, new = (

@@ -16,7 +16,7 @@ from keras_mha import (
     MultiHeadSelfAttention,
     TransformerEncoderBlock,
 )
-from keras_mha.convert import from_torch, torch_modules
+from keras_mha.convert import from_torch, torch_modules, torch_weights
 from tests.attention.cases import numbers, pairs
 from tests.layers.helpers import normal
 
@@ -149,11 +149,11 @@ def test_the_comparison_sees_wrong_weights(
     if broken == "heads not split":
         monkeypatch.setattr(
             torch_modules,
-            "_to_array",
+            "to_array",
             lambda _, x: np.roll(x.numpy(), 1, axis=0),
         )
     else:
-        monkeypatch.setattr(torch_modules, "_PARTS", ("query", "value", "key"))
+        monkeypatch.setattr(torch_weights, "PARTS", ("query", "value", "key"))
     module = attention()
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_attention(from_torch(module), module)
