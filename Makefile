@@ -41,6 +41,7 @@ test-slow: $(DEV) ## Run the slow tests
 test-backends: $(DEV) $(VENV)/.installed-backends ## Run the tests that hold on JAX and torch
 	KERAS_BACKEND=jax $(RUN)/python -m pytest -n $(WORKERS) $(ON_JAX)
 	KERAS_BACKEND=torch $(RUN)/python -m pytest -n $(WORKERS) $(ON_TORCH)
+	$(RUN)/python -m pytest -n $(WORKERS) tests/convert/test_torch.py
 
 # For the GPU delegate on a software driver, and for ARM. Where they cannot be installed,
 # tests are skipped and reports say "not run".

@@ -16,6 +16,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,16 +53,26 @@ CRITICS = {"rotten": 0, "fresh": 1}
 SHORTEST_PART = 20
 
 
-def load_domains(cache: Path | None = None) -> dict[str, Reviews]:
-    """Returns each domain's texts, labelled by the sign of the mean rating.
+@dataclass(frozen=True)
+class Rated:
+    """Texts `(n,)` with the mean of people's ratings from -4 to 4, `(n,)`."""
 
-    Texts whose mean is zero are left out.
+    texts: np.ndarray
+    ratings: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Rated:
+        """The texts at `rows`, in that order."""
+        return Rated(self.texts[rows], self.ratings[rows])
+
+
+def load_domains(cache: Path | None = None) -> dict[str, Rated]:
+    """Returns each domain's texts.
 
     Raises:
         DataError: If the download, or what is in it, is not what was expected.
     """
     paths = domain_files(cache)
-    return {name: parse(path.read_text("utf-8")) for name, path in paths.items()}
+    return {name: read_rated(path.read_text("utf-8")) for name, path in paths.items()}
 
 
 def domain_files(cache: Path | None = None) -> dict[str, Path]:
@@ -80,21 +91,15 @@ def domain_files(cache: Path | None = None) -> dict[str, Path]:
     return paths
 
 
-def parse(content: str) -> Reviews:
-    """The texts of a file whose mean rating is not zero, labelled by its sign."""
-    means, texts = read_rows(content)
-    kept = means != 0
-    return Reviews(texts[kept], (means[kept] > 0).astype(int))
-
-
-def read_rows(content: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads lines `id, mean rating, text`, separated by tabs: ratings and texts."""
+def read_rated(content: str) -> Rated:
+    """Reads lines `id, mean rating, text`, separated by tabs."""
     rows = [line.split("\t") for line in content.replace("\r\n", "\n").split("\n")]
     rows = [row for row in rows if row != [""]]
     if any(len(row) != 3 for row in rows):
         raise DataError("A file of texts has a line without three fields.")
     means = np.array([float(row[1]) for row in rows])
-    return means, np.array([html.unescape(row[2]).strip() for row in rows], object)
+    texts = np.array([html.unescape(row[2]).strip() for row in rows], object)
+    return Rated(texts, means)
 
 
 def load_critics(reviews: Reviews, cache: Path | None = None) -> Reviews:

@@ -34,6 +34,7 @@ from keras_mha.convert import load_bert
 from keras_mha.models import BertEncoder
 
 POOLINGS = ("mean", "first")
+DOMAINS = ("amazon", "tweets", "nyt")
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,17 @@ class AgreeingModel(keras.Model):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         halves: Any = ops.split(ops.clip(y_pred, 1e-7, 1.0), 2)
         first, second = halves
+<<<<<<< HEAD
         divergence: Any = ops.sum(
             (first - second) * (ops.log(first) - ops.log(second)), -1
         )
         mean: Any = ops.mean(divergence)
         return loss + self.agreement / 2 * mean
+=======
+        divergence = ops.sum((first - second) * (ops.log(first) - ops.log(second)), -1)
+        agreement: Any = ops.mean(divergence) * (self.agreement / 2)
+        return loss + agreement
+>>>>>>> bert
 
 
 class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
@@ -249,7 +256,12 @@ class Batches(keras.utils.PyDataset):
             for part in (order[i : i + stretch] for i in range(0, len(order), stretch))
         ]
         batches = np.concatenate(parts).reshape(len(self), self.size)
-        self._batches = self._generator.permutation(batches)
+        batches = self._generator.permutation(batches)
+        # Of the first two Keras on TensorFlow learns which dimensions vary.
+        longest = self._sizes[batches].max(axis=1)
+        first = [int(longest.argmax()), int(longest.argmin())]
+        others = np.delete(np.arange(len(batches)), first)
+        self._batches = batches[[*dict.fromkeys(first), *others]]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         where = self._batches[index]
@@ -374,7 +386,7 @@ def cross_validate(
     seed: int,
     dtype: str,
     extra: bool = False,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
+    report: Callable[[dict[str, Any], keras.Model], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Fine-tunes on each fold's training part, and tests on the fold.
 
@@ -387,7 +399,7 @@ def cross_validate(
         seed: Of dropout, head and order.
         dtype: Dtype policy of the encoder.
         extra: Whether the further training rows are trained on too.
-        report: Is told the figures after each fold.
+        report: Is told the figures after each fold, and lent the trained model.
 
     Returns:
         The figures, and the probabilities: of each review from the model that had not
@@ -395,7 +407,7 @@ def cross_validate(
     """
     reviews, membership = unpack(data, "mr"), data["mr_folds"]
     further = unpack(data, "extra") if extra else None
-    others = {name: unpack(data, name) for name in ("amazon", "tweets", "nyt")}
+    others = {name: unpack(data, name) for name in DOMAINS}
     keras.utils.set_random_seed(seed)
     encoder = load_bert(
         checkpoint,
@@ -439,13 +451,27 @@ def cross_validate(
         for name, other in others.items():
             probabilities = predict(model, other, lengths)
             answers[name] = np.concatenate([answers[name], probabilities[None]])
-            fold_figures[name] = accuracy(probabilities, other.labels)
+            fold_figures[name] = domain_figures(probabilities, data[f"{name}_ratings"])
         found.append(fold_figures)
         by_epoch = np.mean([each["accuracies"] for each in found], axis=0)
         figures["mean_accuracy_by_epoch"] = by_epoch.tolist()
         figures["mean_accuracy"] = float(by_epoch[-1])
-        report(figures)
+        report(figures, model)
     return figures, answers
+
+
+def domain_figures(probabilities: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
+    """How answers `(n, 2)` fit mean human ratings `(n,)`, which may be zero.
+
+    The accuracy is that of the sign, zeros left out; the correlation, Pearson's, is of
+    the probability of the positive label with the rating.
+    """
+    signed = ratings != 0
+    labels = (ratings[signed] > 0).astype(int)
+    return {
+        "accuracy": accuracy(probabilities[signed], labels),
+        "correlation": float(np.corrcoef(probabilities[:, 1], ratings)[0, 1]),
+    }
 
 
 def unpack(data: dict[str, np.ndarray], name: str) -> Rows:
@@ -522,7 +548,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **{field.name: getattr(options, field.name) for field in fields(FineTuning)},
     )
 
-    def report(figures: dict[str, Any]) -> None:
+    def report(figures: dict[str, Any], _: keras.Model) -> None:
         last = figures["folds"][-1]
         print(
             f"fold {last['fold']}: {last['accuracies']}, {last['seconds']} s; mean of "

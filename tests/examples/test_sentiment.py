@@ -28,7 +28,7 @@ from tests.export.small_models import randomize
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
 # The modules of the example, which its programs import by these short names.
-MODULES = ("data", "model", "report", "train", "predict")
+MODULES = ("download", "data", "model", "report", "train", "predict")
 
 
 @pytest.fixture(scope="module")

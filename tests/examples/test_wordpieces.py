@@ -38,8 +38,8 @@ def test_the_same_ids_as_the_checkpoints_tokenizer(example: dict[str, Any]) -> N
     theirs.enable_truncation(LONGEST)
     ours = WordpieceTokenizer(directory / "vocab.txt", LONGEST)
     texts = example["data"].load_reviews().texts.tolist()
-    for path in example["domains"].domain_files().values():
-        texts += example["domains"].read_rows(path.read_text("utf-8"))[1].tolist()
+    for rated in example["domains"].load_domains().values():
+        texts += rated.texts.tolist()
     assert len(texts) == 23_703
 
     differing = []
