@@ -125,17 +125,9 @@ class AgreeingModel(keras.Model):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         halves: Any = ops.split(ops.clip(y_pred, 1e-7, 1.0), 2)
         first, second = halves
-<<<<<<< HEAD
-        divergence: Any = ops.sum(
-            (first - second) * (ops.log(first) - ops.log(second)), -1
-        )
-        mean: Any = ops.mean(divergence)
-        return loss + self.agreement / 2 * mean
-=======
         divergence = ops.sum((first - second) * (ops.log(first) - ops.log(second)), -1)
         agreement: Any = ops.mean(divergence) * (self.agreement / 2)
         return loss + agreement
->>>>>>> bert
 
 
 class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
