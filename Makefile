@@ -77,7 +77,7 @@ dist/sentiment/model.keras:
 
 .PHONY: docs
 docs: $(DEV) ## Build the guides and the API pages into dist/docs
-	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 .PHONY: check
 check: $(DEV) ## Check format, lint, types and import direction
