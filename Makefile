@@ -76,6 +76,10 @@ deploy-check: $(DEV) debian dist/sentiment/model.keras ## Run the sentiment mode
 dist/sentiment/model.keras:
 	$(MAKE) sentiment
 
+.PHONY: docs
+docs: $(DEV) ## Build the guides and the API pages into dist/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
 .PHONY: check
 check: $(DEV) ## Check format, lint, types and import direction
 	$(RUN)/ruff format --check .

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,17 @@ import pytest
 import keras_mha
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("benchmarks", "docs", "examples", "export")
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+# What users import from; all of it is in the API pages.
+MODULES = ("", ".convert", ".export", ".interpret", ".models", ".text")
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "export/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", *(f"{folder}/**/*.md" for folder in FOLDERS))
     for path in ROOT.glob(pattern)
 )
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DIRECTIVE = re.compile(r"^::: ([\w.]+)\.(\w+)$", re.MULTILINE)
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -56,6 +63,43 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     run_blocks(text, "README.md")
 
 
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_guides_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = path.read_text(encoding="utf-8")
+    blocks = code_blocks(text, "python")
+    assert any("assert" in block for block in blocks)
+    monkeypatch.chdir(tmp_path)
+    run_blocks(text, str(path.relative_to(ROOT)))
+
+
+def test_the_index_and_the_navigation_name_every_guide() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for path in GUIDES:
+        assert f"(guides/{path.name})" in index
+        assert f"- guides/{path.name}\n" in navigation
+
+
+def test_the_api_pages_have_every_public_name() -> None:
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    shown = [
+        getattr(import_module(module), name)
+        for page in pages
+        for module, name in DIRECTIVE.findall(page.read_text(encoding="utf-8"))
+    ]
+    # By identity: some have two names.
+    public = {
+        id(getattr(module, name)): name
+        for module in (import_module(f"keras_mha{end}") for end in MODULES)
+        for name in module.__all__
+        if name != "__version__"
+    }
+    assert {id(each) for each in shown} == set(public), public
+    assert len(shown) == len(public)
+
+
 @pytest.mark.parametrize(
     "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
 )
@@ -79,6 +123,24 @@ def test_versions_agree() -> None:
 
 
 # The checks themselves can fail.
+
+
+def test_docstrings_are_translated_for_the_api_pages() -> None:
+    path = ROOT / "docs" / "keras_docstrings.py"
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    extension = module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    docstring = (
+        "Adds.\n\nLetters: B batch.\n\nCall arguments:\n    x: A number.\n\n"
+        "Example:\n\n>>> add(1)\n2\n\n>>> add(2)\n3\n"
+    )
+    assert extension.translate(docstring) == (
+        "Adds.\n\n**Letters:** B batch.\n\nOther Args: Call arguments:\n"
+        "    x: A number.\n\nExamples:\n    >>> add(1)\n    2\n\n"
+        "    >>> add(2)\n    3\n"
+    )
 
 
 def test_blocks_share_a_namespace_and_keep_their_lines() -> None:
