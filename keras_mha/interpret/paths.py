@@ -73,8 +73,8 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
     if stock:
         raise ValueError(
             "`model` must attend by layers of keras_mha alone; "
-            "`keras_mha.MultiHeadAttention` takes the arguments and the weights of "
-            f"Keras' layer. Received: Keras' layers {stock}"
+            "`keras_mha.convert.from_keras(model)` gives such a model of the same "
+            f"weights. Received: Keras' layers {stock}"
         )
     found: dict[str, Any] = {
         path: layer
