@@ -1,8 +1,9 @@
 """Runs the trained model's files in every runtime at hand: `make deploy-check`.
 
-Needs what train.py wrote. Adds an ONNX file and TFLite files in float32 and int8 for
-the GPU, and compares all with the model, on reviews of the test part and on texts as
-users should not send them. The tables and pictures are written beside.
+Needs what train.py wrote. Adds an ONNX file, TFLite files in float32 and int8 for the
+GPU, and two that take texts, one of them for MediaPipe; and compares all with the
+model, on reviews of the test part and on texts as users should not send them. The
+tables and pictures are written beside.
 
 Example:
     python examples/sentiment/deploy_check.py --directory dist/sentiment
@@ -22,13 +23,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-from data import load_reviews, split_fold
+from data import LABELS, load_reviews, split_fold
 from model import committee, encode
 from report import write_text
 
 # Registers the layer that the saved model begins with.
 import keras_mha.text  # noqa: F401
 from keras_mha.export import (
+    BertMetadata,
     VerificationReport,
     export_onnx,
     export_tflite,
@@ -36,6 +38,8 @@ from keras_mha.export import (
 )
 
 EXPORT_SAMPLES = 32
+# Those that read a file which takes texts.
+OF_TEXTS = ("saved_model", "litert", "mediapipe")
 # Nothing, unknown words, a whole book, control characters, broken UTF-8, letters from
 # right to left, emoji with joiners.
 HOSTILE = [
@@ -78,10 +82,22 @@ def check(directory: Path, rows: int) -> dict[str, VerificationReport]:
         )
         files += [file.path for file in written.files]
 
-    served = directory / "saved_model"
+    written = export_tflite(
+        of_texts,
+        directory / "deployment" / "texts",
+        sequence_lengths=(length,),
+        samples=texts[:EXPORT_SAMPLES],
+        text=True,
+        metadata=BertMetadata(LABELS),
+    )
+    given: Any = {
+        "saved_model": directory / "saved_model",
+        "tflite": [file.path for file in written.files if file.kind != "ids"],
+        "runtimes": OF_TEXTS,
+    }
     return {
-        "texts": verify(of_texts, samples=texts, labels=labels, saved_model=served),
-        "hostile": verify(of_texts, samples=HOSTILE, saved_model=served),
+        "texts": verify(of_texts, samples=texts, labels=labels, **given),
+        "hostile": verify(of_texts, samples=HOSTILE, **given),
         "ids": verify(
             of_ids,
             samples=ids,
