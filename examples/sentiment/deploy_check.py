@@ -1,10 +1,10 @@
 """Runs the trained model's files in every runtime at hand: `make deploy-check`.
 
-Needs what train.py wrote. Adds an ONNX file and TFLite files, in float32, in int8 for
-GPUs and in int8 for the CPU, and compares all with the model, on the whole test part
-and on texts as users should not send them. The tables and pictures are written beside.
-Ends with 1 where a value is wrong, or where the accuracy of int8 is more than half a
-point from that of float.
+Needs what train.py wrote. Adds an ONNX file; TFLite files in float32, in int8 for GPUs
+and in int8 for the CPU; and two that take texts, one of them for MediaPipe. Compares all
+with the model, on the whole test part and on texts as users should not send them. The
+tables and pictures are written beside. Ends with 1 where a value is wrong, or where the
+accuracy of int8 is more than half a point from that of float.
 
 Example:
     python examples/sentiment/deploy_check.py --directory dist/sentiment
@@ -25,13 +25,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-from data import load_reviews, split_fold
+from data import LABELS, load_reviews, split_fold
 from model import committee, encode
 from report import write_text
 
 # Registers the layer that the saved model begins with.
 import keras_mha.text  # noqa: F401
 from keras_mha.export import (
+    BertMetadata,
     RuntimeCheck,
     VerificationReport,
     export_onnx,
@@ -50,6 +51,8 @@ FILES = {
     INT8_CPU: ("dynamic_int8", "cpu"),
 }
 LITERT = "LiteRT interpreter, CPU"
+# Those that read a file which takes texts.
+OF_TEXTS = ("saved_model", "litert", "mediapipe")
 # Nothing, unknown words, a whole book, control characters, broken UTF-8, letters from
 # right to left, emoji with joiners.
 HOSTILE = [
@@ -95,12 +98,24 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
         )
         files[name] = written.files[0].path
 
-    served = directory / "saved_model"
+    written = export_tflite(
+        of_texts,
+        directory / "deployment" / "texts",
+        sequence_lengths=(length,),
+        samples=texts[:EXPORT_SAMPLES],
+        text=True,
+        metadata=BertMetadata(LABELS),
+    )
+    given: Any = {
+        "saved_model": directory / "saved_model",
+        "tflite": [file.path for file in written.files if file.kind != "ids"],
+        "runtimes": OF_TEXTS,
+    }
     on_gpus, on_cpus = [files[FLOAT], files[INT8_GPU]], [files[INT8_CPU]]
     cpus = ["litert", "litert_arm"]
     return {
-        "texts": verify(of_texts, samples=texts, labels=labels, saved_model=served),
-        "hostile": verify(of_texts, samples=HOSTILE, saved_model=served),
+        "texts": verify(of_texts, samples=texts, labels=labels, **given),
+        "hostile": verify(of_texts, samples=HOSTILE, **given),
         "ids": verify(of_ids, samples=ids, labels=labels, tflite=on_gpus, onnx=onnx),
         "ids_cpu": verify(
             of_ids, samples=ids, labels=labels, tflite=on_cpus, runtimes=cpus

@@ -26,7 +26,7 @@ from keras_mha.export.metadata import (
     further_inputs,
 )
 from keras_mha.export.parity import ParityError, check_parity
-from keras_mha.export.report import MediaPipeCheck, TFLiteFile
+from keras_mha.export.report import MediaPipeCheck, Parity, TFLiteFile
 from keras_mha.export.tflite_arguments import pad
 from keras_mha.export.tflite_file import (
     BLOCKED,
@@ -188,7 +188,7 @@ def _check(
             f"{ids[0].tolist()}. Is the vocabulary the samples' own?"
         )
     scored = np.flatnonzero(np.all(own_ids >= 0, axis=1))
-    parity = compare_scores(
+    parity = _compare_scores(
         endpoint, own_ids[scored], [answers[i] for i in scored], facts, settings.allowed
     )
     return MediaPipeCheck(
@@ -214,13 +214,13 @@ def run_mediapipe(
     )
 
 
-def compare_scores(
+def _compare_scores(
     endpoint: Endpoint,
     ids: np.ndarray,
     answers: Sequence[Mapping[str, np.ndarray]],
     facts: Mapping[str, Any],
     tolerance: float,
-) -> Any:
+) -> Parity:
     """Compares MediaPipe's scores with the model's for the ids that MediaPipe made."""
     ((name, spec),) = endpoint.inputs.items()
     given = ids.astype(spec.dtype.as_numpy_dtype)
