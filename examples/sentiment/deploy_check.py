@@ -1,10 +1,10 @@
 """Runs the trained model's files in every runtime at hand: `make deploy-check`.
 
 Needs what train.py wrote. Adds an ONNX file; TFLite files in float32, in int8 for GPUs
-and in int8 for the CPU; and two that take texts, one of them for MediaPipe. Compares all
-with the model, on the whole test part and on texts as users should not send them. The
-tables and pictures are written beside. Ends with 1 where a value is wrong, or where the
-accuracy of int8 is more than half a point from that of float.
+and in int8 for the CPU; and two that take texts, one of them for MediaPipe. Compares
+all with the model, on the whole test part and on texts as users should not send them.
+The tables and pictures are written beside. Ends with 1 where a value is wrong, or where
+the accuracy of int8 is more than half a point from that of float.
 
 Example:
     python examples/sentiment/deploy_check.py --directory dist/sentiment
