@@ -24,7 +24,7 @@ from keras_mha.models import BertEncoder
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
 MODULES = (
     *("download", "data", "domains", "checkpoint", "model", "report", "finetune"),
-    *("encode", "pretrained", "train"),
+    *("encode", "pretrained", "train", "speed"),
 )
 V, LENGTHS = 40, (8, 16)
 GOOD, BAD = 5, 6
@@ -379,7 +379,17 @@ def test_a_wrong_wheel_is_refused(
     assert not list(tmp_path.rglob("*"))
 
 
-# The whole program.
+# The programs.
+
+
+@pytest.mark.parametrize("program", ["encode", "finetune", "speed"])
+def test_help_is_printed(
+    example: dict[str, ModuleType], program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        example[program].main(["--help"])
+    assert stopped.value.code == 0
+    assert "Example" in capsys.readouterr().out
 
 
 @pytest.mark.slow
