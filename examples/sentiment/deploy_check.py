@@ -85,9 +85,11 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
     ids, hostile = to_ids(texts), to_ids(HOSTILE)
     few = ids[:EXPORT_SAMPLES]
     onnx = directory / "model.onnx"
+    tell(f"export to {onnx}")
     export_onnx(of_ids, onnx, samples=few)
     files = {}
     for name, (quantization, target) in FILES.items():
+        tell(f"export to {directory / 'deployment' / name}")
         written = export_tflite(
             of_ids,
             directory / "deployment" / name,
@@ -98,6 +100,7 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
         )
         files[name] = written.files[0].path
 
+    tell(f"export to {directory / 'deployment' / 'texts'}")
     written = export_tflite(
         of_texts,
         directory / "deployment" / "texts",
@@ -112,19 +115,26 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
         "runtimes": OF_TEXTS,
     }
     on_gpus, on_cpus = [files[FLOAT], files[INT8_GPU]], [files[INT8_CPU]]
-    cpus = ["litert", "litert_arm"]
-    return {
-        "texts": verify(of_texts, samples=texts, labels=labels, **given),
-        "hostile": verify(of_texts, samples=HOSTILE, **given),
-        "ids": verify(of_ids, samples=ids, labels=labels, tflite=on_gpus, onnx=onnx),
-        "ids_cpu": verify(
-            of_ids, samples=ids, labels=labels, tflite=on_cpus, runtimes=cpus
-        ),
-        "hostile_ids": verify(of_ids, samples=hostile, tflite=on_gpus, onnx=onnx),
-        "hostile_ids_cpu": verify(
-            of_ids, samples=hostile, tflite=on_cpus, runtimes=cpus
-        ),
+    of_gpu = {"tflite": on_gpus, "onnx": onnx}
+    of_cpu = {"tflite": on_cpus, "runtimes": ["litert", "litert_arm"]}
+    runs: dict[str, tuple[Any, dict[str, Any]]] = {
+        "texts": (of_texts, {"samples": texts, "labels": labels, **given}),
+        "hostile": (of_texts, {"samples": HOSTILE, **given}),
+        "ids": (of_ids, {"samples": ids, "labels": labels, **of_gpu}),
+        "ids_cpu": (of_ids, {"samples": ids, "labels": labels, **of_cpu}),
+        "hostile_ids": (of_ids, {"samples": hostile, **of_gpu}),
+        "hostile_ids_cpu": (of_ids, {"samples": hostile, **of_cpu}),
     }
+    reports = {}
+    for name, (model, words) in runs.items():
+        tell(f"verify {name}")
+        reports[name] = verify(model, **words)
+    return reports
+
+
+def tell(doing: str) -> None:
+    """Says what is done next, which may take minutes."""
+    print(f"{doing} ...", file=sys.stderr, flush=True)
 
 
 def compare_accuracies(checks: Sequence[RuntimeCheck]) -> tuple[str, bool]:
