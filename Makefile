@@ -23,18 +23,23 @@ FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2
 
 .PHONY: help
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-21s %s\n", $$1, $$2}' Makefile
 
 .PHONY: sentiment
 sentiment: $(EXAMPLES) ## Train the sentiment example; results in dist/sentiment
 	$(RUN)/python examples/sentiment/train.py --output dist/sentiment
+
+.PHONY: sentiment-pretrained
+sentiment-pretrained: $(EXAMPLES) ## Fine-tune MiniLM instead; results in dist/sentiment-pretrained
+	$(RUN)/python examples/sentiment/train.py --pretrained minilm \
+		--output dist/sentiment-pretrained
 
 .PHONY: test
 test: $(DEV) ## Run the default tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: test-slow
-test-slow: $(DEV) ## Run the slow tests
+test-slow: $(DEV) $(VENV)/.installed-transformers ## Run the slow tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 .PHONY: test-backends
