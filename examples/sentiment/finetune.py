@@ -49,8 +49,8 @@ class FineTuning:
     """
 
     epochs: int = 4
-    batch_size: int = 32
-    learning_rate: float = 1e-4
+    batch_size: int = 64
+    learning_rate: float = 2e-4
     # Share of all steps in which the rate rises.
     warmup: float = 0.1
     weight_decay: float = 0.01

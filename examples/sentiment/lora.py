@@ -150,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
-    slow = FineTuning(epochs=options.epochs, learning_rate=options.rate)
-    fast = FineTuning(epochs=options.epochs, learning_rate=options.lora_rate)
+    slow = FineTuning(options.epochs, batch_size=32, learning_rate=options.rate)
+    fast = replace(slow, learning_rate=options.lora_rate)
     ways: dict[str, tuple[Prepare, FineTuning]] = {
         "the head alone": (freeze, fast),
         f"the head, and LoRA of rank {options.rank} in queries and values": (

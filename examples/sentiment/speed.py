@@ -36,7 +36,7 @@ from finetune import (
 from keras_mha.convert import load_bert
 
 LENGTHS = (16, 24, 32, 40, 48, 64)
-RECIPE = FineTuning(epochs=1)
+RECIPE = FineTuning(epochs=1, batch_size=32)
 EPOCH_ROWS = 9544  # nine tenths of the reviews
 
 
