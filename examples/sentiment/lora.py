@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Before TensorFlow is first imported: its notes on the hardware are not the result.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
