@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +10,12 @@ import pytest
 from keras_mha.export import RuntimeCheck
 from keras_mha.export.runtime_table import RUNTIMES
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
+MODULES = ("data", "model", "report", "deploy_check")
 
 
 @pytest.fixture(scope="module")
-def deploy_check() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        names = ("data", "model", "report", "deploy_check")
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module("deploy_check")
-        for name in names:
-            patch.delitem(sys.modules, name, raising=False)
+def deploy_check(example: dict[str, Any]) -> Any:
+    return example["deploy_check"]
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,21 +14,9 @@ import pytest
 import keras_mha
 from keras_mha.text import WordpieceTokenizer
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
 MODULES = ("data", "model", "report", "explain")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fine", "dull", "film", "not", "."]
 TEXTS = ["A fine film.", "Not a dull film, not a fine one."]
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[dict[str, ModuleType]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.fixture(scope="module")

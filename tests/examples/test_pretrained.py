@@ -4,12 +4,9 @@ downloaded by no test of the default set."""
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import json
-import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,24 +18,12 @@ import pytest
 from keras_mha.convert import save_bert
 from keras_mha.models import BertEncoder
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
 MODULES = (
     *("download", "data", "domains", "checkpoint", "model", "report", "finetune"),
     *("encode", "pretrained", "train", "speed"),
 )
 V, LENGTHS = 40, (8, 16)
 GOOD, BAD = 5, 6
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[dict[str, ModuleType]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,20 +25,7 @@ from keras_mha.export import export_saved_model, export_tflite
 from keras_mha.text import WordpieceTokenizer
 from tests.export.small_models import randomize
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
-# The modules of the example, which its programs import by these short names.
 MODULES = ("download", "data", "model", "report", "train", "predict")
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[dict[str, ModuleType]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,20 +9,8 @@ import pytest
 
 from keras_mha.text import WordpieceTokenizer
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
 MODULES = ("checkpoint", "data", "domains", "download")
 LONGEST = 512
-
-
-@pytest.fixture(scope="module")
-def example() -> Iterator[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLE))
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.mark.slow
