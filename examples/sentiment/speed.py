@@ -54,8 +54,8 @@ def time_ours(checkpoint: Path, rows: Rows) -> float:
 
 def time_torch(checkpoint: Path, rows: Rows) -> float:
     """Seconds that a plain loop over torch's model takes."""
-    import torch
-    from transformers import BertForSequenceClassification
+    import torch  # pyright: ignore[reportMissingImports] - `transformers`
+    from transformers import BertForSequenceClassification  # pyright: ignore[reportMissingImports] - likewise
 
     model = BertForSequenceClassification.from_pretrained(checkpoint, num_labels=2)
     model.train()
