@@ -51,7 +51,7 @@ examples:
         --samples ids.npy --quantization dynamic_int8
 
   Files that take texts, for LiteRT and for MediaPipe on a phone:
-    keras-mha export model.keras --to tflite --out dist --samples reviews.txt \
+    keras-mha export model.keras --to tflite --out dist --samples reviews.txt \\
         --text --metadata labels.txt
 
 What to give as --samples: some dozen inputs like those that the model will meet.

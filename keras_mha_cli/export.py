@@ -60,7 +60,8 @@ def export(request: Request) -> int:
 def _export(request: Request, console: Console) -> int:
     with console.step("start Keras and TensorFlow"):
         import keras_mha.export
-        import keras_mha.text  # registers the layers that models hold
+        import keras_mha.models  # registers the layers that models hold
+        import keras_mha.text
     model = console.load_model(request.model)
     values = dict(request.options)
     with console.step(f"load {request.samples}", UNREADABLE):

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
 import keras_mha.export
 from keras_mha.export import onnx_file
+from keras_mha.models import BertEncoder
 from keras_mha.text import WordpieceTokenizer
 from keras_mha_cli import main, options
 from tests.export import small_models
@@ -123,6 +125,27 @@ def test_a_wrong_value_ends_with_1_and_leaves_nothing(
     # The comparison is what failed.
     assert main([*arguments, "--tolerance", "0.01"]) == 0
     assert (out / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.slow
+def test_models_of_keras_mha_models_load(tmp_path: Path) -> None:
+    encoder = BertEncoder(11, 7, 8, num_layers=1, num_heads=2, hidden_dim=16)
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    shown = keras.ops.not_equal(ids, 0)
+    hidden = encoder({"input_ids": ids, "attention_mask": shown})
+    pooled = keras.layers.GlobalAveragePooling1D()(hidden)
+    model = keras.Model(ids, keras.layers.Dense(2, "softmax", name="label")(pooled))
+    model.save(tmp_path / "bert.keras")
+    np.save(tmp_path / "ids.npy", np.array([[3, 1, 4], [1, 5, 0]]))
+    samples = ("--samples", tmp_path / "ids.npy")
+    done = run(
+        *("export", tmp_path / "bert.keras", "--to", "onnx", "--out", tmp_path / "out"),
+        *samples,
+    )
+    assert done.returncode == 0, done.stderr
+    onnx = ("--onnx", tmp_path / "out" / "onnx" / "model.onnx")
+    done = run("verify", tmp_path / "bert.keras", *onnx, *samples)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_format_that_fails_does_not_stop_the_others(

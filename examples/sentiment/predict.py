@@ -29,7 +29,8 @@ def load_keras(directory: Path) -> Predict:
     import keras
     import tensorflow as tf
 
-    import keras_mha.text  # noqa: F401 - registers the layers that the file names.
+    import keras_mha.models
+    import keras_mha.text  # noqa: F401
 
     model: Any = keras.saving.load_model(directory / "model.keras", compile=False)
     return lambda texts: model.predict(tf.constant(list(texts)), verbose=0)

@@ -16,7 +16,7 @@ import numpy as np
 import keras_mha
 
 # Kim 2014, "Convolutional neural networks for sentence classification", table 2, column
-# MR: accuracy in per cent, mean of ten folds.
+# MR: accuracy in percent, mean of ten folds.
 PUBLISHED = {
     "CNN-rand, trained from scratch (Kim 2014)": 76.1,
     "RAE (Socher et al. 2011)": 77.7,

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_mha.attention.numeric import plain_integer, plain_number
-from keras_mha.models.bert import BertEncoder
+from keras_mha.layers.arguments import check_flag
+from keras_mha.models.bert import BertEncoder, gelu_tanh
 
 Array = NDArray[Any]
 
@@ -34,12 +35,6 @@ _PREFIX = "bert."
 _POSITION_IDS = "embeddings.position_ids"
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@keras.saving.register_keras_serializable(package="keras_mha")
-def gelu_tanh(inputs: Any) -> Any:
-    """GELU approximated with tanh, which checkpoints call `"gelu_new"`."""
-    return keras.activations.gelu(inputs, approximate=True)
 
 
 # When written, an activation gets the first name that it has here.
@@ -144,7 +139,21 @@ def load_bert(
     (2, ())
     """
     path = Path(path_or_directory)
-    weights = path / WEIGHTS if path.is_dir() else path
+    pooler = check_flag(pooler, "pooler")
+    if not path.exists():
+        raise FileNotFoundError(
+            "`path_or_directory` must be a directory with a config.json and a "
+            "model.safetensors, or that file; nothing is downloaded. Received: "
+            f"{path_or_directory}, which does not exist"
+        )
+    directory = path if path.is_dir() else path.parent
+    weights = directory / WEIGHTS if path.is_dir() or path.name == CONFIG else path
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"`path_or_directory` must hold {WEIGHTS}, in one file; pickled weights "
+            f"are not read. Received: {directory} with "
+            f"{sorted(each.name for each in directory.iterdir())[:10]}"
+        )
     config = _read_config(weights.with_name(CONFIG))
     slots, arrays, left_out = _read_weights(weights, config, pooler=pooler)
     if dropout is None:

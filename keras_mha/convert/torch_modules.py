@@ -27,6 +27,11 @@ from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 
+# What no keyword of our layers may say otherwise.
+_TOLD = {
+    *("key_dim", "value_dim", "output_shape", "use_bias", "num_key_value_heads"),
+    *("hidden_dim", "gated", "placement", "normalization", "epsilon"),
+}
 _TORCH_EPSILON = 1e-5
 
 
@@ -75,7 +80,8 @@ def from_torch(
             an encoder layer's state dict.
         layer_norm_eps: For an encoder layer's state dict. Defaults to 1e-5, as in
             torch.
-        dropout: For a state dict: share dropped in training. Defaults to 0.
+        dropout: For a state dict: share dropped in training. Defaults to 0. Of an
+            encoder layer's attention `attention_dropout` may tell another.
         self_attention: Whether an attention module is only called on one sequence.
         **kwargs: Further arguments of our layer, such as `name`, `dtype` and
             `jit_compile`.
@@ -87,7 +93,8 @@ def from_torch(
     Raises:
         TypeError: If the source is something else, or weights are not floating.
         ValueError: If a weight is missing, unexpected or of the wrong shape; a keyword
-            is missing, or given though the module tells it; or the module has
+            is missing, or given though the module or the weights tell it; or the
+            module has
             `add_bias_kv` (`bias_k`, `bias_v`), `add_zero_attn` or an activation that
             we have not.
 
@@ -110,7 +117,13 @@ def from_torch(
         "layer_norm_eps": layer_norm_eps,
         "dropout": dropout,
     }
+    given["attention_dropout"] = kwargs.pop("attention_dropout", None)
     given = {name: value for name, value in given.items() if value is not None}
+    if told := sorted(_TOLD & {*kwargs}):
+        raise ValueError(
+            "The weights, or other keywords of `from_torch`, decide this. Received: "
+            f"{', '.join(told)}"
+        )
     self_attention = check_flag(self_attention, "self_attention")
     if isinstance(source, Mapping):
         options, weights = given, source

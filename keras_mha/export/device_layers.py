@@ -149,6 +149,7 @@ def token_and_position_embedding(layer: Any) -> list[Swap]:
         places: Any = ops.convert_to_tensor(layer.position_embedding)
         if positions is not None:
             return look_up(ids, table) + look_up(positions, places)
+        layer._check_length(ids)
         return _add_to_rows(ids, table, places[: ops.shape(ids)[1]])
 
     return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer)]

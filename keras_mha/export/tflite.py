@@ -20,6 +20,7 @@ from keras_mha.export.quantization import check_quantization
 from keras_mha.export.report import TFLiteFile, TFLiteReport
 from keras_mha.export.tflite_arguments import (
     check_precision,
+    check_size,
     check_sizes,
     check_target,
     pad,
@@ -29,6 +30,7 @@ from keras_mha.export.tflite_file import BLOCKED, Settings, write_ids_file
 from keras_mha.export.tflite_mediapipe import complete, write_mediapipe_file
 from keras_mha.export.tflite_source import TextModel, read_source
 from keras_mha.export.tflite_text import check_text, write_text_file
+from keras_mha.layers.arguments import check_flag
 
 
 def export_tflite(
@@ -166,11 +168,11 @@ def export_tflite(
             "`export_tflite` needs ai-edge-litert: pip install 'keras-mha[tflite]'"
         )
     lengths = check_sizes("sequence_lengths", sequence_lengths)
-    check_sizes("batch_size", [batch_size])
+    batch_size = check_size("batch_size", batch_size)
     check_tolerance(tolerance)
     check_timeout(timeout)
     check_quantization(quantization, representative_data)
-    if text:
+    if check_flag(text, "text"):
         check_text(target)
     source = read_source(
         model,

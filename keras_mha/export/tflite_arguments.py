@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.export.device_form import TARGETS, layers_as_they_are
 from keras_mha.export.parity import check_tolerance
 from keras_mha.export.quantization import TOLERANCES
@@ -15,12 +16,21 @@ from keras_mha.export.quantization import TOLERANCES
 
 def check_sizes(argument: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """Refuses what are no sizes; returns each once."""
-    whole = isinstance(sizes, Sequence) and all(
-        isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes
-    )
-    if not sizes or not whole:
-        raise ValueError(f"`{argument}` must be positive integers. Received: {sizes}")
-    return tuple(dict.fromkeys(sizes))
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+        raise TypeError(
+            f"`{argument}` must be a sequence, such as (16,). Received: {sizes!r}"
+        )
+    if not sizes:
+        raise ValueError(f"`{argument}` must not be empty. Received: {sizes!r}")
+    return tuple(dict.fromkeys(check_size(argument, size) for size in sizes))
+
+
+def check_size(argument: str, size: Any) -> int:
+    """Refuses what is no size."""
+    number = plain_integer(size)
+    if number is None or number < 1:
+        raise ValueError(f"`{argument}` must be a positive integer. Received: {size!r}")
+    return number
 
 
 def check_input(model: keras.Model) -> None:

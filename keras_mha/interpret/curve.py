@@ -104,7 +104,7 @@ def pruning_curve(
     Heads are masked, which gives the answers of the model that `prune_heads` makes of
     `step.removed`; `model` stays as it is. The importance is not estimated anew, and
     nothing is trained in between. Heads that share keys and values go together, and
-    the most important ones of each layer stay, so that every step can be pruned.
+    the most important ones of each layer stay, as `prune_heads` wants it.
 
     A score of the examples by which `importance` was found, or by which a step is
     chosen, flatters: take others for the last word.

@@ -25,6 +25,12 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "posi
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
+def gelu_tanh(inputs: Any) -> Any:
+    """GELU approximated with tanh, which checkpoints call `"gelu_new"`."""
+    return keras.activations.gelu(inputs, approximate=True)
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
 class BertEncoder(keras.Model):
     """BERT without a head: token ids to one vector for each token.
 

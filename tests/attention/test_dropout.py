@@ -83,7 +83,7 @@ def test_the_share_of_pairs_kept_is_right(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("distance", [1, 2, 64])
-def test_neighbours_decide_for_themselves(rate: float, distance: int) -> None:
+def test_neighbors_decide_for_themselves(rate: float, distance: int) -> None:
     dropped = ~kept_pairs(as_seed(3), rate)
     for axis in range(4):
         step = min(distance, dropped.shape[axis] - 1)

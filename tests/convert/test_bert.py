@@ -329,6 +329,20 @@ def test_a_file_that_is_not_there(directory: Path, name: str) -> None:
         load_bert(directory)
 
 
+def test_a_path_that_is_none_says_that_nothing_is_downloaded(directory: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded.*no-such-bert"):
+        load_bert("no-such-bert")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickled.*pytorch_model.bin"):
+        load_bert(directory)
+
+
+def test_the_configurations_path_will_do(directory: Path) -> None:
+    assert load_bert(directory / "config.json").num_layers == tiny.LAYERS
+    with pytest.raises(ValueError, match="`pooler` must be True or False"):
+        load_bert(directory, pooler="yes")  # pyright: ignore[reportArgumentType]
+
+
 WITHOUT = """
 import sys
 sys.modules["{package}"] = None

@@ -102,3 +102,16 @@ def test_no_torch_is_loaded_for_arrays() -> None:
         text=True,
     )
     assert "Received: str" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["key_dim", "use_bias", "output_shape"])
+def test_what_the_weights_tell_is_no_keyword(name: str) -> None:
+    state = {"in_proj_weight": normal(3 * E, E), "out_proj.weight": normal(E, E)}
+    with pytest.raises(ValueError, match=f"decide this. Received: {name}"):
+        from_torch(state, num_heads=N, **{name: 5})
+
+
+def test_attention_alone_has_one_dropout() -> None:
+    state = {"in_proj_weight": normal(3 * E, E), "out_proj.weight": normal(E, E)}
+    with pytest.raises(ValueError, match="no such thing.*attention_dropout"):
+        from_torch(state, num_heads=N, attention_dropout=0.1)

@@ -254,6 +254,38 @@ def test_a_quantized_file_that_is_too_far_off_is_caught(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ({"sequence_lengths": 16}, TypeError, r"a sequence, such as \(16,\)"),
+        ({"sequence_lengths": ()}, ValueError, "must not be empty"),
+        ({"sequence_lengths": (7, 0)}, ValueError, "positive integer. Received: 0"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be a positive integer"),
+        ({"text": "no"}, ValueError, "`text` must be True or False"),
+        # More than the model has positions for.
+        ({"sequence_lengths": (8,)}, ValueError, "not be longer than"),
+    ],
+)
+def test_sizes_that_are_none(
+    tmp_path: Path, given: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    words = {"sequence_lengths": (7,), "samples": ROWS, **given}
+    with pytest.raises(error, match=text):
+        export_tflite(wide(), tmp_path / "out", **words)
+    assert left_in(tmp_path) == []
+
+
+def test_sizes_of_numpy(tmp_path: Path) -> None:
+    report = export_tflite(
+        ids_model(),
+        tmp_path,
+        sequence_lengths=(np.int64(7),),  # pyright: ignore[reportArgumentType]
+        batch_size=np.int32(2),  # pyright: ignore[reportArgumentType]
+        samples=ROWS,
+    )
+    assert report.files[0].inputs[0].shape == (2, 7)
+
+
 def wide() -> keras.Model:
     """Wide enough that its weights, not its graph, make the file's size."""
     ids = keras.Input((None,), dtype="int32", name="ids")

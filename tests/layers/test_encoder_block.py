@@ -317,7 +317,7 @@ def test_arguments_out_of_their_domain(options: dict[str, Any], message: str) ->
         TransformerEncoderBlock(**{"num_heads": N, "hidden_dim": HIDDEN, **options})
 
 
-def test_blocks_of_neighbouring_seeds_draw_differently() -> None:
+def test_blocks_of_neighboring_seeds_draw_differently() -> None:
     states = []
     for seed in range(3):
         block = TransformerEncoderBlock(2, 5, dropout=0.1, seed=seed)

@@ -1,6 +1,6 @@
 // A sketch that was NOT RUN: no phone was at hand. The file itself was, in LiteRT on
 // the CPU, and its values were compared with the model's.
-// build.gradle: implementation("com.google.ai.edge.litert:litert:1.4.0")
+// build.gradle: implementation("com.google.ai.edge.litert:litert:2.1.6")
 
 import java.nio.ByteBuffer
 import java.nio.FloatBuffer
