@@ -457,7 +457,8 @@ def test_ended_early_it_leaves_nothing_under_a_final_name(
 ) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(
-        command(*of_ids(files, out, "onnx")),
+        # A shell may have started the tests with Ctrl-C ignored.
+        ["/usr/bin/env", "--default-signal=INT", *command(*of_ids(files, out, "onnx"))],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from domains import load_critics, load_domains
 from encode import MAX_LENGTH, read_vocabulary, token_arrays
 from finetune import DOMAINS, FineTuning, cross_validate
 from model import encode
-from report import comparison, versions, write_json, write_text
+from report import comparison, copy_file, versions, write_json, write_text
 
 from keras_mha.export import export_saved_model, export_tflite, verify
 from keras_mha.text import WordpieceTokenizer
@@ -97,6 +97,7 @@ def export(
 ) -> str:
     """Writes the model in every form, verifies each, and returns the reports."""
     write_text(output / "labels.txt", "\n".join(LABELS))
+    write_text(output / "vocab.txt", "\n".join(vocabulary))
     model = of_texts(classifier, vocabulary)
     beside = output / ".beside.keras"
     model.save(beside)
@@ -105,7 +106,8 @@ def export(
     saved_model = export_saved_model(
         model, output / "saved_model", samples=samples, version=1, overwrite=True
     )
-    of_ids = keras.Model(classifier.inputs, classifier.outputs, name="classifier")
+    named = keras.layers.Identity(name="probabilities")(classifier.outputs[0])
+    of_ids = keras.Model(classifier.inputs, named, name="classifier")
     rows = encode(test.texts[:VERIFIED_ROWS].tolist(), list(vocabulary), MAX_LENGTH)
     ids = np.stack([np.pad(row, (0, MAX_LENGTH - len(row))) for row in rows])
     tflite = export_tflite(
@@ -114,6 +116,7 @@ def export(
         sequence_lengths=(MAX_LENGTH,),
         samples=ids[:EXPORT_SAMPLES],
     )
+    copy_file(Path(tflite.files[0].path), output / "model.tflite")
     labels = test.labels[:VERIFIED_ROWS]
     reports = {
         "texts": verify(

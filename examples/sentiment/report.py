@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -78,6 +79,13 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
     beside.replace(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies beside and renames."""
+    beside = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, beside)
+    beside.replace(target)
 
 
 def write_json(path: Path, content: Any) -> None:

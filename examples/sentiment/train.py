@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from data import LABELS, DataError, Reviews, Split, load_reviews, split_fold
 from model import Recipe, build_member, committee, encode
 from report import (
     comparison,
+    copy_file,
     draw_attention,
     draw_training,
     to_markdown,
@@ -322,9 +322,7 @@ def write_results(
             sequence_lengths=(recipe.max_length,),
             samples=[row.tolist() for row in rows[:EXPORT_SAMPLES]],
         )
-        beside = output / ".beside.tflite"
-        shutil.copyfile(tflite.files[0].path, beside)
-        beside.replace(output / "model.tflite")
+        copy_file(Path(tflite.files[0].path), output / "model.tflite")
 
     write_json(output / "metrics.json", figures)
     exports = {"saved_model": saved_model.to_dict(), "tflite": tflite.to_dict()}

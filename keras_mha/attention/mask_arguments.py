@@ -205,7 +205,6 @@ def as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
 
 def as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:
     """Returns integers of one of the ranks as int32; see `check_integers`."""
-    refuse_symbolic(values, name)
     values = check_integers(ops.convert_to_tensor(values), name, ranks)
     return ops.cast(values, "int32")
 

@@ -512,6 +512,7 @@ def _as_table(mask: Any) -> Tensor:
 
 
 def _as_ids(ids: Tensor, name: str) -> Tensor:
+    refuse_symbolic(ids, name)
     return as_integers(ids, name, (1, 2))
 
 

@@ -20,7 +20,7 @@ from keras_mha.models import BertEncoder
 
 MODULES = (
     *("download", "data", "domains", "checkpoint", "model", "report", "finetune"),
-    *("encode", "pretrained", "train", "speed"),
+    *("encode", "pretrained", "train", "predict", "speed"),
 )
 V, LENGTHS = 40, (8, 16)
 GOOD, BAD = 5, 6
@@ -400,7 +400,8 @@ def test_the_whole_program_on_made_up_reviews(
     options = ["--pretrained", "minilm", "--folds", "2", "--smoke"]
     assert train.main([*options, "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == {
-        *("labels.txt", "metrics.json", "model.keras", "model_128.tflite"),
+        *("labels.txt", "vocab.txt", "metrics.json", "model.keras"),
+        *("model.tflite", "model_128.tflite", "manifest.json", "snippets"),
         *("saved_model", "report.md", "cross_validation.md"),
         *("verified_texts.json", "verified_ids.json"),
     }
@@ -413,3 +414,7 @@ def test_the_whole_program_on_made_up_reviews(
     loaded: Any = keras.saving.load_model(output / "model.keras")
     answers = np.asarray(loaded(np.array(["a fine film.", ""], object)))
     np.testing.assert_allclose(answers.sum(1), 1.0, atol=1e-5)
+    predict = example["predict"]
+    for runtime in sorted(predict.RUNTIMES):
+        found = predict.RUNTIMES[runtime](output)([b"a fine film."])
+        np.testing.assert_allclose(found, answers[:1], atol=1e-5)
