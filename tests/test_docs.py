@@ -63,7 +63,15 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     run_blocks(text, "README.md")
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # It trains a model and scores it after each step of pruning.
+        pytest.param(path, marks=pytest.mark.slow) if path.stem == "interpret" else path
+        for path in GUIDES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_guides_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
