@@ -39,7 +39,13 @@ def check_contents(wheel: Path) -> None:
         names = set(archive.namelist())
     packed = {name for name in names if ".dist-info/" not in name}
     package, command = CHECKOUT / "keras_mha", CHECKOUT / "keras_mha_cli"
-    files = package / "py.typed", *package.rglob("*.py"), *command.rglob("*.py")
+    snippets = package / "export" / "snippets"
+    files = (
+        package / "py.typed",
+        *(path for path in snippets.iterdir() if path.suffix in (".kt", ".swift")),
+        *package.rglob("*.py"),
+        *command.rglob("*.py"),
+    )
     expected = {path.relative_to(CHECKOUT).as_posix() for path in files}
     if packed != expected:
         raise SystemExit(
