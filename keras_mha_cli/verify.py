@@ -198,6 +198,7 @@ def _verify(
 ) -> int:
     """Verifies, prints the report, and writes it where asked; returns the exit code."""
     with console.step("start Keras and TensorFlow"):
+        # They register the layers that models hold.
         import keras_mha.models
         import keras_mha.text  # noqa: F401
         from keras_mha.export import load_samples

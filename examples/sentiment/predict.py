@@ -29,6 +29,7 @@ def load_keras(directory: Path) -> Predict:
     import keras
     import tensorflow as tf
 
+    # They register the layers that the file names.
     import keras_mha.models
     import keras_mha.text  # noqa: F401
 
