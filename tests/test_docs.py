@@ -16,6 +16,8 @@ import keras_mha
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "docs", "examples", "export")
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+# They train.
+LONG = ("interpret", "lora", "mixed-precision")
 # What users import from; all of it is in the API pages.
 MODULES = ("", ".convert", ".export", ".interpret", ".models", ".text")
 DOCUMENTS = sorted(
@@ -66,8 +68,7 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "path",
     [
-        # It trains a model and scores it after each step of pruning.
-        pytest.param(path, marks=pytest.mark.slow) if path.stem == "interpret" else path
+        pytest.param(path, marks=pytest.mark.slow) if path.stem in LONG else path
         for path in GUIDES
     ],
     ids=lambda path: path.stem,

@@ -308,6 +308,7 @@ def largest_buffer(attend: Callable[..., Any], arrays: list[Any]) -> int:
     return max(int(np.prod([int(n) for n in x.split(",")])) for x in set(shapes))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="these are TensorFlow's kernels")
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("offset", [-3, -1, 0, 2])

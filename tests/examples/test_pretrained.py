@@ -75,6 +75,7 @@ def data(finetune: ModuleType) -> dict[str, np.ndarray]:
 # Learning.
 
 
+@pytest.mark.slow
 def test_what_can_be_learned_is_learned(
     finetune: ModuleType, checkpoint: Path, data: dict[str, np.ndarray]
 ) -> None:
@@ -111,6 +112,7 @@ def test_what_can_be_learned_is_learned(
     assert answers["tweets"].shape == (2, 20, 2)
 
 
+@pytest.mark.slow
 def test_a_fold_does_not_know_the_one_before(
     finetune: ModuleType, checkpoint: Path, data: dict[str, np.ndarray]
 ) -> None:

@@ -295,6 +295,7 @@ def test_what_can_be_learned_is_learned(trained: Any) -> None:
     assert first != second
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures(
     example: dict[str, ModuleType], tiny: Any, trained: Any
 ) -> None:

@@ -215,6 +215,7 @@ def test_a_subclassed_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(got[name], model(features(7))[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [13, 15, 17])
 def test_older_opsets(tmp_path: Path, opset: int) -> None:
     model, path = encoder(), tmp_path / "model.onnx"

@@ -301,6 +301,7 @@ def test_tokens_beside_another_input(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_elsewhere_tokens_run_in_python_s_loader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,6 +308,7 @@ def test_int8_leaves_attention_in_float(tmp_path: Path) -> None:
         assert seen[float_operation] - {np.int32} == {np.float32}
 
 
+@pytest.mark.slow
 def test_a_model_quantized_by_keras(tmp_path: Path) -> None:
     model = wide()
     expected = model.predict(padded(7), verbose=0)

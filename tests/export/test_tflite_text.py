@@ -114,6 +114,7 @@ def test_the_model_behind_the_tokenizer_is_that_of_the_ids_file(tmp_path: Path) 
     assert not Counter(of_ids.operators) - Counter(of_texts.operators)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["dynamic_int8", "float16", "int8_dense"])
 def test_quantized(tmp_path: Path, quantization: str) -> None:
     keywords: dict[str, Any] = {"quantization": quantization}
@@ -147,6 +148,7 @@ def test_quantized(tmp_path: Path, quantization: str) -> None:
     assert of_texts.parity.max_absolute_difference > 0
 
 
+@pytest.mark.slow
 def test_batches_and_lengths_unlike_the_tokenizers(tmp_path: Path) -> None:
     # The samples fit into 5 ids, and the tokenizer makes up to 6.
     texts = ["good movie", "a bad movie", "", "badly"]

@@ -360,6 +360,7 @@ def test_low_rank_factors_added_later_count(call_again: Callable[..., Any]) -> N
     assert np.abs(after - before).max() > 0.1
 
 
+@pytest.mark.slow
 def test_quantizing_later_counts(call_again: Callable[..., Any]) -> None:
     layer, plain = (self_attention(jit_compile=jit) for jit in (True, "auto"))
     inputs = normal(B, T, D)
@@ -513,6 +514,7 @@ def test_a_rematerialized_layer_trains_alike_in_a_model(
 # Distribution.
 
 
+@pytest.mark.slow
 def test_mirrored_strategy_trains_with_finite_equal_losses() -> None:
     outputs = run_fresh(
         """

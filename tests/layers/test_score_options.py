@@ -452,6 +452,7 @@ def test_flash_attention_decides_who_serves(
     assert not served
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [True, False])
 @each_kind
 def test_flash_attention_trains_alike_in_fit(kind: str, jit_compile: bool) -> None:

@@ -404,6 +404,7 @@ def test_training_goes_on_after_loading(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 @pytest.mark.parametrize("kind", ["sequential", "functional", "shared"])
 def test_quantized_models_are_saved_and_loaded(kind: str, tmp_path: Path) -> None:

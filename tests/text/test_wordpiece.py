@@ -264,6 +264,7 @@ def test_case_is_learned_when_asked() -> None:
     assert "Film" in learn_wordpiece_vocabulary(texts, 40, lowercase=False)
 
 
+@pytest.mark.slow
 def test_learning_does_not_depend_on_the_hash_seed() -> None:
     program = (
         "from keras_mha.text import learn_wordpiece_vocabulary as learn\n"
