@@ -83,7 +83,7 @@ def check_batching(
         raise ValueError(
             "The answer of `model` to a row must not depend on the other rows of its "
             "batch, or a server could not batch requests. Received: answers that "
-            f"differ by {difference:.3g}; a tenth of `tolerance` is {tolerance:.3g}"
+            f"differ by {difference:.3g}; `tolerance` is {tolerance:.3g}"
         )
     return difference
 

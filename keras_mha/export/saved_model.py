@@ -168,7 +168,7 @@ def export_saved_model(
             path, [padded(arrays), *cases], signature, operations, timeout
         )
         batch_difference = check_batching(
-            answers[0], filled, answers[1:], rows=rows, tolerance=tolerance / 10
+            answers[0], filled, answers[1:], rows=rows, tolerance=tolerance
         )
         parity = check_parity(
             wanted,
