@@ -6,7 +6,7 @@ each epoch; nothing is chosen by it.
 
 Examples:
     python examples/sentiment/encode.py --output ids.npz
-    python examples/sentiment/finetune.py --data ids.npz --checkpoint DIR --folds 0 1 2
+    python examples/sentiment/finetune.py --data ids.npz --folds 0 1 2
         --dtype mixed_bfloat16 --lengths 32 80 --output result.json
 """
 
@@ -28,6 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from checkpoint import load_checkpoint
 from keras import ops
 
 from keras_mha.convert import load_bert
@@ -497,8 +498,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--checkpoint",
         type=Path,
-        required=True,
-        help="directory of config.json and model.safetensors",
+        help="directory of config.json and model.safetensors (default: MiniLM, "
+        "downloaded at the first call)",
     )
     add("--output", type=Path, help="JSON file for the figures (default: none)")
     add("--probabilities", type=Path, help=".npz file for the answers (default: none)")
@@ -555,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with np.load(options.data) as file:
         data = dict(file)
     _, answers = cross_validate(
-        options.checkpoint,
+        options.checkpoint or load_checkpoint(),
         data,
         recipe,
         folds=options.folds,
