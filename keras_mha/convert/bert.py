@@ -202,8 +202,10 @@ def save_bert(
     Raises:
         ImportError: If `safetensors` is not installed.
         TypeError: If `encoder` is no `BertEncoder`.
-        ValueError: If it is not built, is quantized, or has an activation that has no
-            name in checkpoints.
+        ValueError: If it is not built, is quantized, has an activation that has no
+            name in checkpoints, or heads that a `config.json` cannot tell of: another
+            number in some blocks than in others, or of another size than D / N, as
+            `prune_heads` leaves them.
         FileExistsError: If there is a file of one of the names, and `overwrite` is
             False.
 
@@ -500,7 +502,7 @@ def _config_of(encoder: BertEncoder) -> _Config:
         encoder.vocabulary_size,
         encoder.embedding_dim,
         encoder.num_layers,
-        encoder.num_heads,
+        _heads_of(encoder),
         encoder.hidden_dim,
         encoder.sequence_length,
         encoder.num_token_types,
@@ -509,6 +511,25 @@ def _config_of(encoder: BertEncoder) -> _Config:
         encoder.attention_dropout,
         encoder.epsilon,
     )
+
+
+def _heads_of(encoder: BertEncoder) -> int:
+    """N. A configuration has one number of heads, and H is D / N."""
+    heads = encoder.num_heads
+    N, *others = {heads} if isinstance(heads, int) else {*heads}
+    if others:
+        raise ValueError(
+            "`encoder` must have the same number of heads in each block: `config.json` "
+            f"has one for all. Received: num_heads={heads}"
+        )
+    D, H = encoder.embedding_dim, encoder.key_dim
+    if N * H != D:
+        raise ValueError(
+            "`encoder` must have heads of the size `embedding_dim / num_heads`: "
+            f"`config.json` has no other. Received: embedding_dim={D}, num_heads={N} "
+            f"and key_dim={H}"
+        )
+    return N
 
 
 def _write(

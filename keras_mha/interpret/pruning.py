@@ -15,11 +15,14 @@ from keras_mha.layers.decoder_block import TransformerDecoderBlock
 from keras_mha.layers.positions import ALiBi, RelativePositionBias
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.layers.transformer_block import TransformerBlock
+from keras_mha.models.bert import BertEncoder
 
 Cut = Callable[[np.ndarray], np.ndarray]
 _Model = TypeVar("_Model", bound=keras.layers.Layer)
 # What a block's configuration says of the self-attention in it.
 _OF_BLOCKS = ("num_heads", "key_dim", "num_key_value_heads", "position")
+# And what a `BertEncoder`'s says of its blocks.
+_OF_ENCODERS = ("num_heads", "key_dim")
 
 
 def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
@@ -28,7 +31,7 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
     The weights of those heads are gone from the projections, and what remains gives
     the outputs that `model` gives with a `head_mask` of zeros there. The new model has
     weights of its own and is not compiled; `model` stays as it is. It can be trained,
-    saved and exported like any other.
+    saved and exported like any other. What is frozen stays frozen.
 
     Where queries share keys and values (`num_key_value_heads`), as many heads must
     stay in every group that keeps any; a group without heads goes, keys and values
@@ -39,7 +42,7 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
     Args:
         model: A built model that attends by layers of keras_mha, and whose layers hold
             their sublayers in their configurations, as Functional and Sequential
-            models, `ResidualNorm`, the blocks and Keras' wrappers do.
+            models, `ResidualNorm`, the blocks, `BertEncoder` and Keras' wrappers do.
         heads: Which heads go, from 0 to N - 1, by path of the layer, as
             `attention_maps` names it.
 
@@ -165,6 +168,9 @@ def _config(layer: keras.layers.Layer, plan: Mapping[int, _Kept]) -> dict[str, A
         return config
     if isinstance(layer, TransformerBlock):
         return config | _block_config(layer, plan)
+    # A subclass may fix the sizes, and not take them.
+    if isinstance(layer, BertEncoder) and {*_OF_ENCODERS} <= {*config}:
+        return config | _encoder_config(layer, plan)
     children = {
         child.name: child
         for child in layer._layers
@@ -230,6 +236,16 @@ def _block_config(block: TransformerBlock, plan: Mapping[int, _Kept]) -> dict[st
         )
     config = _attention_config(own, plan[id(own)])
     return {name: config[name] for name in _OF_BLOCKS}
+
+
+def _encoder_config(encoder: BertEncoder, plan: Mapping[int, _Kept]) -> dict[str, Any]:
+    """What a `BertEncoder` says of its blocks' attention."""
+    layers = [block.attention.sublayer for block in encoder.blocks]
+    left = [
+        len(plan[id(layer)].heads) if id(layer) in plan else layer.num_heads
+        for layer in layers
+    ]
+    return {"num_heads": left, "key_dim": encoder.key_dim}
 
 
 def _head_sizes(layer: AttentionLayer) -> tuple[int, int]:
@@ -314,7 +330,7 @@ def _check_weights(model: keras.layers.Layer) -> None:
 def _fill(
     smaller: keras.layers.Layer, model: keras.layers.Layer, cuts: Mapping[int, Cut]
 ) -> None:
-    """Gives the smaller model the weights and seeds of the other, cut."""
+    """Gives the smaller model the variables of the other: cut, and frozen as there."""
     values = [
         cuts.get(id(variable), np.asarray)(np.asarray(variable))
         for variable in model.variables
@@ -329,5 +345,9 @@ def _fill(
             f"the original. Received: {type(model).__name__} {model.name!r}, whose "
             f"copy differs in {sorted(set(wanted) ^ set(made))[:5]}"
         )
-    for variable, value in zip(smaller.variables, values, strict=True):
+    for variable, value, old in zip(
+        smaller.variables, values, model.variables, strict=True
+    ):
         variable.assign(value)
+        # Configurations do not tell of what was frozen inside a block or encoder.
+        variable.trainable = old.trainable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,9 +10,11 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate
+from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import (
     check_flag,
     check_number,
+    check_optional,
     check_positive,
     check_seed,
 )
@@ -41,14 +43,15 @@ class BertEncoder(keras.Model):
     Source: Devlin et al. 2019, "BERT: pre-training of deep bidirectional transformers
     for language understanding", sections 3 and A.2.
 
-    Letters: B batch, T length, D model width, N heads.
+    Letters: B batch, T length, D model width, N heads, H head size.
 
     Args:
         vocabulary_size: Number of token ids.
         sequence_length: Greatest T.
         embedding_dim: D.
         num_layers: Number of blocks.
-        num_heads: N, a divisor of D.
+        num_heads: N; or a sequence of `num_layers` numbers, those of each block, as
+            `keras_mha.interpret.prune_heads` leaves them.
         hidden_dim: Width of the feed-forward networks' hidden layers.
         num_token_types: Number of token type ids.
         activation: Activation of the feed-forward networks. Keras' `"gelu"` is the
@@ -61,6 +64,8 @@ class BertEncoder(keras.Model):
             output is returned too.
         kernel_initializer: Initializer of kernels and embeddings. Defaults to BERT's.
         seed: Integer seed of every dropout.
+        key_dim: H. Defaults to D / N; needed where `num_heads` is a sequence or no
+            divisor of D.
         **kwargs: Arguments of `keras.Model`, such as `name` and `dtype`.
 
     Call arguments:
@@ -77,8 +82,8 @@ class BertEncoder(keras.Model):
         tuple of these and the pooled `(B, D)`. What stands at padding has no meaning.
 
     Raises:
-        ValueError: If an argument is out of its domain, `inputs` lacks a name, or has
-            an unknown one.
+        ValueError: If an argument is out of its domain, `key_dim` is needed and not
+            given, or `inputs` lacks a name or has an unknown one.
         TypeError: If `inputs` is no dictionary.
 
     Example:
@@ -98,7 +103,7 @@ class BertEncoder(keras.Model):
         sequence_length: int = 512,
         embedding_dim: int = 768,
         num_layers: int = 12,
-        num_heads: int = 12,
+        num_heads: int | Sequence[int] = 12,
         hidden_dim: int = 3072,
         num_token_types: int = 2,
         activation: Any = "gelu",
@@ -108,6 +113,8 @@ class BertEncoder(keras.Model):
         pooler: bool = False,
         kernel_initializer: Any = None,
         seed: int | None = None,
+        *,
+        key_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -115,7 +122,8 @@ class BertEncoder(keras.Model):
         self.sequence_length = check_positive(sequence_length, "sequence_length")
         self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
         self.num_layers = check_positive(num_layers, "num_layers")
-        self.num_heads = check_positive(num_heads, "num_heads")
+        self.num_heads = _check_heads(num_heads, self.num_layers)
+        self.key_dim = _head_size(key_dim, self.embedding_dim, self.num_heads)
         self.hidden_dim = check_positive(hidden_dim, "hidden_dim")
         self.num_token_types = check_positive(num_token_types, "num_token_types")
         self.activation = keras.activations.get(activation)
@@ -127,11 +135,6 @@ class BertEncoder(keras.Model):
             kernel_initializer = keras.initializers.TruncatedNormal(stddev=0.02)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.seed = check_seed(seed)
-        if self.embedding_dim % self.num_heads:
-            raise ValueError(
-                "`embedding_dim` must be a multiple of `num_heads`. Received: "
-                f"embedding_dim={embedding_dim} and num_heads={num_heads}"
-            )
         #: The tensors of a checkpoint that `load_bert` had no place for.
         self.left_out: tuple[str, ...] = ()
         # Ids are not cast to the floating dtype.
@@ -180,7 +183,12 @@ class BertEncoder(keras.Model):
             "sequence_length": self.sequence_length,
             "embedding_dim": self.embedding_dim,
             "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
+            # JSON has no tuples.
+            "num_heads": (
+                self.num_heads
+                if isinstance(self.num_heads, int)
+                else list(self.num_heads)
+            ),
             "hidden_dim": self.hidden_dim,
             "num_token_types": self.num_token_types,
             "activation": keras.activations.serialize(self.activation),
@@ -190,6 +198,7 @@ class BertEncoder(keras.Model):
             "pooler": self.pooler,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "seed": self.seed,
+            "key_dim": self.key_dim,
         }
 
     @override
@@ -258,9 +267,11 @@ class BertEncoder(keras.Model):
         return outputs, keras.KerasTensor(pooled, dtype=self.compute_dtype)
 
     def _block(self, place: int) -> TransformerEncoderBlock:
+        heads = self.num_heads
         return TransformerEncoderBlock(
-            self.num_heads,
+            heads if isinstance(heads, int) else heads[place],
             self.hidden_dim,
+            self.key_dim,
             activation=self.activation,
             placement="post",
             dropout=self.dropout,
@@ -272,6 +283,35 @@ class BertEncoder(keras.Model):
             dtype=self.dtype_policy,
             name=f"block_{place}",
         )
+
+
+def _check_heads(num_heads: Any, num_layers: int) -> int | tuple[int, ...]:
+    """Returns one number of heads, or that of each block."""
+    several = isinstance(num_heads, Sequence) and not isinstance(num_heads, str | bytes)
+    given = tuple(num_heads) if several else (num_heads,)
+    found = tuple(n for n in map(plain_integer, given) if n is not None and n > 0)
+    if len(found) != len(given) or (several and len(found) != num_layers):
+        raise ValueError(
+            "`num_heads` must be a positive integer, or a sequence of `num_layers` "
+            f"of them. Received: num_heads={num_heads!r} and num_layers={num_layers}"
+        )
+    return found if several else found[0]
+
+
+def _head_size(
+    key_dim: object, embedding_dim: int, num_heads: int | tuple[int, ...]
+) -> int:
+    """Returns H."""
+    given = check_optional(key_dim, "key_dim")
+    if given is not None:
+        return given
+    if not isinstance(num_heads, int) or embedding_dim % num_heads:
+        raise ValueError(
+            "`key_dim` must be given where `num_heads` is a sequence, or "
+            "`embedding_dim` is not a multiple of `num_heads`. Received: key_dim=None, "
+            f"embedding_dim={embedding_dim} and num_heads={num_heads}"
+        )
+    return embedding_dim // num_heads
 
 
 def _check_inputs(inputs: Mapping[str, Tensor]) -> None:

@@ -221,6 +221,51 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("heads", [1, 5, 15])
+def test_any_divisor_of_the_width_is_read_and_written(
+    tmp_path: Path, heads: int
+) -> None:
+    encoder = load_bert(
+        write_checkpoint(tmp_path, num_attention_heads=heads), pooler=True
+    )
+    layer = encoder.blocks[1].attention.sublayer
+    assert (encoder.num_heads, encoder.key_dim) == (heads, tiny.D // heads)
+    assert layer.qkv_dense.kernel.shape == (tiny.D, heads, 3 * tiny.D // heads)
+    save_bert(encoder, tmp_path / "written")
+    content = json.loads((tmp_path / "written" / "config.json").read_text("utf-8"))
+    assert content == {**tiny.CONFIG, "num_attention_heads": heads}
+    tensors = load_file(tmp_path / "written" / "model.safetensors")
+    for name, tensor in tiny.random_tensors().items():
+        np.testing.assert_array_equal(tensors[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "message"),
+    [
+        ((3, 2), 5, r"the same number .* Received: num_heads=\(3, 2\)"),
+        ((2, 2), 5, "`embedding_dim / num_heads`.*=15, num_heads=2 and key_dim=5"),
+        (3, 7, "`embedding_dim / num_heads`.*=15, num_heads=3 and key_dim=7"),
+    ],
+)
+def test_heads_that_no_configuration_tells_of(
+    tmp_path: Path, heads: Any, size: int, message: str
+) -> None:
+    encoder = BertEncoder(9, 7, 15, 2, heads, 17, key_dim=size)
+    encoder.build()
+    with pytest.raises(ValueError, match=message):
+        save_bert(encoder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_each_block_that_are_as_many(tmp_path: Path) -> None:
+    encoder = BertEncoder(tiny.V, 13, 15, 2, (3, 3), 17, key_dim=5)
+    encoder.build()
+    save_bert(encoder, tmp_path)
+    loaded = load_bert(tmp_path)
+    assert (loaded.num_heads, loaded.key_dim) == (3, 5)
+    np.testing.assert_array_equal(loaded(INPUTS), encoder(INPUTS))
+
+
 # What is not right is named.
 
 

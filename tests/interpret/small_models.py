@@ -9,8 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 import keras_mha
+from keras_mha.models import BertEncoder
 from tests.layers.helpers import randomize
 
 B, T, N, H, D, CLASSES, VOCABULARY = 5, 7, 3, 2, 11, 2, 13
@@ -41,6 +43,28 @@ def classifier(
         name=name,
     )
     randomize(model)
+    return model
+
+
+def bert_encoder(**options: Any) -> BertEncoder:
+    """Of two blocks, with random weights; its width is a multiple of 11 heads."""
+    sizes = {"embedding_dim": 33, "num_heads": 11, **options}
+    encoder = BertEncoder(
+        VOCABULARY, T, num_layers=2, hidden_dim=17, name="bert", **sizes
+    )
+    encoder.build()
+    randomize(encoder)
+    return encoder
+
+
+def bert_classifier(encoder: BertEncoder) -> keras.Model:
+    """Ids `(B, T)`, 0 padding, to probabilities; Functional."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = encoder({"input_ids": ids, "attention_mask": ops.not_equal(ids, 0)})
+    pooled = keras.layers.GlobalAveragePooling1D(name="mean")(hidden)
+    label = keras.layers.Dense(CLASSES, activation="softmax", name="label")
+    model = keras.Model(ids, label(pooled), name="classifier")
+    randomize(label)
     return model
 
 

@@ -17,7 +17,17 @@ from keras_mha.interpret import (
     pruning_curve,
 )
 from keras_mha.interpret.curve import accuracy
-from tests.interpret.small_models import IDS, LABELS, B, D, T, classifier, path_of
+from tests.interpret.small_models import (
+    IDS,
+    LABELS,
+    B,
+    D,
+    T,
+    bert_classifier,
+    bert_encoder,
+    classifier,
+    path_of,
+)
 from tests.layers.helpers import normal
 
 FIRST, SECOND = path_of(0), path_of(1)
@@ -57,14 +67,15 @@ def test_groups_that_share_keys_go_together() -> None:
         prune_heads(model, step.removed)
 
 
+def margin(labels: Any, outputs: Any) -> float:
+    """A metric that tells answers apart."""
+    return float(outputs[np.arange(len(labels)), labels].std())
+
+
 @pytest.mark.parametrize("batch_size", [2, 256])
 def test_scores_are_those_of_the_pruned_models(batch_size: int) -> None:
-    """By a metric that tells answers apart, over all batches at once."""
+    """Over all batches at once."""
     model = classifier(3, 2)
-
-    def margin(labels: Any, outputs: Any) -> float:
-        return float(outputs[np.arange(len(labels)), labels].std())
-
     curve = pruning_curve(
         model, IMPORTANCE, IDS, LABELS, metric=margin, batch_size=batch_size
     )
@@ -72,6 +83,22 @@ def test_scores_are_those_of_the_pruned_models(batch_size: int) -> None:
     for step in curve.steps:
         outputs = np.asarray(prune_heads(model, step.removed)(IDS))
         np.testing.assert_allclose(step.score, margin(LABELS, outputs), rtol=1e-4)
+    assert len({round(step.score, 5) for step in curve.steps}) == len(curve.steps)
+
+
+def test_a_model_around_a_bert_encoder() -> None:
+    model = bert_classifier(bert_encoder(num_heads=(3, 2), key_dim=5))
+    importance = {f"bert/{path}": numbers for path, numbers in IMPORTANCE.items()}
+    curve = pruning_curve(model, importance, IDS, LABELS, metric=margin)
+    assert [step.heads_left for step in curve.steps] == [5, 4, 3, 2]
+    for step in curve.steps:
+        smaller: Any = prune_heads(model, step.removed)
+        score = margin(LABELS, np.asarray(smaller(IDS)))
+        np.testing.assert_allclose(step.score, score, rtol=1e-4)
+        # The first step removes nothing, and its model is a copy.
+        gone = step.removed
+        first, second = (len(gone.get(f"bert/{path}", ())) for path in (FIRST, SECOND))
+        assert smaller.get_layer("bert").num_heads == (3 - first, 2 - second)
     assert len({round(step.score, 5) for step in curve.steps}) == len(curve.steps)
 
 

@@ -16,7 +16,18 @@ import keras_mha
 from keras_mha.interpret import prune_heads
 from keras_mha.interpret.curve import masked_outputs
 from keras_mha.interpret.paths import as_tensors, attention_layers
-from tests.interpret.small_models import IDS, REAL, B, D, classifier, path_of
+from keras_mha.models import BertEncoder
+from tests.interpret.small_models import (
+    IDS,
+    LABELS,
+    REAL,
+    B,
+    D,
+    bert_classifier,
+    bert_encoder,
+    classifier,
+    path_of,
+)
 from tests.layers import score_cases
 from tests.layers.helpers import H, T, normal, randomize
 
@@ -235,6 +246,131 @@ def test_subclassed_models() -> None:
                 prune_heads(model, {"own": (1,)})
 
 
+BERT_INPUTS = {"input_ids": IDS, "attention_mask": REAL.astype("int32")}
+# Other numbers in each block, of 11 heads.
+BERT_HEADS = {path_of(0): (1, 4, 10), path_of(1): (0, 2, 3, 5, 6, 7, 8)}
+BERT_SIZES: dict[str, dict[str, Any]] = {
+    "an equal part": {},
+    "a size of its own": {"embedding_dim": 19, "key_dim": 3},
+    "a number for each": {
+        "embedding_dim": 19,
+        "num_heads": (11, 13),
+        "key_dim": 3,
+        "dtype": "float64",
+    },
+}
+
+
+def in_bert(heads: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"bert/{path}": numbers for path, numbers in heads.items()}
+
+
+def with_head_masks(
+    encoder: BertEncoder, heads: dict[str, tuple[int, ...]]
+) -> np.ndarray:
+    """What the blocks give, called one after the other with factors of 0 and 1."""
+    outputs = encoder.embed(as_tensors(BERT_INPUTS))
+    for i, block in enumerate(encoder.blocks):
+        factors = np.ones(block.attention.sublayer.num_heads, "float32")
+        factors[list(heads[path_of(i)])] = 0.0
+        outputs = block(outputs, mask=REAL, head_mask=factors)
+    return np.asarray(outputs)
+
+
+@pytest.mark.parametrize("sizes", BERT_SIZES.values(), ids=list(BERT_SIZES))
+def test_a_bert_encoder(sizes: dict[str, Any]) -> None:
+    encoder = bert_encoder(**sizes)
+    smaller = check(encoder, BERT_HEADS, BERT_INPUTS)
+    counts = [block.attention.sublayer.num_heads for block in encoder.blocks]
+    assert smaller.num_heads == (counts[0] - 3, counts[1] - 7)
+    assert smaller.key_dim == 3
+    answer = np.asarray(smaller(BERT_INPUTS))
+    np.testing.assert_allclose(
+        answer, with_head_masks(encoder, BERT_HEADS), rtol=0, atol=1e-5
+    )
+    # Once more, and of one block alone.
+    again = check(smaller, {path_of(0): (0, 7)}, BERT_INPUTS)
+    assert again.num_heads == (counts[0] - 5, counts[1] - 7)
+
+
+def test_of_a_bert_encoder_no_other_head_will_do() -> None:
+    encoder = bert_encoder()
+    for block, others in ((0, (1, 4, 9)), (1, (0, 2, 3, 5, 6, 7, 9))):
+        smaller = prune_heads(encoder, {**BERT_HEADS, path_of(block): others})
+        answer = np.asarray(smaller(BERT_INPUTS))
+        difference = np.abs(answer - with_head_masks(encoder, BERT_HEADS))
+        assert difference[REAL].max() > 1e-2
+
+
+def test_a_bert_encoder_with_a_pooler() -> None:
+    encoder = bert_encoder(pooler=True)
+    smaller = prune_heads(encoder, BERT_HEADS)
+    last, pooled = smaller(BERT_INPUTS)
+    expected = with_head_masks(encoder, BERT_HEADS)
+    np.testing.assert_allclose(last, expected, rtol=0, atol=1e-5)
+    assert encoder.pooler_dense is not None
+    wanted = encoder.pooler_dense(expected[:, 0])
+    np.testing.assert_allclose(pooled, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", BERT_SIZES.values(), ids=list(BERT_SIZES))
+def test_a_model_around_a_bert_encoder(tmp_path: Path, sizes: dict[str, Any]) -> None:
+    model = bert_classifier(bert_encoder(**sizes))
+    smaller = check(model, in_bert(BERT_HEADS), IDS)
+    smaller.save(tmp_path / "smaller.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "smaller.keras")
+    assert loaded.get_layer("bert").num_heads == smaller.get_layer("bert").num_heads
+    np.testing.assert_array_equal(loaded(IDS), smaller(IDS))
+
+
+def test_a_pruned_bert_encoder_is_saved_and_loaded(tmp_path: Path) -> None:
+    smaller = prune_heads(bert_encoder(), BERT_HEADS)
+    smaller.save(tmp_path / "smaller.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "smaller.keras")
+    np.testing.assert_array_equal(loaded(BERT_INPUTS), smaller(BERT_INPUTS))
+    check(loaded, {path_of(0): (2,)}, BERT_INPUTS)
+
+
+def test_a_pruned_bert_encoder_is_trained() -> None:
+    model = bert_classifier(bert_encoder(dropout=0.0, attention_dropout=0.0))
+    smaller: Any = prune_heads(model, in_bert(BERT_HEADS))
+    smaller.compile(keras.optimizers.SGD(0.001), "sparse_categorical_crossentropy")
+    before = [np.array(weight) for weight in smaller.trainable_weights]
+    loss = smaller.evaluate(IDS, LABELS, verbose=0)
+    smaller.fit(IDS, LABELS, verbose=0)
+    for weight, old in zip(smaller.trainable_weights, before, strict=True):
+        assert np.abs(np.asarray(weight) - old).max() > 0, weight.path
+    assert smaller.evaluate(IDS, LABELS, verbose=0) < loss
+
+
+class Sized(BertEncoder):
+    """Fixes its sizes, and has none in its configuration."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(13, 7, 33, 2, 11, 17, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_bert_encoder_that_fixes_its_sizes_is_named() -> None:
+    encoder = Sized(name="sized")
+    encoder.build()
+    with pytest.raises(ValueError, match="Sized 'sized', which makes .'block_1'. by"):
+        prune_heads(encoder, {path_of(1): [0]})
+
+
+def test_wrong_heads_of_a_bert_encoder_are_named() -> None:
+    encoder = bert_encoder(num_heads=(11, 3), key_dim=5)
+    for heads, message in (
+        ({path_of(1): [3]}, f"of '{path_of(1)}' must be integers from 0 to 2"),
+        ({path_of(1): [0, 1, 2]}, f"'{path_of(1)}' without all of its 3"),
+        ({path_of(2): [0]}, f"Received: '{path_of(2)}'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_heads(encoder, heads)
+
+
 def test_groups_that_share_keys() -> None:
     inputs = keras.Input((None, D))
     layer = keras_mha.MultiHeadSelfAttention(
@@ -262,6 +398,25 @@ def test_frozen_layers_stay_frozen() -> None:
     smaller = prune_heads(model, {path_of(0): [0]})
     assert len(smaller.trainable_weights) == len(model.trainable_weights)
     assert len(smaller.trainable_weights) < len(smaller.weights)
+
+
+def test_what_is_frozen_inside_stays_frozen() -> None:
+    blocks: Any = classifier(3)
+    blocks.get_layer("block_0").attention.trainable = False
+    encoder = bert_encoder()
+    encoder.blocks[0].trainable = False
+    for weight in encoder.embedding.weights:
+        weight.trainable = False
+    for model, heads in (
+        (blocks, {path_of(0): [0]}),
+        (encoder, BERT_HEADS),
+        (bert_classifier(encoder), in_bert(BERT_HEADS)),
+    ):
+        smaller = prune_heads(model, heads)
+        trained = [variable.trainable for variable in model.variables]
+        assert {True, False} == {*trained}
+        assert [variable.trainable for variable in smaller.variables] == trained
+        assert len(smaller.trainable_weights) == len(model.trainable_weights)
 
 
 def test_wrong_heads_are_named() -> None:

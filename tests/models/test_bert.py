@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def test_config_has_every_argument() -> None:
         "pooler": True,
         "kernel_initializer": "he_normal",
         "seed": 7,
+        "key_dim": 7,
     }
     names = {*inspect.signature(BertEncoder.__init__).parameters} - {"self", "kwargs"}
     assert names == {*options}
@@ -85,6 +87,30 @@ def test_config_has_every_argument() -> None:
     assert (again.name, again.compute_dtype) == ("one", "bfloat16")
     for name in {*options} - {"activation", "kernel_initializer"}:
         assert getattr(again, name) == options[name], name
+
+
+@pytest.mark.parametrize("heads", [[5, 2], (np.int64(5), np.int32(2))])
+def test_heads_of_each_block_are_saved_and_loaded(tmp_path: Path, heads: Any) -> None:
+    encoder = made(num_heads=heads, key_dim=np.int64(7), pooler=True)
+    layers = [block.attention.sublayer for block in encoder.blocks]
+    assert [(layer.num_heads, layer.key_dim) for layer in layers] == [(5, 7), (2, 7)]
+    assert encoder.num_heads == (5, 2)
+    assert json.loads(json.dumps(encoder.get_config())) == encoder.get_config()
+    encoder.save(tmp_path / "encoder.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "encoder.keras")
+    assert loaded.get_config() == encoder.get_config()
+    for found, wanted in zip(loaded(INPUTS), encoder(INPUTS), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_default_size_of_heads_is_an_equal_part() -> None:
+    assert made().key_dim == D // N
+    given = made(key_dim=D // N)
+    assert [w.shape for w in given.weights] == [w.shape for w in made().weights]
+    # As configurations were before there was `key_dim`.
+    config = given.get_config()
+    older = {name: value for name, value in config.items() if name != "key_dim"}
+    assert BertEncoder.from_config(older).get_config() == config
 
 
 def test_padding_changes_nothing() -> None:
@@ -181,7 +207,33 @@ def test_exports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 4}, "multiple of `num_heads`.*embedding_dim=15 and num_heads=4"),
+        (
+            {"num_heads": 4},
+            "`key_dim` must be given .* multiple of `num_heads`. Received: "
+            "key_dim=None, embedding_dim=15 and num_heads=4",
+        ),
+        (
+            {"num_heads": [3, 3]},
+            r"`key_dim` must be given where `num_heads` is a sequence.*=\(3, 3\)",
+        ),
+        ({"key_dim": 0}, "`key_dim`.*a positive integer.*key_dim=0"),
+        ({"key_dim": 5.0}, "`key_dim`.*a positive integer.*key_dim=5.0"),
+        (
+            {"num_heads": 0},
+            "`num_heads` must be a positive integer, or a sequence of `num_layers` "
+            "of them. Received: num_heads=0",
+        ),
+        ({"num_heads": 3.0}, "`num_heads` must be .*num_heads=3.0"),
+        ({"num_heads": True}, "`num_heads` must be .*num_heads=True"),
+        ({"num_heads": "33"}, "`num_heads` must be .*num_heads='33'"),
+        ({"num_heads": b"33", "key_dim": 5}, "`num_heads` must be .*num_heads=b'33'"),
+        ({"num_heads": (3, 0), "key_dim": 5}, r"`num_heads` .*num_heads=\(3, 0\)"),
+        ({"num_heads": (3, 1.0), "key_dim": 5}, r"`num_heads` .*\(3, 1.0\)"),
+        ({"num_heads": [], "key_dim": 5}, r"`num_heads` must be .*num_heads=\[\]"),
+        (
+            {"num_heads": [3, 2, 5], "key_dim": 5},
+            r"`num_layers` of them. Received: num_heads=\[3, 2, 5\] and num_layers=2",
+        ),
         ({"dropout": 1.0}, "`dropout` must be"),
         ({"attention_dropout": -1}, "`attention_dropout` must be"),
         ({"num_layers": 0}, "`num_layers`.*num_layers=0"),
