@@ -327,7 +327,6 @@ def fit(
     lengths: Sequence[int],
     *,
     seed: int,
-    verbose: int = 2,
 ) -> Tested:
     """Trains a compiled model on `train`; says what it answers on `test`."""
     batches = Batches(train, recipe.batch_size, lengths, seed, twice=recipe.r_drop > 0)
@@ -341,7 +340,8 @@ def fit(
         epochs=recipe.epochs,
         shuffle=False,  # The batches shuffle themselves.
         callbacks=callbacks,
-        verbose=verbose,  # pyright: ignore[reportArgumentType]
+        # A bar on a terminal, a line an epoch elsewhere.
+        verbose=1 if sys.stdout.isatty() else 2,  # pyright: ignore[reportArgumentType]
     )
     return tested
 
