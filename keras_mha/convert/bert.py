@@ -441,6 +441,8 @@ def _read_config(path: Path) -> _Config:
         ("position_embedding_type", "absolute"),
         ("is_decoder", False),
         ("add_cross_attention", False),
+        # Old files name by layer the heads that their tensors lack.
+        ("pruned_heads", {}),
     ):
         if content.get(name, expected) != expected:
             raise ValueError(

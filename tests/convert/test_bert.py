@@ -309,6 +309,7 @@ def test_wrong_tensors(tmp_path: Path, tensors: Any, message: str) -> None:
         ({"model_type": "roberta"}, "model_type='bert'.*Received: 'roberta'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='absol"),
         ({"is_decoder": True}, "is_decoder=False.*Received: True"),
+        ({"pruned_heads": {"0": [1]}}, r"pruned_heads=\{\}.*Received: \{'0': \[1\]\}"),
         ({"hidden_act": "quick_gelu"}, "`hidden_act` must be one of .*quick_gelu"),
         ({"hidden_act": ["gelu"]}, "`hidden_act` must be one of"),
         ({"vocab_size": None}, r"lacks \['vocab_size'\]"),
