@@ -23,8 +23,8 @@ import numpy as np
 from checkpoint import load_checkpoint
 from data import Reviews, load_reviews, split_fold
 from domains import Rated, load_critics, load_domains
-from finetune import Rows, pack
 from model import encode
+from rows import Rows, pack
 
 FOLDS = 10
 MAX_LENGTH = 128

@@ -30,6 +30,7 @@ import keras
 import numpy as np
 from checkpoint import load_checkpoint
 from keras import ops
+from rows import Batches, Rows, accuracy, predict, unpack
 
 from keras_mha.convert import load_bert
 from keras_mha.models import BertEncoder
@@ -66,25 +67,6 @@ class FineTuning:
     average_momentum: float = 0.0
     # Weight of the divergence between two dropouts' answers; 0 is one answer.
     r_drop: float = 0.0
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Token ids without padding, n of them, and their labels `(n,)`."""
-
-    ids: Sequence[np.ndarray]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, where: np.ndarray) -> Rows:
-        """The rows at the integers `where`, in that order."""
-        return Rows([self.ids[i] for i in where], self.labels[where])
-
-    def __add__(self, other: Rows) -> Rows:
-        labels = np.concatenate([self.labels, other.labels])
-        return Rows([*self.ids, *other.ids], labels)
 
 
 # The model.
@@ -178,6 +160,15 @@ def compile_classifier(
     model: keras.Model, encoder: BertEncoder, recipe: FineTuning, steps: int
 ) -> None:
     """Gives the model its optimizer and loss, for `steps` steps in all."""
+    loss = keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing)
+    optimizer = make_optimizer(model, encoder, recipe, steps)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+
+
+def make_optimizer(
+    model: keras.Model, encoder: BertEncoder, recipe: FineTuning, steps: int
+) -> keras.optimizers.Optimizer:
+    """The optimizer of the model, in which the encoder is, for `steps` steps in all."""
     # Heights above the embeddings: 0, the blocks' 1 to L, and L + 1 for the head.
     heights = {weight.path: 0 for weight in encoder.weights}
     for height, block in enumerate(encoder.blocks, 1):
@@ -199,102 +190,10 @@ def compile_classifier(
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     optimizer.build(model.trainable_variables)
-    loss = keras.losses.CategoricalCrossentropy(label_smoothing=recipe.label_smoothing)
-    model.compile(optimizer, loss, metrics=["accuracy"])
+    return optimizer
 
 
-# Batches.
-
-
-class Batches(keras.utils.PyDataset):
-    """Batches of one size and of few lengths, so that few programs are compiled.
-
-    Rows of like length come together, so that little is padding: of each stretch of
-    the drawn order, as long as 64 batches, rows are sorted by length. The last batch is
-    filled up with rows drawn once more.
-
-    Args:
-        rows: The rows.
-        size: Rows in a batch.
-        lengths: The lengths that batches may have, ascending. Rows are cut to the last.
-        seed: Of the order.
-        twice: Whether each row stands in the batch twice.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        size: int,
-        lengths: Sequence[int],
-        seed: int,
-        twice: bool = False,
-    ) -> None:
-        super().__init__()
-        self.rows, self.size, self.lengths, self.twice = rows, size, lengths, twice
-        self._one_hot = np.eye(2, dtype=np.float32)[rows.labels]
-        self._sizes = np.array([len(row) for row in rows.ids])
-        self._generator = np.random.default_rng(seed)
-        self.on_epoch_end()
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.size)
-
-    def on_epoch_end(self) -> None:
-        """Draws the next epoch's order."""
-        order = self._generator.permutation(len(self.rows))
-        order = np.concatenate([order, order])[: len(self) * self.size]
-        stretch = 64 * self.size
-        parts = [
-            part[np.argsort(self._sizes[part], kind="stable")]
-            for part in (order[i : i + stretch] for i in range(0, len(order), stretch))
-        ]
-        batches = np.concatenate(parts).reshape(len(self), self.size)
-        batches = self._generator.permutation(batches)
-        # Of the first two Keras on TensorFlow learns which dimensions vary.
-        longest = self._sizes[batches].max(axis=1)
-        first = [int(longest.argmax()), int(longest.argmin())]
-        others = np.delete(np.arange(len(batches)), first)
-        self._batches = batches[[*dict.fromkeys(first), *others]]
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        where = self._batches[index]
-        if self.twice:
-            where = np.concatenate([where, where])
-        ids = pad([self.rows.ids[i] for i in where], self.lengths)
-        return ids, self._one_hot[where]
-
-
-def pad(rows: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
-    """Rows of one length, the least of `lengths` that fits; the last one cuts.
-
-    What is cut loses its end, but not its last token, `[SEP]`.
-    """
-    longest = max(len(row) for row in rows)
-    length = next((size for size in lengths if size >= longest), lengths[-1])
-    padded = np.zeros((len(rows), length), np.int32)
-    for filled, row in zip(padded, rows, strict=True):
-        kept = row if len(row) <= length else np.append(row[: length - 1], row[-1])
-        filled[: len(kept)] = kept
-    return padded
-
-
-def predict(
-    model: keras.Model, rows: Rows, lengths: Sequence[int], size: int = 256
-) -> np.ndarray:
-    """Probabilities `(n, 2)` in the order of the rows."""
-    order = np.argsort([len(row) for row in rows.ids], kind="stable")
-    answers = np.empty((len(rows), 2), np.float32)
-    for start in range(0, len(rows), size):
-        # Filled up with the last row, so that all batches have one size.
-        where = order[np.minimum(np.arange(start, start + size), len(rows) - 1)]
-        ids = pad([rows.ids[i] for i in where], lengths)
-        answers[where] = np.asarray(model.predict_on_batch(ids))
-    return answers
-
-
-def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The share of rows whose more probable label is the right one."""
-    return float(np.mean(probabilities.argmax(-1) == labels))
+# Training.
 
 
 class Tested(keras.callbacks.Callback):
@@ -464,21 +363,6 @@ def domain_figures(probabilities: np.ndarray, ratings: np.ndarray) -> dict[str, 
     return {
         "accuracy": accuracy(probabilities[signed], labels),
         "correlation": float(np.corrcoef(probabilities[:, 1], ratings)[0, 1]),
-    }
-
-
-def unpack(data: dict[str, np.ndarray], name: str) -> Rows:
-    """The rows of one set in the file."""
-    ends = np.cumsum(data[f"{name}_lengths"])
-    return Rows(np.split(data[f"{name}_ids"], ends[:-1]), data[f"{name}_labels"])
-
-
-def pack(name: str, rows: Rows) -> dict[str, np.ndarray]:
-    """The opposite: arrays by their names in the file."""
-    return {
-        f"{name}_ids": np.concatenate(rows.ids).astype(np.int32),
-        f"{name}_lengths": np.array([len(row) for row in rows.ids], np.int32),
-        f"{name}_labels": np.asarray(rows.labels, np.int32),
     }
 
 

@@ -25,17 +25,9 @@ import keras
 import numpy as np
 from checkpoint import load_checkpoint
 from data import DataError, Split, load_reviews, split_fold
-from finetune import (
-    Batches,
-    FineTuning,
-    Rows,
-    accuracy,
-    build_classifier,
-    compile_classifier,
-    predict,
-    steps_of,
-)
+from finetune import FineTuning, build_classifier, compile_classifier, steps_of
 from model import encode
+from rows import Batches, Rows, accuracy, predict
 
 from keras_mha.convert import load_bert
 from keras_mha.models import BertEncoder

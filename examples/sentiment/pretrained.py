@@ -1,27 +1,37 @@
 """The accurate model: `train.py --pretrained minilm`.
 
 Fine-tunes the checkpoint on the movie reviews, tests it on the rest of them and on
-other domains, and exports and verifies the first fold's model.
+other domains, and exports and verifies the first fold's model. That one then teaches a
+small model for devices, which is tested, exported and verified too.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from checkpoint import load_checkpoint
-from data import LABELS, Reviews, split_fold
-from domains import load_critics, load_domains
+from data import LABELS, Reviews, Split, split_fold
+from distill import Distillation, first_blocks, needed_tokens, teach, with_features
+from domains import Rated, load_critics, load_domains
 from encode import MAX_LENGTH, read_vocabulary, token_arrays
-from finetune import DOMAINS, FineTuning, cross_validate
+from finetune import (
+    DOMAINS,
+    FineTuning,
+    build_classifier,
+    cross_validate,
+    domain_figures,
+)
 from model import encode
 from report import comparison, copy_file, versions, write_json, write_text
+from rows import Rows, accuracy, predict
 
+from keras_mha.convert import load_bert
 from keras_mha.export import export_saved_model, export_tflite, verify
 from keras_mha.text import WordpieceTokenizer
 
@@ -57,6 +67,16 @@ def run(
             split = split_fold(reviews, 0, folds=ALL_FOLDS, seed=options.seed)
             exported = export(options.output, classifier, vocabulary, split.test)
             write_text(options.output / "report.md", f"{text}\n\n{exported}")
+            small = distill(
+                options.output / "on_device",
+                classifier,
+                checkpoint,
+                split,
+                domains,
+                Distillation(training=recipe),
+                seed=options.seed,
+            )
+            write_json(options.output / "on_device" / "metrics.json", small)
         write_text(options.output / "cross_validation.md", text)
         print(text, flush=True)
 
@@ -92,10 +112,85 @@ def of_texts(classifier: keras.Model, vocabulary: Sequence[str]) -> keras.Model:
     return keras.Model(texts, outputs, name="sentiment")
 
 
+def distill(
+    output: Path,
+    teacher: keras.Model,
+    checkpoint: Path,
+    split: Split,
+    domains: Mapping[str, Rated],
+    recipe: Distillation,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Teaches a small model, tests, exports and verifies it; returns the figures."""
+    vocabulary = read_vocabulary(checkpoint)
+    rows = Rows(encode(split.train.texts, vocabulary, MAX_LENGTH), split.train.labels)
+    tokens = needed_tokens(vocabulary, rows)
+    words = [vocabulary[i] for i in tokens]
+    print(
+        f"A model of {recipe.blocks} blocks and {len(words)} tokens learns what the "
+        "fine-tuned one answers",
+        flush=True,
+    )
+    keras.utils.set_random_seed(seed)
+    dropouts = {
+        "dropout": recipe.training.dropout,
+        "attention_dropout": recipe.training.attention_dropout,
+    }
+    encoder = first_blocks(
+        load_bert(checkpoint, seed=seed, **dropouts), recipe.blocks, tokens
+    )
+    student = build_classifier(encoder, recipe.training)
+    own_ids = [np.searchsorted(tokens, row).astype(np.int32) for row in rows.ids]
+    teach(
+        student,
+        encoder,
+        predict(with_features(teacher), rows, LENGTHS),
+        Rows(own_ids, rows.labels),
+        recipe,
+        LENGTHS,
+        seed=seed,
+    )
+
+    def answer(texts: Sequence[str]) -> np.ndarray:
+        ids = encode(texts, words, MAX_LENGTH)
+        return predict(student, Rows(ids, np.zeros(len(ids), int)), LENGTHS)
+
+    figures = {
+        "recipe": asdict(recipe),
+        "tokens": len(words),
+        "parameters": student.count_params(),
+        "accuracy": accuracy(answer(split.test.texts), split.test.labels),
+        **{
+            name: domain_figures(answer(rated.texts), rated.ratings)
+            for name, rated in domains.items()
+        },
+    }
+    text = distilled_to_markdown(figures)
+    print(text, flush=True)
+    exported = export(
+        output,
+        student,
+        words,
+        split.test,
+        quantization="dynamic_int8",
+        verified_rows=None,  # What int8 costs shows on many.
+    )
+    write_text(output / "report.md", f"{text}\n\n{exported}")
+    return figures
+
+
 def export(
-    output: Path, classifier: keras.Model, vocabulary: Sequence[str], test: Reviews
+    output: Path,
+    classifier: keras.Model,
+    vocabulary: Sequence[str],
+    test: Reviews,
+    quantization: str | None = None,
+    verified_rows: int | None = VERIFIED_ROWS,
 ) -> str:
     """Writes the model in every form, verifies each, and returns the reports."""
+    verified = test.take(np.arange(len(test))[:verified_rows])
+    output.mkdir(parents=True, exist_ok=True)
     write_text(output / "labels.txt", "\n".join(LABELS))
     write_text(output / "vocab.txt", "\n".join(vocabulary))
     model = of_texts(classifier, vocabulary)
@@ -108,25 +203,28 @@ def export(
     )
     named = keras.layers.Identity(name="probabilities")(classifier.outputs[0])
     of_ids = keras.Model(classifier.inputs, named, name="classifier")
-    rows = encode(test.texts[:VERIFIED_ROWS].tolist(), list(vocabulary), MAX_LENGTH)
+    rows = encode(verified.texts.tolist(), list(vocabulary), MAX_LENGTH)
     ids = np.stack([np.pad(row, (0, MAX_LENGTH - len(row))) for row in rows])
     tflite = export_tflite(
         of_ids,
         output,
         sequence_lengths=(MAX_LENGTH,),
         samples=ids[:EXPORT_SAMPLES],
+        quantization=quantization,
     )
     copy_file(Path(tflite.files[0].path), output / "model.tflite")
-    labels = test.labels[:VERIFIED_ROWS]
     reports = {
         "texts": verify(
             model,
-            samples=test.texts[:VERIFIED_ROWS].tolist(),
-            labels=labels,
+            samples=verified.texts.tolist(),
+            labels=verified.labels,
             saved_model=output / "saved_model",
         ),
         "ids": verify(
-            of_ids, samples=ids, labels=labels, tflite=[tflite.files[0].path]
+            of_ids,
+            samples=ids,
+            labels=verified.labels,
+            tflite=[tflite.files[0].path],
         ),
     }
     for name, report in reports.items():
@@ -147,6 +245,28 @@ def to_markdown(figures: dict[str, Any]) -> str:
         "",
         comparison({"this model, pretrained": last}),
         "",
+        *_domain_lines(folds),
+    ]
+    return "\n".join(lines)
+
+
+def distilled_to_markdown(figures: dict[str, Any]) -> str:
+    """The figures of the small model, as text."""
+    lines = [
+        "# Sentiment of movie reviews, for devices",
+        "",
+        f"The first {figures['recipe']['blocks']} blocks of MiniLM over "
+        f"{figures['tokens']:,} tokens, {figures['parameters']:,} weights, taught by "
+        f"the fine-tuned model: {100 * figures['accuracy']:.1f} % of the test part of "
+        "one fold.",
+        "",
+        *_domain_lines([figures]),
+    ]
+    return "\n".join(lines)
+
+
+def _domain_lines(folds: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
         "## Other domains",
         "",
         "Trained on movie reviews alone, tested on the sign of the mean human rating; "
@@ -157,12 +277,12 @@ def to_markdown(figures: dict[str, Any]) -> str:
         "| --- | --: | --: | --: |",
     ]
     for name in DOMAINS:
-        accuracy, correlation = (
+        right, correlation = (
             float(np.mean([fold[name][key] for fold in folds]))
             for key in ("accuracy", "correlation")
         )
         published = VADER_CORRELATIONS[name]
         lines.append(
-            f"| {name} | {100 * accuracy:.1f} | {correlation:.3f} | {published} |"
+            f"| {name} | {100 * right:.1f} | {correlation:.3f} | {published} |"
         )
-    return "\n".join(lines)
+    return lines

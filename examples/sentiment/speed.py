@@ -23,15 +23,8 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
-from finetune import (
-    Batches,
-    FineTuning,
-    Rows,
-    build_classifier,
-    compile_classifier,
-    pad,
-    unpack,
-)
+from finetune import FineTuning, build_classifier, compile_classifier
+from rows import Batches, Rows, pad, unpack
 
 from keras_mha.convert import load_bert
 

@@ -19,8 +19,8 @@ from keras_mha.convert import save_bert
 from keras_mha.models import BertEncoder
 
 MODULES = (
-    *("download", "data", "domains", "checkpoint", "model", "report", "finetune"),
-    *("encode", "pretrained", "train", "predict", "speed"),
+    *("download", "data", "domains", "checkpoint", "model", "report", "rows"),
+    *("finetune", "encode", "distill", "pretrained", "train", "predict", "speed"),
 )
 V, LENGTHS = 40, (8, 16)
 GOOD, BAD = 5, 6
@@ -31,10 +31,15 @@ def finetune(example: dict[str, ModuleType]) -> ModuleType:
     return example["finetune"]
 
 
-def tiny_encoder(vocabulary_size: int = V) -> BertEncoder:
+@pytest.fixture(scope="module")
+def rows_module(example: dict[str, ModuleType]) -> ModuleType:
+    return example["rows"]
+
+
+def tiny_encoder(vocabulary_size: int = V, num_layers: int = 2) -> BertEncoder:
     encoder = BertEncoder(
         *(vocabulary_size, 128, 12),
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=3,
         hidden_dim=16,
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.3, seed=1),
@@ -63,11 +68,11 @@ def easy_rows(count: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def data(finetune: ModuleType) -> dict[str, np.ndarray]:
+def data(finetune: ModuleType, rows_module: ModuleType) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {"mr_folds": np.arange(240) // 2 % 3}
     for place, name in enumerate(("mr", "extra", *finetune.DOMAINS)):
         rows, labels = easy_rows(240 if name == "mr" else 20, seed=place)
-        arrays |= finetune.pack(name, finetune.Rows(rows, labels))
+        arrays |= rows_module.pack(name, rows_module.Rows(rows, labels))
         arrays[f"{name}_ratings"] = labels * 2.0 - 1
     return arrays
 
@@ -201,9 +206,9 @@ def test_each_layer_has_its_rate(finetune: ModuleType) -> None:
 # Batches.
 
 
-def test_batches_have_few_shapes_and_hold_every_row(finetune: ModuleType) -> None:
+def test_batches_have_few_shapes_and_hold_every_row(rows_module: ModuleType) -> None:
     rows, labels = easy_rows(37)
-    batches = finetune.Batches(finetune.Rows(rows, labels), 8, LENGTHS, seed=1)
+    batches = rows_module.Batches(rows_module.Rows(rows, labels), 8, LENGTHS, seed=1)
     epochs = []
     for _ in range(2):
         seen: dict[bytes, int] = {}
@@ -224,31 +229,37 @@ def test_batches_have_few_shapes_and_hold_every_row(finetune: ModuleType) -> Non
     assert epochs[0] != epochs[1]
 
 
-def test_rows_stand_twice_when_two_dropouts_see_them(finetune: ModuleType) -> None:
+def test_rows_stand_twice_when_two_dropouts_see_them(rows_module: ModuleType) -> None:
     rows, labels = easy_rows(8)
-    batch = finetune.Batches(finetune.Rows(rows, labels), 4, LENGTHS, 1, twice=True)[0]
+    batch = rows_module.Batches(
+        rows_module.Rows(rows, labels), 4, LENGTHS, 1, twice=True
+    )[0]
     for array in batch:
         np.testing.assert_array_equal(array[:4], array[4:])
 
 
-def test_long_rows_keep_their_end_mark(finetune: ModuleType) -> None:
+def test_long_rows_keep_their_end_mark(rows_module: ModuleType) -> None:
     rows = [np.arange(1, 21), np.array([1, 20])]
-    padded = finetune.pad(rows, LENGTHS)
+    padded = rows_module.pad(rows, LENGTHS)
     assert padded.tolist() == [[*range(1, 16), 20], [1, 20, *[0] * 14]]
 
 
-def test_predictions_keep_the_order(finetune: ModuleType) -> None:
+def test_predictions_keep_the_order(
+    finetune: ModuleType, rows_module: ModuleType
+) -> None:
     rows, labels = easy_rows(11)
     encoder = tiny_encoder()
     model = finetune.build_classifier(encoder, finetune.FineTuning())
-    found = finetune.predict(model, finetune.Rows(rows, labels), LENGTHS, size=4)
+    found = rows_module.predict(model, rows_module.Rows(rows, labels), LENGTHS, size=4)
     for row, answer in zip(rows, found, strict=True):
         np.testing.assert_allclose(model(row[None])[0], answer, atol=1e-5)
 
 
-def test_packing_and_unpacking(finetune: ModuleType) -> None:
+def test_packing_and_unpacking(rows_module: ModuleType) -> None:
     rows, labels = easy_rows(5)
-    again = finetune.unpack(finetune.pack("mr", finetune.Rows(rows, labels)), "mr")
+    again = rows_module.unpack(
+        rows_module.pack("mr", rows_module.Rows(rows, labels)), "mr"
+    )
     for row, other in zip(rows, again.ids, strict=True):
         np.testing.assert_array_equal(row, other)
     np.testing.assert_array_equal(again.labels, labels)
@@ -262,6 +273,87 @@ def test_domain_figures(finetune: ModuleType) -> None:
     assert found["accuracy"] == 0.5
     expected = np.corrcoef(positive, ratings)[0, 1]
     assert found["correlation"] == pytest.approx(expected)
+
+
+# The small model.
+
+
+def test_the_first_blocks_answer_as_they_do_in_the_whole(
+    example: dict[str, ModuleType],
+) -> None:
+    encoder = tiny_encoder(num_layers=3)
+    rng = np.random.default_rng(5)
+    for weight in encoder.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    tokens = np.array([0, 2, 3, 5, 11, 30])
+    small = example["distill"].first_blocks(encoder, 2, tokens)
+    assert small.count_params() < encoder.count_params()
+    ids = np.array([[2, 30, 11, 3], [2, 5, 3, 0]])
+    inputs = {"input_ids": ids, "attention_mask": ids != 0}
+    expected: Any = encoder.embed(inputs)
+    for block in encoder.blocks[:2]:
+        expected = block(expected, mask=inputs["attention_mask"])
+    own = {**inputs, "input_ids": np.searchsorted(tokens, ids)}
+    found = np.asarray(small(own))
+    seen = ids != 0
+    np.testing.assert_allclose(found[seen], np.asarray(expected)[seen], atol=1e-5)
+    third = encoder.blocks[2](expected, mask=inputs["attention_mask"])
+    assert np.abs(found - np.asarray(third)).max() > 0.1
+    # They are apart from each other.
+    small.embedding_norm.gamma.assign(np.zeros(12))
+    assert np.abs(np.asarray(encoder.embedding_norm.gamma)).min() > 0
+    with pytest.raises(ValueError, match="`blocks` must be from 1 to 3. Received: 4"):
+        example["distill"].first_blocks(encoder, 4)
+
+
+def test_fewer_tokens_cut_what_was_learned_as_before(
+    example: dict[str, ModuleType],
+) -> None:
+    words = ["fine", "film", "fil", "##ms", "##m", "m", "a", "##s", "f", "##i", "##l"]
+    vocabulary = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", *words]
+    encode, rows = example["model"].encode, example["rows"].Rows
+    learned = rows(encode(["a fine film"], vocabulary, 16), np.array([1]))
+    tokens = example["distill"].needed_tokens(vocabulary, learned)
+    kept = [vocabulary[i] for i in tokens]
+    assert {*vocabulary} - {*kept} == {"fil", "##ms"}
+    (again,) = encode(["a fine film"], kept, 16)
+    assert [kept[i] for i in again] == [vocabulary[i] for i in learned.ids[0]]
+    # "films" was "film" and "##s" before, "fils" were "fil" and "##s".
+    (unseen,) = encode(["films fils"], kept, 16)
+    pieces = ["[CLS]", "film", "##s", "f", "##i", "##l", "##s", "[SEP]"]
+    assert [kept[i] for i in unseen] == pieces
+
+
+@pytest.mark.slow
+def test_a_student_learns_what_the_teacher_answers_not_the_labels(
+    example: dict[str, ModuleType], finetune: ModuleType, rows_module: ModuleType
+) -> None:
+    distill = example["distill"]
+    ids, labels = easy_rows(240)
+    recipe = distill.Distillation(
+        blocks=1,
+        training=finetune.FineTuning(epochs=12, batch_size=16, learning_rate=0.02),
+    )
+    encoder = tiny_encoder()
+    small = distill.first_blocks(encoder, recipe.blocks)
+    student = finetune.build_classifier(small, recipe.training)
+    # A teacher that is right, and sure in one direction only, of labels all wrong.
+    probabilities = np.where(labels[:, None] == 1, [[0.1, 0.9]], [[0.6, 0.4]])
+    features = np.where(labels[:, None] == 1, 0.7, -0.4) * np.ones((1, 12))
+    wrong = rows_module.Rows(ids, 1 - labels)
+    distill.teach(
+        *(student, small, [probabilities, features], wrong, recipe, LENGTHS),
+        seed=1,
+        verbose=0,
+    )
+    unseen, labels = easy_rows(60, seed=9)
+    model = distill.with_features(student)
+    found, learned = rows_module.predict(
+        model, rows_module.Rows(unseen, labels), LENGTHS
+    )
+    expected = np.where(labels[:, None] == 1, [[0.1, 0.9]], [[0.6, 0.4]])
+    assert np.abs(found - expected).mean() < 0.1
+    assert np.abs(learned.mean(1) - np.where(labels == 1, 0.7, -0.4)).mean() < 0.2
 
 
 # The other texts.
@@ -385,7 +477,7 @@ def test_the_whole_program_on_made_up_reviews(
 ) -> None:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fine", "dull", "film", "."]
     directory = tmp_path / "checkpoint"
-    save_bert(tiny_encoder(len(vocabulary)), directory)
+    save_bert(tiny_encoder(len(vocabulary), num_layers=4), directory)
     (directory / "vocab.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
     data, domains = example["data"], example["domains"]
     texts = [f"a {('dull', 'fine')[i % 2]} film{' a' * (i % 5)}." for i in range(40)]
@@ -405,7 +497,7 @@ def test_the_whole_program_on_made_up_reviews(
         *("labels.txt", "vocab.txt", "metrics.json", "model.keras"),
         *("model.tflite", "model_128.tflite", "manifest.json", "snippets"),
         *("saved_model", "report.md", "cross_validation.md"),
-        *("verified_texts.json", "verified_ids.json"),
+        *("verified_texts.json", "verified_ids.json", "on_device"),
     }
     metrics = json.loads((output / "metrics.json").read_text("utf-8"))
     assert [fold["fold"] for fold in metrics["folds"]] == [0, 1]
@@ -420,3 +512,18 @@ def test_the_whole_program_on_made_up_reviews(
     for runtime in sorted(predict.RUNTIMES):
         found = predict.RUNTIMES[runtime](output)([b"a fine film."])
         np.testing.assert_allclose(found, answers[:1], atol=1e-5)
+    # The small model is another, and its file has int8 in it.
+    on_device = output / "on_device"
+    assert {path.name for path in on_device.iterdir()} == {
+        *("labels.txt", "vocab.txt", "metrics.json", "model.keras", "saved_model"),
+        *("model.tflite", "model_128.tflite", "manifest.json", "snippets"),
+        *("report.md", "verified_texts.json", "verified_ids.json"),
+    }
+    small = json.loads((on_device / "metrics.json").read_text("utf-8"))
+    assert (small["recipe"]["blocks"], small["tokens"]) == (3, len(vocabulary))
+    whole: Any = keras.saving.load_model(on_device / "model.keras")
+    of_small = np.asarray(whole(np.array(["a fine film.", ""], object)))
+    assert np.abs(of_small - answers).max() > 1e-3
+    for runtime, tolerance in (("saved_model", 1e-5), ("tflite", 0.05)):
+        found = predict.RUNTIMES[runtime](on_device)([b"a fine film."])
+        np.testing.assert_allclose(found, of_small[:1], atol=tolerance)
