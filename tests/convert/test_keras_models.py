@@ -21,7 +21,8 @@ from keras_mha import (
     ResidualNorm,
     TransformerEncoderBlock,
 )
-from keras_mha.convert import from_keras, model_copy, to_keras
+from keras_mha.convert import from_keras, to_keras
+from keras_mha.models import copying
 from tests.attention.cases import numbers, pairs
 from tests.layers.helpers import normal, padding
 
@@ -307,7 +308,7 @@ def test_outputs_are_those_of_the_original(name: str) -> None:
 def test_the_comparison_sees_weights_that_are_not_copied(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_copy._Copier, "carry_state", lambda _: None)
+    monkeypatch.setattr(copying.Copier, "carry_state", lambda _: None)
     original = MODELS[name]()
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_equal(from_keras(original), original)
@@ -556,6 +557,43 @@ def test_models_that_hold_no_attention_are_kept() -> None:
     converted = from_keras(original)
     check_equal(converted, original)
     assert type(converted.get_layer("own")) is Dense3
+
+
+class Several(keras.Model):
+    """A model of a user whose layers Keras names."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stack = [layers.Dense(D, activation="tanh") for _ in range(11)]
+
+    def call(self, inputs: Any) -> Any:
+        for dense in self.stack:
+            inputs = inputs + dense(inputs)
+        return inputs
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def test_layers_that_keras_names_keep_their_order() -> None:
+    # Of eleven names in a row some have a figure more, and come first in the alphabet.
+    x = first = vectors()
+    x = Several(name="own")(Stock(N, H, name="mix")(x, x))
+    original = randomize(keras.Model(first, x))
+    check_equal(from_keras(original), original)
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    x = first = vectors()
+    x = layers.Dropout(0.5, name="drop")(Stock(N, H)(x, x))
+    original = keras.Model(first, x)
+    ones = ops.ones((B, T, D))
+    original.get_layer("drop")(ones, training=True)
+    dropped = [
+        numbers(each.get_layer("drop")(ones, training=True))
+        for each in (from_keras(original), original)
+    ]
+    np.testing.assert_array_equal(*dropped)
 
 
 def test_the_advice_given_works() -> None:
