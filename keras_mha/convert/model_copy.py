@@ -79,10 +79,20 @@ class _Converter(Copier):
 
     @override
     def copy_sequential(self, model: Any) -> Any:
-        for layer in model.layers:
-            if self.rule.is_fused(layer):
-                self._refuse(model, "calls it with a single input", [layer])
-        return super().copy_sequential(model)
+        fused = [layer for layer in model.layers if self.rule.is_fused(layer)]
+        if not fused:
+            return super().copy_sequential(model)
+        # A Sequential model would call with a single input what is made of them.
+        graph = model._functional
+        if graph is None:
+            raise ValueError(
+                "A Sequential model with `MultiHeadSelfAttention` must be built to be "
+                "converted: give it a `keras.Input`, or call it once. "
+                f"Received: {described(model)}, not built"
+            )
+        return self.copy_functional(
+            keras.Model(graph.input, graph.output, name=model.name)
+        )
 
     @override
     def copy_holder(self, layer: Any) -> Any:

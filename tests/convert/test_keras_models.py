@@ -684,6 +684,69 @@ def test_a_floating_attention_mask_is_refused_by_the_name_of_the_layer() -> None
 # Back to Keras.
 
 
+def sequence(*first: Any) -> Any:
+    return keras.Sequential(
+        [
+            *first,
+            MultiHeadSelfAttention(N, H, name="mix"),
+            layers.Dense(D, activation=swish_twice, name="dense"),
+            layers.GlobalAveragePooling1D(name="mean"),
+        ],
+        name="sequence",
+    )
+
+
+def check_sequence(converted: Any, original: Any) -> None:
+    """A model of the same name, layers, weights and outputs, but not Sequential."""
+    assert type(converted) is type(encoder("functional"))
+    assert converted.name == "sequence"
+    names = [x.name for x in converted.layers if type(x) is not layers.InputLayer]
+    assert names == [x.name for x in original.layers]
+    assert type(converted.get_layer("mix")) is Stock
+    trained = [x.path for x in converted.trainable_weights]
+    assert "dense/kernel" in trained
+    assert "dense/bias" not in trained
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sequential_model_that_would_call_with_two_inputs(inside: bool) -> None:
+    original = sequence(tokens(), layers.Embedding(WORDS, D, mask_zero=True))
+    original.get_layer("dense").bias.trainable = False
+    if inside:
+        ids = tokens()
+        original = keras.Model(ids, layers.Dense(3, name="last")(original(ids)))
+    randomize(original)
+    converted = to_keras(original)
+    if inside:
+        assert type(converted) is type(original)
+        pair = [each.get_layer("sequence") for each in (converted, original)]
+    else:
+        pair = [converted, original]
+    check_sequence(*pair)
+    ids = ops.convert_to_tensor(IDS)
+    expected = numbers(original(ids))
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(numbers(converted(ids)), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
+def test_masks_reach_attention_in_a_sequential_model() -> None:
+    ids = tokens()
+    original = randomize(keras.Model(ids, sequence()(embed(ids))))
+    given = ops.convert_to_tensor(IDS)
+    expected = numbers(original(given))
+    np.testing.assert_allclose(numbers(to_keras(original)(given)), expected, atol=1e-5)
+    blind = to_keras(keras.Model(ids, sequence()(embed(ids, mask_zero=False))))
+    blind.set_weights(to_keras(original).get_weights())
+    assert np.abs(numbers(blind(given)) - expected).max() > 0.01
+
+
+def test_a_sequential_model_that_is_not_built_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be built.*'sequence'.*not built"):
+        to_keras(sequence())
+
+
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
 def test_self_attention_is_called_with_two_inputs() -> None:
     ids = tokens()
@@ -742,7 +805,6 @@ def test_calls_that_keras_lacks_are_refused(
     [
         lambda: TransformerEncoderBlock(N, 7, key_dim=H, name="holder"),
         lambda: ResidualNorm(MultiHeadSelfAttention(N, H), name="holder"),
-        lambda: keras.Sequential([MultiHeadSelfAttention(N, H)], name="holder"),
     ],
 )
 def test_self_attention_inside_others_is_refused(holder: Any) -> None:
