@@ -14,6 +14,7 @@ from keras import ops
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.models.copying import set_trainable
 from keras_mha.typing import Tensor
 
 StockAttention = keras.layers.MultiHeadAttention
@@ -204,12 +205,6 @@ def copy_trainable(source: Any, target: Any) -> None:
             weight = getattr(one, name, None)
             if weight is not None:
                 set_trainable(getattr(other, name), weight.trainable)
-
-
-def set_trainable(weight: Any, trainable: bool) -> None:
-    """Says whether a variable is trained; Keras refuses it to integers."""
-    if weight.trainable != trainable:
-        weight.trainable = trainable
 
 
 def _projections(source: Any, target: Any) -> list[tuple[Any, Any]]:

@@ -92,6 +92,10 @@ def to_keras(layer_or_model: Any) -> Any:
     was called as `layer(x)` then is `layer(x, x)`, and in a functional model is called
     so. As in `from_keras`, models are copied, and the faults listed there come back.
 
+    A `keras.Sequential` model calls its layers with a single input. One that has a
+    `MultiHeadSelfAttention` among its layers, inside another model too, becomes a
+    plain `keras.Model` of the same name and layers.
+
     Which implementation runs does not carry over: `jit_compile` is dropped, and
     `flash_attention=False` stays.
 
@@ -100,7 +104,7 @@ def to_keras(layer_or_model: Any) -> Any:
             Functional or Sequential model that holds some.
 
     Returns:
-        A new layer, or a new model of the class given.
+        A new layer, or a new model: of the class given, except as said above.
 
     Raises:
         TypeError: If it is no such layer or model, or holds a layer that makes our
@@ -110,7 +114,8 @@ def to_keras(layer_or_model: Any) -> Any:
             `flash_attention=True` on TensorFlow; with grouped heads `value_dim`,
             `output_shape` or several attention axes; in calls `segment_ids`,
             `attention_bias`, `head_mask` or `cache`. Also if a fused projection is
-            quantized or has low-rank factors.
+            quantized or has low-rank factors, or a Sequential model with one is not
+            built.
 
     Example:
 
@@ -190,7 +195,7 @@ _TO_KERAS = Rule(
     call=_call_stock,
     old="`keras_mha.MultiHeadAttention` or `keras_mha.MultiHeadSelfAttention`",
     advice=(
-        "`to_keras` converts attention layers and functional models of them: build "
+        "`to_keras` converts attention layers, Functional and Sequential models: build "
         "the rest anew."
     ),
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import keras
 import numpy as np
+from typing_extensions import override
 
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.interpret.paths import attention_layers, layer_paths
@@ -16,6 +19,7 @@ from keras_mha.layers.positions import ALiBi, RelativePositionBias
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.layers.transformer_block import TransformerBlock
 from keras_mha.models.bert import BertEncoder
+from keras_mha.models.copying import Copier, described, own_objects, set_trainable
 
 Cut = Callable[[np.ndarray], np.ndarray]
 _Model = TypeVar("_Model", bound=keras.layers.Layer)
@@ -56,7 +60,8 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
             number of heads; if the two attentions of a `TransformerDecoderBlock` would
             keep different numbers of heads; if weights are quantized or have low-rank
             factors; if the configuration of a model or layer does not hold the
-            attention layer; or the model does not fit (see `attention_maps`).
+            attention layer; if two functions or classes of yours in one layer have the
+            same name; or the model does not fit (see `attention_maps`).
 
     Example:
 
@@ -77,20 +82,14 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
     """
     layers = attention_layers(model)
     _check_weights(model)
-    plan = {
-        id(layers[path]): _Kept.of(layers[path], path, removed)
-        for path, removed in check_heads(layers, heads).items()
-    }
-    cuts: dict[int, Cut] = {}
-    for layer in layers.values():
-        if id(layer) in plan:
-            cuts |= _cuts(layer, plan[id(layer)])
-    every = [model, *layer_paths(model).values()]
-    with keras.saving.custom_object_scope({type(x).__name__: type(x) for x in every}):
-        smaller = type(model).from_config(_config(model, plan))
-        if not smaller.built:
-            smaller.build_from_config(model.get_build_config() or {})
-    _fill(smaller, model, cuts)
+    pruner = _Pruner(
+        {
+            id(layers[path]): _Kept.of(layers[path], path, removed)
+            for path, removed in check_heads(layers, heads).items()
+        }
+    )
+    smaller = pruner.copy(model)
+    pruner.carry_state()
     return smaller
 
 
@@ -156,53 +155,110 @@ class _Kept(NamedTuple):
         return [head for heads in self.groups.values() for head in heads]
 
 
-def _config(layer: keras.layers.Layer, plan: Mapping[int, _Kept]) -> dict[str, Any]:
-    """The configuration of a layer without the heads that go, at any depth."""
-    config = layer.get_config()
-    if isinstance(layer, AttentionLayer) and id(layer) in plan:
-        return config | _attention_config(layer, plan[id(layer)])
-    changed = {
-        path: inner for path, inner in layer_paths(layer).items() if id(inner) in plan
-    }
-    if not changed:
-        return config
-    if isinstance(layer, TransformerBlock):
-        return config | _block_config(layer, plan)
-    # A subclass may fix the sizes, and not take them.
-    if isinstance(layer, BertEncoder) and {*_OF_ENCODERS} <= {*config}:
-        return config | _encoder_config(layer, plan)
-    children = {
-        child.name: child
-        for child in layer._layers
-        if any(id(inner) in plan for inner in [child, *layer_paths(child).values()])
-    }
-    found: set[str] = set()
+class _Pruner(Copier):
+    """Copies models without the heads that go."""
 
-    def edited(value: Any) -> Any:
-        if isinstance(value, dict):
-            inner = value.get("config")
-            name = inner.get("name") if isinstance(inner, dict) else None
-            child = children.get(name) if isinstance(name, str) else None
-            if child is not None and value.get("class_name") == type(child).__name__:
-                found.add(child.name)
-                return {**value, "config": _config(child, plan)}
-            return {key: edited(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(map(edited, value))
-        return value
+    def __init__(self, plan: Mapping[int, _Kept]) -> None:
+        super().__init__()
+        self.plan = plan  # by identity: names may repeat
 
-    config = edited(config)
-    if missing := sorted(set(children) - found):
-        raise ValueError(
-            "Layers must hold in their configuration the layers that lose heads. "
-            f"Received: {type(layer).__name__} {layer.name!r}, which makes {missing} "
-            "by itself"
-        )
+    @override
+    def is_swapped(self, layer: Any) -> bool:
+        return id(layer) in self.plan
+
+    @override
+    def swap(self, layer: Any) -> Any:
+        return self.copy_holder(layer)
+
+    @override
+    def copy_holder(self, layer: Any) -> Any:
+        with own_objects(layer):
+            return type(layer).from_config(_config(layer, self.plan))
+
+    @override
+    def carry_swapped(self, one: Any, other: Any) -> None:
+        if not other.built:
+            other.build_from_config(one.get_build_config())
+        cuts = _cuts(one, self.plan[id(one)])
+        values = [cuts.get(id(x), np.asarray)(np.asarray(x)) for x in one.variables]
+        wanted = [value.shape for value in values]
+        made = [tuple(variable.shape) for variable in other.variables]
+        if wanted != made:
+            raise ValueError(
+                "What is made from a configuration must have the heads that it tells "
+                f"of. Received: {described(one)} with weights of shapes {made} in the "
+                f"place of {wanted}"
+            )
+        # Outer layers come first: they hand `trainable` on to inner ones.
+        for each, copied in zip(
+            one._flatten_layers(), other._flatten_layers(), strict=True
+        ):
+            copied.trainable = each.trainable
+        for old, new, value in zip(one.variables, other.variables, values, strict=True):
+            new.assign(value)
+            set_trainable(new, old.trainable)
+
+
+def _config(holder: keras.layers.Layer, plan: Mapping[int, _Kept]) -> dict[str, Any]:
+    """The configuration of a layer without the heads that go, at any depth.
+
+    Whatever inside it is asked for its configuration meanwhile answers so too: names
+    in configurations do not tell which layer is meant.
+    """
+    told: set[int] = set()
+
+    def asked(layer: keras.layers.Layer) -> Callable[[], dict[str, Any]]:
+        get_config = layer.get_config
+
+        @functools.wraps(get_config)  # on which Keras looks for a mark
+        def smaller() -> dict[str, Any]:
+            config = get_config()
+            changes = _changes(layer, config, plan)
+            told.update(map(id, layer._flatten_layers() if changes else [layer]))
+            return config | changes
+
+        return smaller
+
+    def losing(layers: Iterable[Any]) -> list[Any]:
+        return [x for x in layers if any(id(y) in plan for y in x._flatten_layers())]
+
+    layers = losing(holder._flatten_layers())
+    with ExitStack() as stack:
+        for layer in layers:
+            # Not through `setattr`, with which Keras tracks what layers own.
+            vars(layer)["get_config"] = asked(layer)
+            stack.callback(vars(layer).pop, "get_config")
+        config = holder.get_config()
+    for layer in layers:
+        missing = [x.name for x in losing(layer._layers) if id(x) not in told]
+        if id(layer) in told and missing:
+            raise ValueError(
+                "Layers must hold in their configuration the layers that lose heads. "
+                f"Received: {type(layer).__name__} {layer.name!r}, which makes "
+                f"{sorted(missing)} by itself"
+            )
     return config
 
 
-def _attention_config(layer: AttentionLayer, kept: _Kept) -> dict[str, Any]:
-    config = layer.get_config()
+def _changes(
+    layer: keras.layers.Layer, config: dict[str, Any], plan: Mapping[int, _Kept]
+) -> dict[str, Any]:
+    """What a layer says itself of all the attention in it."""
+    if isinstance(layer, AttentionLayer):
+        return _attention_config(layer, config, plan[id(layer)])
+    if isinstance(layer, TransformerBlock):
+        _check_even(layer, plan)
+        # It has asked its self-attention.
+        return {name: config[name] for name in _OF_BLOCKS if name in config}
+    # A subclass may fix the sizes, and not take them.
+    if isinstance(layer, BertEncoder) and {*_OF_ENCODERS} <= {*config}:
+        return _encoder_config(layer, plan)
+    return {}
+
+
+def _attention_config(
+    layer: AttentionLayer, config: dict[str, Any], kept: _Kept
+) -> dict[str, Any]:
     H, V = _head_sizes(layer)
     shares = config["num_key_value_heads"] is not None
     position = config["position"]
@@ -218,12 +274,10 @@ def _attention_config(layer: AttentionLayer, kept: _Kept) -> dict[str, Any]:
     }
 
 
-def _block_config(block: TransformerBlock, plan: Mapping[int, _Kept]) -> dict[str, Any]:
-    """What a block says of its attention, or of both of them."""
-    own = block.attention.sublayer
-    both = [own]
-    if isinstance(block, TransformerDecoderBlock) and block.cross_attention:
-        both.append(block.memory_attention.sublayer)
+def _check_even(block: TransformerBlock, plan: Mapping[int, _Kept]) -> None:
+    if not isinstance(block, TransformerDecoderBlock) or not block.cross_attention:
+        return
+    both = [block.attention.sublayer, block.memory_attention.sublayer]
     left = {
         layer.name: len(plan[id(layer)].heads) if id(layer) in plan else layer.num_heads
         for layer in both
@@ -234,8 +288,6 @@ def _block_config(block: TransformerBlock, plan: Mapping[int, _Kept]) -> dict[st
             f"its self-attention as from its cross-attention. Received: {block.name!r} "
             f"with {left} left"
         )
-    config = _attention_config(own, plan[id(own)])
-    return {name: config[name] for name in _OF_BLOCKS}
 
 
 def _encoder_config(encoder: BertEncoder, plan: Mapping[int, _Kept]) -> dict[str, Any]:
@@ -325,29 +377,3 @@ def _check_weights(model: keras.layers.Layer) -> None:
                 f"Received: {path!r} with "
                 + (f"quantization {mode!r}" if mode else "low-rank factors")
             )
-
-
-def _fill(
-    smaller: keras.layers.Layer, model: keras.layers.Layer, cuts: Mapping[int, Cut]
-) -> None:
-    """Gives the smaller model the variables of the other: cut, and frozen as there."""
-    values = [
-        cuts.get(id(variable), np.asarray)(np.asarray(variable))
-        for variable in model.variables
-    ]
-    wanted = [
-        (v.name, value.shape) for v, value in zip(model.variables, values, strict=True)
-    ]
-    made = [(variable.name, tuple(variable.shape)) for variable in smaller.variables]
-    if wanted != made:
-        raise ValueError(
-            "The model that is made from the configuration must have the variables of "
-            f"the original. Received: {type(model).__name__} {model.name!r}, whose "
-            f"copy differs in {sorted(set(wanted) ^ set(made))[:5]}"
-        )
-    for variable, value, old in zip(
-        smaller.variables, values, model.variables, strict=True
-    ):
-        variable.assign(value)
-        # Configurations do not tell of what was frozen inside a block or encoder.
-        variable.trainable = old.trainable

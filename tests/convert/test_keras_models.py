@@ -21,7 +21,8 @@ from keras_mha import (
     ResidualNorm,
     TransformerEncoderBlock,
 )
-from keras_mha.convert import from_keras, model_copy, to_keras
+from keras_mha.convert import from_keras, to_keras
+from keras_mha.models import copying
 from tests.attention.cases import numbers, pairs
 from tests.layers.helpers import normal, padding
 
@@ -307,7 +308,7 @@ def test_outputs_are_those_of_the_original(name: str) -> None:
 def test_the_comparison_sees_weights_that_are_not_copied(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_copy._Copier, "carry_state", lambda _: None)
+    monkeypatch.setattr(copying.Copier, "carry_state", lambda _: None)
     original = MODELS[name]()
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_equal(from_keras(original), original)
@@ -558,6 +559,43 @@ def test_models_that_hold_no_attention_are_kept() -> None:
     assert type(converted.get_layer("own")) is Dense3
 
 
+class Several(keras.Model):
+    """A model of a user whose layers Keras names."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stack = [layers.Dense(D, activation="tanh") for _ in range(11)]
+
+    def call(self, inputs: Any) -> Any:
+        for dense in self.stack:
+            inputs = inputs + dense(inputs)
+        return inputs
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def test_layers_that_keras_names_keep_their_order() -> None:
+    # Of eleven names in a row some have a figure more, and come first in the alphabet.
+    x = first = vectors()
+    x = Several(name="own")(Stock(N, H, name="mix")(x, x))
+    original = randomize(keras.Model(first, x))
+    check_equal(from_keras(original), original)
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    x = first = vectors()
+    x = layers.Dropout(0.5, name="drop")(Stock(N, H)(x, x))
+    original = keras.Model(first, x)
+    ones = ops.ones((B, T, D))
+    original.get_layer("drop")(ones, training=True)
+    dropped = [
+        numbers(each.get_layer("drop")(ones, training=True))
+        for each in (from_keras(original), original)
+    ]
+    np.testing.assert_array_equal(*dropped)
+
+
 def test_the_advice_given_works() -> None:
     x = vectors()
     old, new = (
@@ -646,6 +684,69 @@ def test_a_floating_attention_mask_is_refused_by_the_name_of_the_layer() -> None
 # Back to Keras.
 
 
+def sequence(*first: Any) -> Any:
+    return keras.Sequential(
+        [
+            *first,
+            MultiHeadSelfAttention(N, H, name="mix"),
+            layers.Dense(D, activation=swish_twice, name="dense"),
+            layers.GlobalAveragePooling1D(name="mean"),
+        ],
+        name="sequence",
+    )
+
+
+def check_sequence(converted: Any, original: Any) -> None:
+    """A model of the same name, layers, weights and outputs, but not Sequential."""
+    assert type(converted) is type(encoder("functional"))
+    assert converted.name == "sequence"
+    names = [x.name for x in converted.layers if type(x) is not layers.InputLayer]
+    assert names == [x.name for x in original.layers]
+    assert type(converted.get_layer("mix")) is Stock
+    trained = [x.path for x in converted.trainable_weights]
+    assert "dense/kernel" in trained
+    assert "dense/bias" not in trained
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sequential_model_that_would_call_with_two_inputs(inside: bool) -> None:
+    original = sequence(tokens(), layers.Embedding(WORDS, D, mask_zero=True))
+    original.get_layer("dense").bias.trainable = False
+    if inside:
+        ids = tokens()
+        original = keras.Model(ids, layers.Dense(3, name="last")(original(ids)))
+    randomize(original)
+    converted = to_keras(original)
+    if inside:
+        assert type(converted) is type(original)
+        pair = [each.get_layer("sequence") for each in (converted, original)]
+    else:
+        pair = [converted, original]
+    check_sequence(*pair)
+    ids = ops.convert_to_tensor(IDS)
+    expected = numbers(original(ids))
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(numbers(converted(ids)), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
+def test_masks_reach_attention_in_a_sequential_model() -> None:
+    ids = tokens()
+    original = randomize(keras.Model(ids, sequence()(embed(ids))))
+    given = ops.convert_to_tensor(IDS)
+    expected = numbers(original(given))
+    np.testing.assert_allclose(numbers(to_keras(original)(given)), expected, atol=1e-5)
+    blind = to_keras(keras.Model(ids, sequence()(embed(ids, mask_zero=False))))
+    blind.set_weights(to_keras(original).get_weights())
+    assert np.abs(numbers(blind(given)) - expected).max() > 0.01
+
+
+def test_a_sequential_model_that_is_not_built_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be built.*'sequence'.*not built"):
+        to_keras(sequence())
+
+
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
 def test_self_attention_is_called_with_two_inputs() -> None:
     ids = tokens()
@@ -704,7 +805,6 @@ def test_calls_that_keras_lacks_are_refused(
     [
         lambda: TransformerEncoderBlock(N, 7, key_dim=H, name="holder"),
         lambda: ResidualNorm(MultiHeadSelfAttention(N, H), name="holder"),
-        lambda: keras.Sequential([MultiHeadSelfAttention(N, H)], name="holder"),
     ],
 )
 def test_self_attention_inside_others_is_refused(holder: Any) -> None:

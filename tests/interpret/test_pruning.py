@@ -445,3 +445,229 @@ def test_what_cannot_be_pruned_is_named() -> None:
     quantized.get_layer("label").quantize("int8")
     with pytest.raises(ValueError, match="'label' with quantization 'int8'"):
         prune_heads(quantized, {path_of(0): [0]})
+
+
+# What else models hold.
+
+
+def own_activation(x: Any) -> Any:
+    return keras.ops.multiply(keras.ops.silu(x), 2.0)
+
+
+class Offset(keras.layers.Layer):
+    """A layer of a user, registered nowhere, with an initializer too."""
+
+    def __init__(self, start: Any = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.start = start
+
+    def build(self, shape: Any) -> None:
+        self.offset = self.add_weight(shape=(shape[-1],), initializer=self.start)
+
+    def call(self, inputs: Any) -> Any:
+        return inputs + self.offset
+
+    def get_config(self) -> dict[str, Any]:
+        start = keras.initializers.serialize(self.start)
+        return {**super().get_config(), "start": start}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(**{**config, "start": keras.initializers.get(config["start"])})
+
+
+class OwnStart(keras.initializers.Initializer):
+    """An initializer of a user, registered nowhere."""
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        return keras.ops.zeros(shape, dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+
+def attending(first: Any, before: Any) -> keras.Model:
+    """From an input through `before`, which gives `(B, T, D)`, and attention."""
+    layer = keras_mha.MultiHeadSelfAttention(3, key_dim=H, name="heads")
+    model = keras.Model(first, layer(before(first)))
+    randomize(layer)
+    return model
+
+
+def test_statistics_of_a_normalization_are_kept() -> None:
+    normalization = keras.layers.Normalization()
+    normalization.adapt(5.0 + 3.0 * normal(31, D))
+    model = attending(keras.Input((None, D)), normalization)
+    check(model, {"heads": (1,)}, 5.0 + 3.0 * normal(B, T, D, seed=1))
+
+
+@pytest.mark.parametrize("mode", ["int", "multi_hot"])
+def test_vocabularies_are_kept(mode: str) -> None:
+    texts = np.array(["a b b", "c a d", "d d e"])
+    options = {"output_sequence_length": T} if mode == "int" else {}
+    vectorize = keras.layers.TextVectorization(output_mode=mode, **options)
+    vectorize.adapt(texts)
+    vectors: Any = keras.layers.Embedding(11, D)
+    model = attending(
+        keras.Input((), dtype="string"), lambda text: vectors(vectorize(text))
+    )
+    randomize(vectors)
+    smaller = check(model, {"heads": (1,)}, texts)
+    (left,) = (
+        layer
+        for layer in smaller.layers
+        if isinstance(layer, keras.layers.TextVectorization)
+    )
+    assert left.get_vocabulary() == vectorize.get_vocabulary()
+
+
+def test_a_lookup_of_strings_keeps_its_words() -> None:
+    words = np.array([["a", "b", "b", "d"], ["c", "a", "d", "e"]])
+    lookup = keras.layers.StringLookup()
+    lookup.adapt(words)
+    embedding = keras.layers.Embedding(11, D)
+    model = attending(
+        keras.Input((None,), dtype="string"), lambda given: embedding(lookup(given))
+    )
+    randomize(embedding)
+    check(model, {"heads": (1,)}, words)
+
+
+def test_functions_and_classes_of_users_are_kept() -> None:
+    scale = 3.0
+    model = attending(
+        keras.Input((None, D)),
+        keras.Sequential(
+            [
+                keras.layers.Dense(D, activation=own_activation),
+                keras.layers.Lambda(lambda x: scale * x),
+                Offset(OwnStart()),
+            ]
+        ),
+    )
+    for layer in model.layers:
+        randomize(layer)
+    check(model, {"heads": (1,)}, normal(B, T, D))
+
+
+def test_functions_inside_what_loses_heads_are_kept() -> None:
+    block = keras_mha.TransformerEncoderBlock(
+        3, 17, key_dim=H, activation=own_activation, name="block"
+    )
+    inputs = keras.Input((None, D))
+    model = keras.Model(inputs, block(inputs))
+    randomize(model)
+    check(model, {"block/attention/self_attention": (1,)}, normal(B, T, D))
+    encoder = bert_encoder(activation=own_activation)
+    check(encoder, BERT_HEADS, BERT_INPUTS)
+
+
+def test_two_functions_of_one_name_are_refused() -> None:
+    def other(x: Any) -> Any:
+        return -x
+
+    other.__name__ = own_activation.__name__
+    inner = keras.Sequential(
+        [
+            keras.Input((T, D)),
+            keras.layers.Dense(D, activation=own_activation),
+            keras.layers.Dense(D, activation=other),
+        ]
+    )
+    each = keras.layers.TimeDistributed(inner)
+    model = attending(keras.Input((3, T, D)), lambda rows: each(rows)[:, 0])
+    with pytest.raises(ValueError, match="one name.*Received: 'own_activation'"):
+        prune_heads(model, {"heads": (1,)})
+
+
+def test_dropout_goes_on_where_it_was() -> None:
+    model = attending(keras.Input((None, D)), keras.layers.Dropout(0.5, name="drop"))
+    vectors = keras.ops.convert_to_tensor(normal(B, T, D))
+    model(vectors, training=True)
+    smaller: Any = prune_heads(model, {"heads": (1,)})
+    first, second = (
+        np.asarray(each.get_layer("drop")(vectors, training=True))
+        for each in (model, smaller)
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+# Layers of one name.
+
+
+def member(name: str, heads: int = 3) -> keras.Model:
+    inputs = keras.Input((None, D))
+    layer = keras_mha.MultiHeadSelfAttention(heads, key_dim=H, name="heads")
+    return keras.Model(inputs, layer(inputs), name=name)
+
+
+@pytest.mark.parametrize("path", ["heads", "a/heads", "b/heads"])
+def test_layers_of_one_name_in_several_models(path: str) -> None:
+    inputs = keras.Input((None, D))
+    outer = keras_mha.MultiHeadSelfAttention(3, key_dim=H, name="heads")
+    model = keras.Model(inputs, outer(member("a")(inputs)) + member("b")(inputs))
+    randomize(model)
+    check(model, {path: (1,)}, normal(B, T, D))
+
+
+@pytest.mark.parametrize("path", ["own", "own_1", "inner/own"])
+def test_layers_of_one_name_in_one_layer(path: str) -> None:
+    inputs = keras.Input((None, D))
+    first, second, third = (
+        keras_mha.MultiHeadSelfAttention(3, key_dim=H, name="own") for _ in range(3)
+    )
+    twins = Twins([first, second, keras_mha.ResidualNorm(third, name="inner")])
+    model = keras.Model(inputs, twins(inputs))
+    randomize(model)
+    check(model, {f"{twins.name}/{path}": (1,)}, normal(B, T, D))
+
+
+class Twins(keras.layers.Layer):
+    """Holds layers of one name."""
+
+    def __init__(self, layers: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.twins = layers
+
+    def build(self, shape: Any) -> None:
+        for layer in self.twins:
+            if not layer.built:
+                layer.build(shape)
+
+    def call(self, inputs: Any) -> Any:
+        first, second, third = self.twins
+        return first(inputs) + second(third(inputs))
+
+    def get_config(self) -> dict[str, Any]:
+        layers = [keras.saving.serialize_keras_object(x) for x in self.twins]
+        return {**super().get_config(), "layers": layers}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        layers = [keras.saving.deserialize_keras_object(x) for x in config["layers"]]
+        return cls(**{**config, "layers": layers})
+
+
+def test_what_hides_its_attention_is_named_and_not_what_is_around() -> None:
+    inputs = keras.Input((None, D))
+    around = keras_mha.ResidualNorm(Concealing(name="concealing"), name="around")
+    model = keras.Model(inputs, around(inputs))
+    with pytest.raises(ValueError, match="Concealing 'concealing', which .*'own'"):
+        prune_heads(model, {"around/concealing/own": (1,)})
+
+
+class Concealing(keras.layers.Layer):
+    """Makes its attention by itself."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.own = keras_mha.MultiHeadSelfAttention(3, key_dim=H, name="own")
+
+    def build(self, shape: Any) -> None:
+        self.own.build(shape)
+
+    def call(self, inputs: Any) -> Any:
+        return self.own(inputs)
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config()
