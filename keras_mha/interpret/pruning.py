@@ -34,7 +34,8 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
 
     The weights of those heads are gone from the projections, and what remains gives
     the outputs that `model` gives with a `head_mask` of zeros there. The new model has
-    weights of its own and is not compiled; `model` stays as it is. It can be trained,
+    weights of its own and is not compiled; `model` stays as it is, but must not be
+    asked for its configuration by another thread meanwhile. The new one can be trained,
     saved and exported like any other. What is frozen stays frozen.
 
     Where queries share keys and values (`num_key_value_heads`), as many heads must
