@@ -36,17 +36,16 @@ class Distillation:
 
 
 def needed_tokens(vocabulary: Sequence[str], rows: Rows) -> np.ndarray:
-    """The ids, ascending, of the tokens in rows, and of those that any text needs.
+    """The ids, ascending, of the tokens in rows, and of those that other texts need.
 
     Texts are cut into the longest pieces that there are, so these rows are cut as
-    before. Others may be cut smaller: into single characters at worst.
+    before. Other words may be cut smaller: into the single characters, at worst, of
+    which these rows' words are made.
     """
-    single = [
-        i
-        for i, token in enumerate(vocabulary)
-        if len(token.removeprefix("##")) == 1 or token.startswith("[")
-    ]
-    return np.unique(np.concatenate([*rows.ids, np.array(single, np.int32)]))
+    found = {vocabulary[i] for row in rows.ids for i in row}
+    characters = set().union(*found)
+    found |= {"[PAD]", "[UNK]", *characters, *(f"##{each}" for each in characters)}
+    return np.flatnonzero([token in found for token in vocabulary])
 
 
 def first_blocks(
