@@ -21,7 +21,7 @@ def head_gradients(
     layers: Mapping[str, AttentionLayer],
     inputs: Any,
     labels: Any,
-    loss: Callable[[Any, Any], Any],
+    losses_of: Callable[[Any, Any, int], Tensor],
 ) -> dict[str, np.ndarray]:
     """The gradient of each example's loss by the head masks of its layers.
 
@@ -30,31 +30,23 @@ def head_gradients(
         layers: Its attention layers by path.
         inputs: Tensors of B rows.
         labels: Likewise.
-        loss: Function of labels and outputs that gives losses `(B, ...)`.
+        losses_of: Function of labels, outputs and B that gives losses `(B,)`.
 
     Returns:
         `(B, N)` for each layer, by path; zeros for one that is not called.
 
     Raises:
-        ValueError: If a layer sees other rows than the examples, losses are not one or
-            more for each example, or no gradient reaches a layer that was called.
+        ValueError: If a layer sees other rows than the examples, or no gradient
+            reaches a layer that was called.
     """
     B = count_rows(labels)
     masks = _Masks({id(layer): path for path, layer in layers.items()}, B)
     with tf.GradientTape(watch_accessed_variables=False) as masks.tape:
         with watching(model, masks):
             outputs = model(inputs, training=False)
-        losses = tf.convert_to_tensor(loss(labels, outputs))
-        if not losses.shape.rank or losses.shape[0] != B:
-            raise ValueError(
-                f"`loss` must return one number or more for each of the {B} examples, "
-                f"unreduced. Received: losses of shape {tuple(losses.shape)}"
-            )
         # An example's loss depends on its own row of the masks alone.
-        total = tf.reduce_sum(tf.reshape(losses, (B, -1)), axis=1) / (
-            tf.cast(tf.size(losses), losses.dtype) / B
-        )
-    gradients: Any = masks.tape.gradient(total, masks.by_path)
+        losses = losses_of(labels, outputs, B)
+    gradients: Any = masks.tape.gradient(losses, masks.by_path)
     cut = [path for path, gradient in gradients.items() if gradient is None]
     if cut:
         raise ValueError(
