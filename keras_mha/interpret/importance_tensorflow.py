@@ -15,6 +15,10 @@ from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.observer import Observer
 from keras_mha.typing import Tensor
 
+# Float16 has numbers from 6e-8 to 65504, and a position of a long text may have less of
+# the gradient than that. Multiplying by powers of two changes no digit.
+_SCALES = tuple(2.0**power for power in range(12, -25, -6))
+
 
 def head_gradients(
     model: keras.layers.Layer,
@@ -41,21 +45,46 @@ def head_gradients(
     """
     B = count_rows(labels)
     masks = _Masks({id(layer): path for path, layer in layers.items()}, B)
-    with tf.GradientTape(watch_accessed_variables=False) as masks.tape:
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with tape as masks.tape:
         with watching(model, masks):
             outputs = model(inputs, training=False)
         # An example's loss depends on its own row of the masks alone.
         losses = losses_of(labels, outputs, B)
-    gradients: Any = masks.tape.gradient(losses, masks.by_path)
-    cut = [path for path, gradient in gradients.items() if gradient is None]
-    if cut:
-        raise ValueError(
-            "The loss must depend on every attention layer that is called, by a path "
-            "that gradients take; layers made under `keras.RematScope` do not let "
-            f"them through. Received: no gradient at {cut}"
-        )
+    gradients = _scaled_gradients(tape, losses, masks.by_path)
     found = {path: np.zeros((B, layer.num_heads)) for path, layer in layers.items()}
-    return found | {path: np.asarray(g, np.float64) for path, g in gradients.items()}
+    return found | gradients
+
+
+def _scaled_gradients(
+    tape: tf.GradientTape, losses: Tensor, masks: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """The gradients `(B, N)` of losses `(B,)` by masks, in float64, by path.
+
+    They are taken of scaled losses, so that float16 inside the model does not round
+    them to zero: each example's is the one of the first scale where it is finite.
+    """
+    found = {path: np.zeros(mask.shape) for path, mask in masks.items()}
+    left = np.ones(int(losses.shape[0]), bool)
+    for scale in _SCALES:
+        scales = tf.fill(losses.shape, tf.constant(scale, losses.dtype))
+        scaled: Any = tape.gradient(losses, masks, output_gradients=scales)
+        cut = [path for path, gradient in scaled.items() if gradient is None]
+        if cut:
+            raise ValueError(
+                "The loss must depend on every attention layer that is called, by a "
+                "path that gradients take; layers made under `keras.RematScope` do not "
+                f"let them through. Received: no gradient at {cut}"
+            )
+        arrays = {path: np.asarray(g, np.float64) for path, g in scaled.items()}
+        finite = np.all([np.isfinite(g).all(axis=1) for g in arrays.values()], axis=0)
+        taken = left & finite if scale != _SCALES[-1] else left
+        for path, array in arrays.items():
+            found[path][taken] = array[taken] / scale
+        left &= ~taken
+        if not left.any():
+            break
+    return found
 
 
 class _Masks(Observer):

@@ -263,6 +263,25 @@ def test_a_function_may_average_positions_by_itself() -> None:
         head_importance(tokens_model(1), IDS, TOKEN_LABELS, loss="mse")
 
 
+@pytest.mark.parametrize(("size", "factor"), [(50.0, 1e-4), (1e9, 1.0)])
+def test_float16_loses_no_gradient(size: float, factor: float) -> None:
+    """Of a long text's positions each has a part that float16 rounds to zero.
+
+    And where the gradients are too large for float16, they do not become infinite.
+    """
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, (3, 512))
+    labels = size * normal(3, 512, 1)
+    loss = "mae" if factor < 1 else "mse"
+    found = []
+    for dtype in ("float32", "mixed_float16"):
+        model = tokens_model(1, dtype=dtype)
+        kernel = model.get_layer("numbers").kernel
+        kernel.assign(factor * kernel)
+        numbers = head_importance(model, ids, labels, loss=loss, normalize=False)
+        found.append(numbers["heads"])
+    np.testing.assert_allclose(found[1], found[0], rtol=5e-3)
+
+
 def test_losses_of_float16_outputs_are_those_of_floatx() -> None:
     """The cosine divides by squares of 300, which is no number of float16."""
     found = []
