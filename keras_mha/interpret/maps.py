@@ -54,7 +54,11 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
     Raises:
         TypeError: If `model` is no Keras layer.
         ValueError: If it is not built, has no attention layer or calls none, or has
-            one of Keras' own, such as `keras.layers.MultiHeadAttention`.
+            one of Keras' own, which tell nobody their scores.
+            `keras_mha.convert.from_keras` swaps `keras.layers.MultiHeadAttention` and
+            `keras.layers.GroupQueryAttention`. It swaps no subclass of them, nor
+            `keras.layers.Attention` and `keras.layers.AdditiveAttention`: put ours in
+            the place of these yourself.
         RuntimeError: If it calls one inside a `tf.function` of its own, which this
             would change. A `tf.function` that was traced before is passed by.
 

@@ -14,13 +14,10 @@ from keras import ops
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.observer import Observer, observe
 
-# Layers of Keras that attend too and tell nobody of their scores.
-_STOCK = (
-    keras.layers.MultiHeadAttention,
-    keras.layers.GroupQueryAttention,
-    keras.layers.Attention,
-    keras.layers.AdditiveAttention,
-)
+# Those of Keras' attention layers that `from_keras` swaps; subclasses it does not.
+_SWAPPED = keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention
+# Layers of Keras that attend too and tell nobody of their scores, and subclasses.
+_STOCK = *_SWAPPED, keras.layers.Attention, keras.layers.AdditiveAttention
 
 
 def layer_paths(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
@@ -67,15 +64,9 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r}")
     paths = layer_paths(model)
-    if isinstance(model, AttentionLayer):
+    if isinstance(model, (AttentionLayer, *_STOCK)):
         paths = {model.name: model}
-    stock = [path for path, layer in paths.items() if isinstance(layer, _STOCK)]
-    if stock:
-        raise ValueError(
-            "`model` must attend by layers of keras_mha alone; "
-            "`keras_mha.convert.from_keras(model)` gives such a model of the same "
-            f"weights. Received: Keras' layers {stock}"
-        )
+    _check_stock(paths)
     found: dict[str, Any] = {
         path: layer
         for path, layer in paths.items()
@@ -92,6 +83,33 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
             f"{type(model).__name__} {model.name!r}"
         )
     return found
+
+
+def _check_stock(paths: Mapping[str, keras.layers.Layer]) -> None:
+    """Refuses attention of Keras' own, and says what to do about each layer."""
+    stock = {path: type(la) for path, la in paths.items() if isinstance(la, _STOCK)}
+    if not stock:
+        return
+    swapped = [path for path, kind in stock.items() if kind in _SWAPPED]
+    others = {
+        path: kind.__name__ for path, kind in stock.items() if path not in swapped
+    }
+    advice = ""
+    if swapped:
+        advice += (
+            " `keras_mha.convert.from_keras` swaps, weights included, those of the "
+            "classes MultiHeadAttention and GroupQueryAttention in Functional and "
+            f"Sequential models: {swapped}."
+        )
+    if others:
+        advice += (
+            " Other classes and subclasses are not converted: put layers of keras_mha "
+            f"in their place in the code that makes the model, {others}."
+        )
+    raise ValueError(
+        "`model` must attend by layers of keras_mha alone; Keras' own tell nobody "
+        f"their scores.{advice} Received: Keras' layers {list(stock)}"
+    )
 
 
 @contextmanager

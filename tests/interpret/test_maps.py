@@ -17,6 +17,7 @@ from keras import ops
 
 import keras_mha
 from keras_mha.attention.api import implementation_scope
+from keras_mha.convert import from_keras
 from keras_mha.interpret.paths import layer_paths
 from keras_mha.layers.observer import Observer, observe
 from keras_mha.text import WordpieceTokenizer
@@ -328,3 +329,52 @@ def test_wrong_models_are_named() -> None:
     stock = keras.layers.MultiHeadAttention(N, H, name="stock")
     with pytest.raises(ValueError, match="Keras' layers \\['stock'\\]"):
         keras_mha.attention_maps(keras.Model(inputs, stock(inputs, inputs)), INPUTS)
+
+
+class Own(keras.layers.MultiHeadAttention):
+    """A subclass, which may compute otherwise."""
+
+
+def stock_model(*layers: keras.layers.Layer) -> keras.Model:
+    """Each layer's inputs are its query and its value, in the form it takes them."""
+    inputs = x = keras.Input((None, D))
+    for layer in layers:
+        one = isinstance(layer, keras.layers.Attention)  # of one argument
+        x = layer([x, x]) if one else layer(x, x)
+    return keras.Model(inputs, x)
+
+
+def test_advice_on_layers_of_keras_is_true() -> None:
+    """`from_keras` swaps what the error says it does, and nothing of the rest."""
+    swapped = [
+        keras.layers.MultiHeadAttention(N, H, name="many"),
+        keras.layers.GroupQueryAttention(H, 2, 1, name="grouped"),
+    ]
+    kept = [
+        Own(N, H, name="own"),
+        keras.layers.Attention(name="dot"),
+        keras.layers.AdditiveAttention(name="sum"),
+    ]
+    convertible = "from_keras` swaps.*: \\['many', 'grouped'\\]"
+    by_hand = (
+        "not converted: .* \\{'own': 'Own', 'dot': 'Attention', "
+        "'sum': 'AdditiveAttention'\\}"
+    )
+    with pytest.raises(ValueError, match=convertible) as error:
+        keras_mha.attention_maps(stock_model(*swapped), INPUTS)
+    assert "not converted" not in str(error.value)
+    assert len(keras_mha.attention_maps(from_keras(stock_model(*swapped)), INPUTS)) == 2
+    model = stock_model(*swapped, *kept)
+    with pytest.raises(ValueError, match=f"{convertible}.*{by_hand}"):
+        keras_mha.attention_maps(model, INPUTS)
+    with pytest.raises(ValueError, match=by_hand) as error:
+        keras_mha.attention_maps(from_keras(model), INPUTS)
+    assert "from_keras" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [keras.layers.MultiHeadAttention, Own])
+def test_a_layer_of_keras_alone_is_refused(kind: Any) -> None:
+    layer = kind(N, H, name="alone")
+    layer.build((B, T, D), (B, T, D))
+    with pytest.raises(ValueError, match="layers of keras_mha alone.*\\['alone'\\]"):
+        keras_mha.attention_maps(layer, [INPUTS, INPUTS])
