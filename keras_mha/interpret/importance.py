@@ -46,9 +46,8 @@ def head_importance(
     Args:
         model: A built model that attends by layers of keras_mha, at any depth, whose
             examples do not depend on each other.
-        inputs: What one would hand to `model.predict`, with `labels`; or without them
-            an iterable of pairs `(inputs, labels)` of batches, such as a
-            `tf.data.Dataset`.
+        inputs: What `attention_maps` takes, with `labels`; or without them an iterable
+            of pairs `(inputs, labels)` of batches, such as a `tf.data.Dataset`.
         labels: What the loss compares the outputs with, one row for each example; an
             array, or a structure of them if `loss` takes one.
         loss: The name of one of Keras' losses, a `keras.losses.Loss`, or a function

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_mha.interpret.paths import count_rows, watching
+from keras_mha.interpret.paths import count_rows, run_model, watching
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.observer import Observer
 from keras_mha.typing import Tensor
@@ -48,7 +48,7 @@ def head_gradients(
     tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
     with tape as masks.tape:
         with watching(model, masks):
-            outputs = model(inputs, training=False)
+            outputs = run_model(model, inputs)
         # An example's loss depends on its own row of the masks alone.
         losses = losses_of(labels, outputs, B)
     gradients = _scaled_gradients(tape, losses, masks.by_path)

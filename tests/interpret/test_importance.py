@@ -352,6 +352,22 @@ def test_a_shared_layer_counts_once_over_its_calls() -> None:
         np.testing.assert_allclose(found["heads"][head], np.abs(slope).mean(), 2e-4)
 
 
+@pytest.mark.parametrize("kind", ["list", "dictionary"])
+def test_a_layer_of_several_inputs(kind: str) -> None:
+    memory = normal(B, T + 2, H, seed=2)
+    layer = keras_mha.MultiHeadAttention(N, H, name="heads")
+    query, value = keras.Input((None, D)), keras.Input((None, H))
+    model = keras.Model([query, value], layer(query, value))
+    randomize(model)
+    given = {
+        "list": [VECTORS, memory],
+        "dictionary": {"value": memory, "query": VECTORS},
+    }
+    wanted = head_importance(model, given["list"], TARGETS, loss="mse")
+    found = head_importance(layer, given[kind], TARGETS, loss="mse", batch_size=2)
+    np.testing.assert_allclose(found["heads"], wanted["heads"], rtol=1e-5)
+
+
 def test_the_model_stays_as_it_is() -> None:
     model = classifier(N, dropout=0.3, seed=1)
     model.compile("sgd", CROSS_ENTROPY)

@@ -231,6 +231,101 @@ def test_inputs_by_name() -> None:
     close(maps["heads"], keras_mha.attention_maps(model, [INPUTS, PADDING])["heads"])
 
 
+MEMORY = normal(B, 5, 11, seed=2)
+
+
+def test_a_layer_of_several_inputs() -> None:
+    layer = keras_mha.MultiHeadAttention(N, H, name="heads")
+    layer(INPUTS, MEMORY)
+    randomize(layer)
+    wanted = expected_scores(layer, INPUTS, MEMORY)
+    named = {"value": MEMORY, "query": INPUTS}
+    for inputs in ([INPUTS, MEMORY], (INPUTS, MEMORY), named):
+        maps = keras_mha.attention_maps(layer, inputs)
+        assert list(maps) == ["heads"]
+        close(maps["heads"], wanted)
+    named["value_mask"] = np.arange(5) < np.array([3, 5, 2])[:, None]
+    scores = keras_mha.attention_maps(layer, named)["heads"]
+    close(
+        scores, expected_scores(layer, INPUTS, MEMORY, value_mask=named["value_mask"])
+    )
+    (scores,) = keras_mha.attention_maps(layer, [INPUTS, INPUTS[..., :11]]).values()
+    assert scores.shape == (B, N, T, T)
+
+
+def test_a_layer_and_its_mask() -> None:
+    layer = keras_mha.MultiHeadSelfAttention(N, key_dim=H, name="heads")
+    layer.build((B, T, D))
+    randomize(layer)
+    wanted = expected_scores(layer, INPUTS, mask=PADDING)
+    for inputs in ([INPUTS, PADDING], {"mask": PADDING, "inputs": INPUTS}):
+        close(keras_mha.attention_maps(layer, inputs)["heads"], wanted)
+    wanted = expected_scores(layer, INPUTS)
+    for inputs in (INPUTS, [INPUTS]):
+        close(keras_mha.attention_maps(layer, inputs)["heads"], wanted)
+
+
+def test_a_block_and_its_memory() -> None:
+    block = keras_mha.TransformerDecoderBlock(
+        N, 17, key_dim=H, cross_attention=True, name="block"
+    )
+    target, memory = keras.Input((None, D)), keras.Input((None, 11))
+    model = keras.Model([target, memory], block(target, memory))
+    randomize(model)
+    wanted = keras_mha.attention_maps(model, [INPUTS, MEMORY])
+    for inputs in ([INPUTS, MEMORY], {"inputs": INPUTS, "memory": MEMORY}):
+        maps = keras_mha.attention_maps(block, inputs)
+        assert [f"block/{path}" for path in maps] == list(wanted)
+        for path, scores in maps.items():
+            close(scores, wanted[f"block/{path}"])
+
+
+class OfOne(keras.layers.Layer):
+    """Its inputs are one list or one dictionary, beside what it is seldom given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = keras_mha.MultiHeadAttention(N, H, name="heads")
+
+    def call(self, inputs: Any, shift: Any = None, mask: Any = None) -> Any:
+        del mask
+        pair = inputs.values() if isinstance(inputs, dict) else inputs
+        outputs = self.heads(*pair)
+        return outputs if shift is None else outputs + shift
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [INPUTS, MEMORY],
+        {"query": INPUTS, "value": MEMORY},
+        {"inputs": INPUTS, "mask": MEMORY},
+    ],
+)
+def test_a_layer_that_takes_several_as_one_gets_them_so(inputs: Any) -> None:
+    layer = OfOne()
+    layer(inputs)
+    randomize(layer)
+    (scores,) = keras_mha.attention_maps(layer, inputs).values()
+    close(scores, expected_scores(layer.heads, INPUTS, MEMORY))
+
+
+def test_a_list_for_the_one_argument_of_a_layer() -> None:
+    class Pairs(OfOne):
+        def build(self) -> None:
+            self.heads.build((B, T, D), MEMORY.shape)
+
+        def call(self, inputs: Any, mask: Any = None, flag: bool = True) -> Any:
+            del mask, flag
+            return self.heads(*inputs)
+
+    layer = Pairs()
+    layer.build()  # tells Keras of no shape
+    randomize(layer)
+    (scores,) = keras_mha.attention_maps(layer, [INPUTS, MEMORY]).values()
+    close(scores, expected_scores(layer.heads, INPUTS, MEMORY))
+
+
 def snapshot(model: keras.Model) -> list[dict[str, Any]]:
     """Every attribute of every layer; of containers, their size."""
     return [
