@@ -11,7 +11,12 @@ import numpy as np
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.interpret.paths import attention_layers, pair_batches, watching
+from keras_mha.interpret.paths import (
+    attention_layers,
+    pair_batches,
+    run_model,
+    watching,
+)
 from keras_mha.interpret.pruning import check_heads
 from keras_mha.layers.arguments import check_positive
 from keras_mha.layers.attention_layer import AttentionLayer
@@ -116,8 +121,8 @@ def pruning_curve(
         model: As for `head_importance`.
         importance: Numbers `(N,)` by path, as `head_importance` returns them. Heads
             of layers that are not in it stay.
-        inputs: What one would hand to `model.predict`, with `labels`; or without them
-            an iterable of pairs `(inputs, labels)` of batches.
+        inputs: What `attention_maps` takes, with `labels`; or without them an iterable
+            of pairs `(inputs, labels)` of batches.
         labels: One row for each example.
         heads_per_step: How many heads go in a step, or groups that share keys.
         metric: `"accuracy"`, or a function of all labels and all outputs as NumPy
@@ -190,7 +195,7 @@ def masked_outputs(
         factors[id(layers[path])] = np.ones(layers[path].num_heads, "float32")
         factors[id(layers[path])][list(heads)] = 0.0
     with watching(model, _Masked(factors)):
-        return model(inputs, training=False)
+        return run_model(model, inputs)
 
 
 def accuracy(labels: Any, outputs: Any) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_mha.interpret.example_losses import check_loss, example_losses
 from keras_mha.interpret.paths import attention_layers, count_rows, pair_batches
 from keras_mha.layers.arguments import check_flag, check_positive
-
-Loss = Callable[[Any, Any], Any]
 
 
 def head_importance(
@@ -47,14 +46,19 @@ def head_importance(
     Args:
         model: A built model that attends by layers of keras_mha, at any depth, whose
             examples do not depend on each other.
-        inputs: What one would hand to `model.predict`, with `labels`; or without them
-            an iterable of pairs `(inputs, labels)` of batches, such as a
-            `tf.data.Dataset`.
+        inputs: What `attention_maps` takes, with `labels`; or without them an iterable
+            of pairs `(inputs, labels)` of batches, such as a `tf.data.Dataset`.
         labels: What the loss compares the outputs with, one row for each example; an
             array, or a structure of them if `loss` takes one.
         loss: The name of one of Keras' losses, a `keras.losses.Loss`, or a function
-            of labels and outputs that returns losses `(B, ...)`, of which an
-            example's are averaged. Defaults to the one `model` was compiled with.
+            of labels and outputs that returns losses `(B, ...)`. It is taken as
+            `compile` takes it: labels and outputs are cast to
+            `keras.config.floatx()`, and a last axis of size 1 that only one of them
+            has is no difference. An example's losses are averaged over the positions
+            that the outputs' Keras mask leaves, if they carry one, so that padding
+            does not count; each example counts alike, whatever its length. A function
+            that gives one number for each example has averaged already. Defaults to
+            the one `model` was compiled with.
         normalize: Whether to divide by the l2 norm over each layer's heads, which
             makes layers comparable.
         batch_size: Rows of a batch where `inputs` are not batches already.
@@ -66,8 +70,9 @@ def head_importance(
     Raises:
         TypeError: If `model` is no Keras layer, or `loss` no loss.
         ValueError: If the model does not fit (see `attention_maps`), there is no
-            loss, no example or no label, losses are not one or more for each example,
-            a layer sees other rows than the examples, or no gradient reaches a head.
+            loss, no example or no label, losses are not one or more for each example
+            or do not have the axes of the outputs' mask, a layer sees other rows than
+            the examples, or no gradient reaches a head.
 
     Example:
 
@@ -97,11 +102,13 @@ def head_importance(
     layers = attention_layers(model)
     check_flag(normalize, "normalize")
     size = check_positive(batch_size, "batch_size")
-    function = _as_loss(getattr(model, "loss", None) if loss is None else loss)
+    loss = getattr(model, "loss", None) if loss is None else loss
+    check_loss(loss)
+    losses_of = partial(example_losses, loss)
     sums = {path: np.zeros(layer.num_heads) for path, layer in layers.items()}
     examples = 0
     for batch, targets in pair_batches(inputs, labels, size):
-        gradients = head_gradients(model, layers, batch, targets, function)
+        gradients = head_gradients(model, layers, batch, targets, losses_of)
         for path, gradient in gradients.items():
             sums[path] += np.abs(gradient).sum(axis=0)
         examples += count_rows(targets)
@@ -110,21 +117,3 @@ def head_importance(
         return means
     norms = {path: float(np.linalg.norm(mean)) for path, mean in means.items()}
     return {path: mean / (norms[path] or 1.0) for path, mean in means.items()}
-
-
-def _as_loss(loss: Any) -> Loss:
-    """Returns a function of labels and outputs that gives losses `(B, ...)`."""
-    if loss is None:
-        raise ValueError(
-            "`loss` must be given where `model` was not compiled with one. "
-            "Received: loss=None"
-        )
-    found = keras.losses.get(loss) if isinstance(loss, str) else loss
-    if isinstance(found, keras.losses.Loss):
-        return found.call
-    if not callable(found):
-        raise TypeError(
-            "`loss` must be the name of a loss, a `keras.losses.Loss` or a function. "
-            f"Received: loss={loss!r}"
-        )
-    return found

@@ -10,10 +10,14 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import override
 
-from keras_mha.interpret.paths import count_rows, watching
+from keras_mha.interpret.paths import count_rows, run_model, watching
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.observer import Observer
 from keras_mha.typing import Tensor
+
+# Float16 has numbers from 6e-8 to 65504, and a position of a long text may have less of
+# the gradient than that. Multiplying by powers of two changes no digit.
+_SCALES = tuple(2.0**power for power in range(12, -25, -6))
 
 
 def head_gradients(
@@ -21,7 +25,7 @@ def head_gradients(
     layers: Mapping[str, AttentionLayer],
     inputs: Any,
     labels: Any,
-    loss: Callable[[Any, Any], Any],
+    losses_of: Callable[[Any, Any, int], Tensor],
 ) -> dict[str, np.ndarray]:
     """The gradient of each example's loss by the head masks of its layers.
 
@@ -30,40 +34,57 @@ def head_gradients(
         layers: Its attention layers by path.
         inputs: Tensors of B rows.
         labels: Likewise.
-        loss: Function of labels and outputs that gives losses `(B, ...)`.
+        losses_of: Function of labels, outputs and B that gives losses `(B,)`.
 
     Returns:
         `(B, N)` for each layer, by path; zeros for one that is not called.
 
     Raises:
-        ValueError: If a layer sees other rows than the examples, losses are not one or
-            more for each example, or no gradient reaches a layer that was called.
+        ValueError: If a layer sees other rows than the examples, or no gradient
+            reaches a layer that was called.
     """
     B = count_rows(labels)
     masks = _Masks({id(layer): path for path, layer in layers.items()}, B)
-    with tf.GradientTape(watch_accessed_variables=False) as masks.tape:
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with tape as masks.tape:
         with watching(model, masks):
-            outputs = model(inputs, training=False)
-        losses = tf.convert_to_tensor(loss(labels, outputs))
-        if not losses.shape.rank or losses.shape[0] != B:
-            raise ValueError(
-                f"`loss` must return one number or more for each of the {B} examples, "
-                f"unreduced. Received: losses of shape {tuple(losses.shape)}"
-            )
+            outputs = run_model(model, inputs)
         # An example's loss depends on its own row of the masks alone.
-        total = tf.reduce_sum(tf.reshape(losses, (B, -1)), axis=1) / (
-            tf.cast(tf.size(losses), losses.dtype) / B
-        )
-    gradients: Any = masks.tape.gradient(total, masks.by_path)
-    cut = [path for path, gradient in gradients.items() if gradient is None]
-    if cut:
-        raise ValueError(
-            "The loss must depend on every attention layer that is called, by a path "
-            "that gradients take; layers made under `keras.RematScope` do not let "
-            f"them through. Received: no gradient at {cut}"
-        )
+        losses = losses_of(labels, outputs, B)
+    gradients = _scaled_gradients(tape, losses, masks.by_path)
     found = {path: np.zeros((B, layer.num_heads)) for path, layer in layers.items()}
-    return found | {path: np.asarray(g, np.float64) for path, g in gradients.items()}
+    return found | gradients
+
+
+def _scaled_gradients(
+    tape: tf.GradientTape, losses: Tensor, masks: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """The gradients `(B, N)` of losses `(B,)` by masks, in float64, by path.
+
+    They are taken of scaled losses, so that float16 inside the model does not round
+    them to zero: each example's is the one of the first scale where it is finite.
+    """
+    found = {path: np.zeros(mask.shape) for path, mask in masks.items()}
+    left = np.ones(int(losses.shape[0]), bool)
+    for scale in _SCALES:
+        scales = tf.fill(losses.shape, tf.constant(scale, losses.dtype))
+        scaled: Any = tape.gradient(losses, masks, output_gradients=scales)
+        cut = [path for path, gradient in scaled.items() if gradient is None]
+        if cut:
+            raise ValueError(
+                "The loss must depend on every attention layer that is called, by a "
+                "path that gradients take; layers made under `keras.RematScope` do not "
+                f"let them through. Received: no gradient at {cut}"
+            )
+        arrays = {path: np.asarray(g, np.float64) for path, g in scaled.items()}
+        finite = np.all([np.isfinite(g).all(axis=1) for g in arrays.values()], axis=0)
+        taken = left & finite if scale != _SCALES[-1] else left
+        for path, array in arrays.items():
+            found[path][taken] = array[taken] / scale
+        left &= ~taken
+        if not left.any():
+            break
+    return found
 
 
 class _Masks(Observer):

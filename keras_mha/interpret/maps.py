@@ -10,7 +10,12 @@ import numpy as np
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.interpret.paths import as_tensors, attention_layers, watching
+from keras_mha.interpret.paths import (
+    as_tensors,
+    attention_layers,
+    run_model,
+    watching,
+)
 from keras_mha.layers.observer import Observer
 from keras_mha.typing import Tensor
 
@@ -41,7 +46,10 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
             keras_mha, at any depth.
         inputs: What one would hand to `model.predict`: an array, a tensor, a list of
             strings, a dictionary by input name, or a list with one entry for each of
-            several inputs.
+            several inputs. If `model` is a layer and no `keras.Model`, whose `call`
+            takes several tensors besides `mask`, a list holds these arguments in their
+            order, as in `[query, value]`; a dictionary holds arguments of any layer by
+            name. A layer that was built on a list or dictionary gets one.
 
     Returns:
         Probabilities `(B, N, T, S)` in float32, or float64 for layers of that dtype,
@@ -54,7 +62,11 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
     Raises:
         TypeError: If `model` is no Keras layer.
         ValueError: If it is not built, has no attention layer or calls none, or has
-            one of Keras' own, such as `keras.layers.MultiHeadAttention`.
+            one of Keras' own, which tell nobody their scores.
+            `keras_mha.convert.from_keras` swaps `keras.layers.MultiHeadAttention` and
+            `keras.layers.GroupQueryAttention`. It swaps no subclass of them, nor
+            `keras.layers.Attention` and `keras.layers.AdditiveAttention`: put ours in
+            the place of these yourself.
         RuntimeError: If it calls one inside a `tf.function` of its own, which this
             would change. A `tf.function` that was traced before is passed by.
 
@@ -75,7 +87,7 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
     """
     recorder = _Recorder(attention_layers(model))
     with watching(model, recorder):
-        model(as_tensors(inputs), training=False)
+        run_model(model, as_tensors(inputs))
     if not recorder.maps:
         raise ValueError(
             "`model` must call one of its attention layers where it can be watched. "

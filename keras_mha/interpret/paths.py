@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +15,10 @@ from keras import ops
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.observer import Observer, observe
 
-# Layers of Keras that attend too and tell nobody of their scores.
-_STOCK = (
-    keras.layers.MultiHeadAttention,
-    keras.layers.GroupQueryAttention,
-    keras.layers.Attention,
-    keras.layers.AdditiveAttention,
-)
+# Those of Keras' attention layers that `from_keras` swaps; subclasses it does not.
+_SWAPPED = keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention
+# Layers of Keras that attend too and tell nobody of their scores, and subclasses.
+_STOCK = *_SWAPPED, keras.layers.Attention, keras.layers.AdditiveAttention
 
 
 def layer_paths(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
@@ -67,15 +65,9 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r}")
     paths = layer_paths(model)
-    if isinstance(model, AttentionLayer):
+    if isinstance(model, (AttentionLayer, *_STOCK)):
         paths = {model.name: model}
-    stock = [path for path, layer in paths.items() if isinstance(layer, _STOCK)]
-    if stock:
-        raise ValueError(
-            "`model` must attend by layers of keras_mha alone; "
-            "`keras_mha.convert.from_keras(model)` gives such a model of the same "
-            f"weights. Received: Keras' layers {stock}"
-        )
+    _check_stock(paths)
     found: dict[str, Any] = {
         path: layer
         for path, layer in paths.items()
@@ -92,6 +84,33 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
             f"{type(model).__name__} {model.name!r}"
         )
     return found
+
+
+def _check_stock(paths: Mapping[str, keras.layers.Layer]) -> None:
+    """Refuses attention of Keras' own, and says what to do about each layer."""
+    stock = {path: type(la) for path, la in paths.items() if isinstance(la, _STOCK)}
+    if not stock:
+        return
+    swapped = [path for path, kind in stock.items() if kind in _SWAPPED]
+    others = {
+        path: kind.__name__ for path, kind in stock.items() if path not in swapped
+    }
+    advice = ""
+    if swapped:
+        advice += (
+            " `keras_mha.convert.from_keras` swaps, weights included, those of the "
+            "classes MultiHeadAttention and GroupQueryAttention in Functional and "
+            f"Sequential models: {swapped}."
+        )
+    if others:
+        advice += (
+            " Other classes and subclasses are not converted: put layers of keras_mha "
+            f"in their place in the code that makes the model, {others}."
+        )
+    raise ValueError(
+        "`model` must attend by layers of keras_mha alone; Keras' own tell nobody "
+        f"their scores.{advice} Received: Keras' layers {list(stock)}"
+    )
 
 
 @contextmanager
@@ -133,6 +152,55 @@ def as_tensors(inputs: Any) -> Any:
     elif isinstance(inputs, np.ndarray) and inputs.dtype.kind in "US":
         inputs = inputs.astype(object)
     return ops.convert_to_tensor(inputs)
+
+
+def run_model(model: keras.layers.Layer, inputs: Any) -> Any:
+    """Calls a model in inference on what `as_tensors` made.
+
+    A `keras.Model` takes one structure. Any other layer takes several arguments: a list
+    gives them in their order, a dictionary by name. Yet a list is the first argument
+    where the layer was built on a list, or where `call` has no other argument for
+    tensors, `mask` aside. So is a dictionary with other keys than the arguments' names.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_mha.interpret.paths import run_model
+    >>> one, two = np.ones((1, 3, 2)), np.ones((1, 5, 2))
+    >>> layer = keras.layers.MultiHeadAttention(2, 4)
+    >>> run_model(layer, [one, two]).shape == run_model(
+    ...     layer, {"value": two, "query": one}
+    ... ).shape
+    True
+    """
+    if not isinstance(model, keras.Model) and not _built_on_a_structure(model):
+        arguments = inspect.signature(model.call).parameters
+        if isinstance(inputs, Mapping) and inputs.keys() <= arguments.keys():
+            return model(**inputs, training=False)
+        several = sum(map(_may_be_a_tensor, arguments.values())) > 1
+        if isinstance(inputs, list) and several:
+            return model(*inputs, training=False)
+    return model(inputs, training=False)
+
+
+def _built_on_a_structure(layer: Any) -> bool:
+    """Whether the first argument was a list or dictionary when the layer was built."""
+    shapes = layer._build_shapes_dict  # Keras has no public name for what it recorded
+    first = next(iter(shapes.values()), None) if shapes else None
+    return isinstance(first, Mapping) or (
+        isinstance(first, list | tuple)
+        and any(isinstance(each, list | tuple | Mapping) for each in first)
+    )
+
+
+def _may_be_a_tensor(argument: inspect.Parameter) -> bool:
+    """Whether an argument of `call` takes what a user counts among the inputs."""
+    return (
+        argument.kind not in (argument.KEYWORD_ONLY, argument.VAR_KEYWORD)
+        and argument.name not in ("mask", "training")  # Keras itself hands these on
+        and not isinstance(argument.default, bool)
+    )
 
 
 def count_rows(tensors: Any) -> int:

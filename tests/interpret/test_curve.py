@@ -28,7 +28,7 @@ from tests.interpret.small_models import (
     classifier,
     path_of,
 )
-from tests.layers.helpers import normal
+from tests.layers.helpers import normal, randomize
 
 FIRST, SECOND = path_of(0), path_of(1)
 IMPORTANCE = {FIRST: np.array([0.3, 0.9, 0.2]), SECOND: np.array([0.1, 0.25])}
@@ -48,6 +48,31 @@ def test_the_least_important_head_goes_first_and_one_stays() -> None:
 def test_several_heads_a_step() -> None:
     curve = pruning_curve(classifier(3, 2), IMPORTANCE, IDS, LABELS, heads_per_step=2)
     assert [step.heads_left for step in curve.steps] == [5, 3, 2]
+
+
+def test_a_layer_of_several_inputs() -> None:
+    layer = keras_mha.MultiHeadAttention(3, 2, name="heads")
+    inputs = [normal(B, T, D), normal(B, T + 2, 13, seed=2)]
+    layer.build(*(each.shape for each in inputs))
+    randomize(layer)
+    targets = np.asarray(layer(*inputs))
+    curve = pruning_curve(
+        layer,
+        {"heads": np.array([0.3, 0.9, 0.2])},
+        inputs,
+        targets,
+        metric=lambda labels, outputs: -float(np.square(labels - outputs).mean()),
+    )
+    assert [step.removed for step in curve.steps] == [
+        {},
+        {"heads": (2,)},
+        {"heads": (0, 2)},
+    ]
+    masks = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 0]], "float32")
+    answers = [np.asarray(layer(*inputs, head_mask=mask)) for mask in masks]
+    wanted = [-np.square(targets - answer).mean() for answer in answers]
+    np.testing.assert_allclose([s.score for s in curve.steps], wanted, rtol=1e-4)
+    assert wanted[1] < -1e-3
 
 
 def test_layers_without_importance_stay() -> None:

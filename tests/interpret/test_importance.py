@@ -19,6 +19,7 @@ from tests.interpret.small_models import (
     IDS,
     LABELS,
     REAL,
+    VOCABULARY,
     B,
     D,
     H,
@@ -54,12 +55,13 @@ def squared(labels: Any, outputs: Any) -> Any:
 
 
 def losses(layers: list[Any], masks: list[np.ndarray]) -> np.ndarray:
-    """The loss of each example `(B,)` under head masks `(B, N)`, in NumPy."""
+    """The mean of each example's real positions under head masks `(B, N)`, in NumPy."""
     values: Any = VECTORS
     for layer, mask in zip(layers, masks, strict=True):
         weights = oracle.weights_of(layer)
         values, _ = oracle.attention(layer, weights, values, mask=REAL, head_mask=mask)
-    return np.square(TARGETS - values).mean(axis=(1, 2))
+    positions = np.square(TARGETS - values).mean(axis=2)
+    return (positions * REAL).sum(axis=1) / REAL.sum(axis=1)
 
 
 def expected(layers: list[Any]) -> list[np.ndarray]:
@@ -146,6 +148,177 @@ def test_the_loss_comes_from_compile() -> None:
             np.testing.assert_allclose(found[path], numbers, rtol=1e-5)
 
 
+def tokens_model(outputs: int, dtype: str = "float32") -> keras.Sequential:
+    """Ids `(B, T)`, 0 padding, to numbers at each position, masked where padding is."""
+    heads = keras_mha.MultiHeadSelfAttention(N, key_dim=H, name="heads", dtype=dtype)
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32"),
+            keras.layers.Embedding(VOCABULARY, D, mask_zero=True, dtype=dtype),
+            heads,
+            keras.layers.Dense(outputs, name="numbers", dtype=dtype),
+        ]
+    )
+    randomize(model)
+    return model
+
+
+def rows_model(outputs: int, activation: str | None = None) -> keras.Model:
+    """Ids `(B, T)` to numbers of each row."""
+    tokens = tokens_model(D)
+    pooled = keras.layers.GlobalAveragePooling1D()(tokens.outputs[0])
+    dense = keras.layers.Dense(outputs, activation)
+    model = keras.Model(tokens.inputs, dense(pooled))
+    randomize(dense)
+    return model
+
+
+def slopes_of_keras(model: Any, labels: np.ndarray) -> np.ndarray:
+    """The mean absolute slope `(N,)` of the loss that Keras counts for each example."""
+    kernel = model.get_layer("heads").output_dense.kernel
+    whole, step = np.array(kernel), 1e-2
+    rows = [slice(b, b + 1) for b in range(B)]
+
+    def losses_without(head: int, part: float) -> np.ndarray:
+        kernel.assign(
+            np.where(np.arange(N) == head, 1 - part, 1)[:, None, None] * whole
+        )
+        given = [
+            (tf.constant(labels[row]), model(tf.constant(IDS[row]))) for row in rows
+        ]
+        kernel.assign(whole)
+        return np.array([model.compute_loss(None, y, y_pred) for y, y_pred in given])
+
+    return np.array(
+        [
+            np.abs(losses_without(h, step) - losses_without(h, -step)).mean()
+            for h in range(N)
+        ]
+    ) / (2 * step)
+
+
+TOKEN_LABELS = np.random.default_rng(4).integers(0, 3, (B, T))
+LOSSES: dict[str, tuple[Any, Any, np.ndarray]] = {
+    "a name, labels (n,)": (
+        lambda: rows_model(1, "sigmoid"),
+        "binary_crossentropy",
+        LABELS,
+    ),
+    "a short name, labels (n,)": (lambda: rows_model(1), "mse", LABELS),
+    "a name, labels (n, 1)": (lambda: rows_model(1), "mae", LABELS[:, None] * 5.0),
+    "a name, outputs (n, C)": (
+        lambda: rows_model(3, "softmax"),
+        "sparse_categorical_crossentropy",
+        LABELS,
+    ),
+    "a loss that shapes choose": (lambda: rows_model(1, "sigmoid"), "ce", LABELS),
+    "a function, labels (n,)": (lambda: rows_model(1), squared, LABELS),
+    "a class": (lambda: rows_model(1), keras.losses.LogCosh, LABELS),
+    "positions, a name": (lambda: tokens_model(1), "mse", TOKEN_LABELS[..., None]),
+    "positions, an object": (
+        lambda: tokens_model(3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        TOKEN_LABELS,
+    ),
+    "positions, some ignored": (
+        lambda: tokens_model(3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1),
+        TOKEN_LABELS,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_losses_are_those_that_keras_counts(case: str) -> None:
+    make, loss, labels = LOSSES[case]
+    model = make()
+    model.compile(loss=loss)
+    wanted = slopes_of_keras(model, labels)
+    found = head_importance(model, IDS, labels, normalize=False)
+    np.testing.assert_allclose(found["heads"], wanted, rtol=2e-3, atol=2e-5)
+    assert wanted.min() > 1e-3
+
+
+def test_a_function_may_average_positions_by_itself() -> None:
+    """`(B,)` is taken as it is, padding or not; other axes must be the mask's."""
+    model = tokens_model(2)
+    targets = normal(B, T, 2, seed=3)
+
+    def halves(labels: Any, outputs: Any) -> Any:
+        return ops.mean(squared(labels, outputs), axis=(1, 2)) / 2
+
+    def of_axes(labels: Any, outputs: Any) -> Any:
+        return ops.mean(squared(labels, outputs), axis=1)
+
+    found = head_importance(model, IDS, targets, loss=halves, normalize=False)
+    unmasked = keras.Model(model.inputs, model.outputs[0] * 1.0)
+    wanted = head_importance(unmasked, IDS, targets, loss="mse", normalize=False)
+    np.testing.assert_allclose(found["heads"], wanted["heads"] / 2, rtol=1e-5)
+    shapes = "losses of shape .5, 2. and a mask of shape .5, 7."
+    with pytest.raises(ValueError, match=f"axes of the outputs' mask.* {shapes}"):
+        head_importance(model, IDS, targets, loss=of_axes)
+    # Keras does not broadcast these either: it drops the last axis of the outputs.
+    shapes = "losses of shape .5,. and a mask of shape .5, 7."
+    with pytest.raises(ValueError, match=f"labels of as many axes as .* {shapes}"):
+        head_importance(tokens_model(1), IDS, TOKEN_LABELS, loss="mse")
+
+
+@pytest.mark.parametrize(("size", "factor"), [(50.0, 1e-4), (1e9, 1.0)])
+def test_float16_loses_no_gradient(size: float, factor: float) -> None:
+    """Of a long text's positions each has a part that float16 rounds to zero.
+
+    And where the gradients are too large for float16, they do not become infinite.
+    """
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, (3, 512))
+    labels = size * normal(3, 512, 1)
+    loss = "mae" if factor < 1 else "mse"
+    found = []
+    for dtype in ("float32", "mixed_float16"):
+        model = tokens_model(1, dtype=dtype)
+        kernel = model.get_layer("numbers").kernel
+        kernel.assign(factor * kernel)
+        numbers = head_importance(model, ids, labels, loss=loss, normalize=False)
+        found.append(numbers["heads"])
+    np.testing.assert_allclose(found[1], found[0], rtol=5e-3)
+
+
+def test_losses_of_float16_outputs_are_those_of_floatx() -> None:
+    """The cosine divides by squares of 300, which is no number of float16."""
+    found = []
+    for dtype in ("float32", "mixed_float16"):
+        model = tokens_model(2, dtype=dtype)
+        labels = 300 * normal(B, T, 2, seed=3)
+        numbers = head_importance(
+            model, IDS, labels, loss="cosine_similarity", normalize=False
+        )
+        found.append(numbers["heads"])
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-2)
+
+
+def test_labels_may_have_a_structure_of_their_own() -> None:
+    model = tokens_model(2)
+    targets = normal(B, T, 2, seed=3)
+
+    def weighted(labels: Any, outputs: Any) -> Any:
+        return labels["weights"][:, None, None] * squared(labels["targets"], outputs)
+
+    weights = np.array([1, 2, 3, 4, 5])
+    found = head_importance(
+        model,
+        IDS,
+        {"targets": targets, "weights": weights},
+        loss=weighted,
+        normalize=False,
+    )
+    rows = [
+        head_importance(
+            model, IDS[b : b + 1], targets[b : b + 1], loss="mse", normalize=False
+        )["heads"]
+        for b in range(B)
+    ]
+    np.testing.assert_allclose(found["heads"], weights @ np.array(rows) / B, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["dataset", "list"])
 def test_batches_of_pairs(kind: str) -> None:
     model = classifier(N)
@@ -177,6 +350,22 @@ def test_a_shared_layer_counts_once_over_its_calls() -> None:
         ones = np.asarray(mask, float)
         slope = (loss_of(ones + change) - loss_of(ones - change)) / (2e-2 * step)
         np.testing.assert_allclose(found["heads"][head], np.abs(slope).mean(), 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["list", "dictionary"])
+def test_a_layer_of_several_inputs(kind: str) -> None:
+    memory = normal(B, T + 2, H, seed=2)
+    layer = keras_mha.MultiHeadAttention(N, H, name="heads")
+    query, value = keras.Input((None, D)), keras.Input((None, H))
+    model = keras.Model([query, value], layer(query, value))
+    randomize(model)
+    given = {
+        "list": [VECTORS, memory],
+        "dictionary": {"value": memory, "query": VECTORS},
+    }
+    wanted = head_importance(model, given["list"], TARGETS, loss="mse")
+    found = head_importance(layer, given[kind], TARGETS, loss="mse", batch_size=2)
+    np.testing.assert_allclose(found["heads"], wanted["heads"], rtol=1e-5)
 
 
 def test_the_model_stays_as_it_is() -> None:

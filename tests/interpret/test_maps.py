@@ -17,6 +17,7 @@ from keras import ops
 
 import keras_mha
 from keras_mha.attention.api import implementation_scope
+from keras_mha.convert import from_keras
 from keras_mha.interpret.paths import layer_paths
 from keras_mha.layers.observer import Observer, observe
 from keras_mha.text import WordpieceTokenizer
@@ -230,6 +231,101 @@ def test_inputs_by_name() -> None:
     close(maps["heads"], keras_mha.attention_maps(model, [INPUTS, PADDING])["heads"])
 
 
+MEMORY = normal(B, 5, 11, seed=2)
+
+
+def test_a_layer_of_several_inputs() -> None:
+    layer = keras_mha.MultiHeadAttention(N, H, name="heads")
+    layer(INPUTS, MEMORY)
+    randomize(layer)
+    wanted = expected_scores(layer, INPUTS, MEMORY)
+    named = {"value": MEMORY, "query": INPUTS}
+    for inputs in ([INPUTS, MEMORY], (INPUTS, MEMORY), named):
+        maps = keras_mha.attention_maps(layer, inputs)
+        assert list(maps) == ["heads"]
+        close(maps["heads"], wanted)
+    named["value_mask"] = np.arange(5) < np.array([3, 5, 2])[:, None]
+    scores = keras_mha.attention_maps(layer, named)["heads"]
+    close(
+        scores, expected_scores(layer, INPUTS, MEMORY, value_mask=named["value_mask"])
+    )
+    (scores,) = keras_mha.attention_maps(layer, [INPUTS, INPUTS[..., :11]]).values()
+    assert scores.shape == (B, N, T, T)
+
+
+def test_a_layer_and_its_mask() -> None:
+    layer = keras_mha.MultiHeadSelfAttention(N, key_dim=H, name="heads")
+    layer.build((B, T, D))
+    randomize(layer)
+    wanted = expected_scores(layer, INPUTS, mask=PADDING)
+    for inputs in ([INPUTS, PADDING], {"mask": PADDING, "inputs": INPUTS}):
+        close(keras_mha.attention_maps(layer, inputs)["heads"], wanted)
+    wanted = expected_scores(layer, INPUTS)
+    for inputs in (INPUTS, [INPUTS]):
+        close(keras_mha.attention_maps(layer, inputs)["heads"], wanted)
+
+
+def test_a_block_and_its_memory() -> None:
+    block = keras_mha.TransformerDecoderBlock(
+        N, 17, key_dim=H, cross_attention=True, name="block"
+    )
+    target, memory = keras.Input((None, D)), keras.Input((None, 11))
+    model = keras.Model([target, memory], block(target, memory))
+    randomize(model)
+    wanted = keras_mha.attention_maps(model, [INPUTS, MEMORY])
+    for inputs in ([INPUTS, MEMORY], {"inputs": INPUTS, "memory": MEMORY}):
+        maps = keras_mha.attention_maps(block, inputs)
+        assert [f"block/{path}" for path in maps] == list(wanted)
+        for path, scores in maps.items():
+            close(scores, wanted[f"block/{path}"])
+
+
+class OfOne(keras.layers.Layer):
+    """Its inputs are one list or one dictionary, beside what it is seldom given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = keras_mha.MultiHeadAttention(N, H, name="heads")
+
+    def call(self, inputs: Any, shift: Any = None, mask: Any = None) -> Any:
+        del mask
+        pair = inputs.values() if isinstance(inputs, dict) else inputs
+        outputs = self.heads(*pair)
+        return outputs if shift is None else outputs + shift
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [INPUTS, MEMORY],
+        {"query": INPUTS, "value": MEMORY},
+        {"inputs": INPUTS, "mask": MEMORY},
+    ],
+)
+def test_a_layer_that_takes_several_as_one_gets_them_so(inputs: Any) -> None:
+    layer = OfOne()
+    layer(inputs)
+    randomize(layer)
+    (scores,) = keras_mha.attention_maps(layer, inputs).values()
+    close(scores, expected_scores(layer.heads, INPUTS, MEMORY))
+
+
+def test_a_list_for_the_one_argument_of_a_layer() -> None:
+    class Pairs(OfOne):
+        def build(self) -> None:
+            self.heads.build((B, T, D), MEMORY.shape)
+
+        def call(self, inputs: Any, mask: Any = None, flag: bool = True) -> Any:
+            del mask, flag
+            return self.heads(*inputs)
+
+    layer = Pairs()
+    layer.build()  # tells Keras of no shape
+    randomize(layer)
+    (scores,) = keras_mha.attention_maps(layer, [INPUTS, MEMORY]).values()
+    close(scores, expected_scores(layer.heads, INPUTS, MEMORY))
+
+
 def snapshot(model: keras.Model) -> list[dict[str, Any]]:
     """Every attribute of every layer; of containers, their size."""
     return [
@@ -328,3 +424,52 @@ def test_wrong_models_are_named() -> None:
     stock = keras.layers.MultiHeadAttention(N, H, name="stock")
     with pytest.raises(ValueError, match="Keras' layers \\['stock'\\]"):
         keras_mha.attention_maps(keras.Model(inputs, stock(inputs, inputs)), INPUTS)
+
+
+class Own(keras.layers.MultiHeadAttention):
+    """A subclass, which may compute otherwise."""
+
+
+def stock_model(*layers: keras.layers.Layer) -> keras.Model:
+    """Each layer's inputs are its query and its value, in the form it takes them."""
+    inputs = x = keras.Input((None, D))
+    for layer in layers:
+        one = isinstance(layer, keras.layers.Attention)  # of one argument
+        x = layer([x, x]) if one else layer(x, x)
+    return keras.Model(inputs, x)
+
+
+def test_advice_on_layers_of_keras_is_true() -> None:
+    """`from_keras` swaps what the error says it does, and nothing of the rest."""
+    swapped = [
+        keras.layers.MultiHeadAttention(N, H, name="many"),
+        keras.layers.GroupQueryAttention(H, 2, 1, name="grouped"),
+    ]
+    kept = [
+        Own(N, H, name="own"),
+        keras.layers.Attention(name="dot"),
+        keras.layers.AdditiveAttention(name="sum"),
+    ]
+    convertible = "from_keras` swaps.*: \\['many', 'grouped'\\]"
+    by_hand = (
+        "not converted: .* \\{'own': 'Own', 'dot': 'Attention', "
+        "'sum': 'AdditiveAttention'\\}"
+    )
+    with pytest.raises(ValueError, match=convertible) as error:
+        keras_mha.attention_maps(stock_model(*swapped), INPUTS)
+    assert "not converted" not in str(error.value)
+    assert len(keras_mha.attention_maps(from_keras(stock_model(*swapped)), INPUTS)) == 2
+    model = stock_model(*swapped, *kept)
+    with pytest.raises(ValueError, match=f"{convertible}.*{by_hand}"):
+        keras_mha.attention_maps(model, INPUTS)
+    with pytest.raises(ValueError, match=by_hand) as error:
+        keras_mha.attention_maps(from_keras(model), INPUTS)
+    assert "from_keras" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [keras.layers.MultiHeadAttention, Own])
+def test_a_layer_of_keras_alone_is_refused(kind: Any) -> None:
+    layer = kind(N, H, name="alone")
+    layer.build((B, T, D), (B, T, D))
+    with pytest.raises(ValueError, match="layers of keras_mha alone.*\\['alone'\\]"):
+        keras_mha.attention_maps(layer, [INPUTS, INPUTS])
