@@ -12,14 +12,13 @@ are left out).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
-from finetune import FineTuning, make_optimizer
+from finetune import FineTuning, make_optimizer, steps_of, verbosity
 from rows import Batches, Rows
 
 from keras_mha.models import BertEncoder
@@ -127,7 +126,6 @@ def teach(
     lengths: Sequence[int],
     *,
     seed: int,
-    verbose: Any = 2,
 ) -> None:
     """Trains a student, which `build_classifier` made of `encoder`.
 
@@ -139,10 +137,9 @@ def teach(
         recipe: How.
         lengths: The lengths that batches may have.
         seed: Of the order.
-        verbose: As that of `fit`.
     """
     training = recipe.training
-    steps = training.epochs * math.ceil(len(rows) / training.batch_size)
+    steps = steps_of(len(rows), training)
     model = with_features(student)
     model.compile(
         make_optimizer(model, encoder, training, steps),
@@ -154,5 +151,5 @@ def teach(
         batches,
         epochs=training.epochs,
         shuffle=False,  # The batches shuffle themselves.
-        verbose=verbose,
+        verbose=verbosity(),
     )

@@ -239,10 +239,14 @@ def fit(
         epochs=recipe.epochs,
         shuffle=False,  # The batches shuffle themselves.
         callbacks=callbacks,
-        # A bar on a terminal, a line an epoch elsewhere.
-        verbose=1 if sys.stdout.isatty() else 2,  # pyright: ignore[reportArgumentType]
+        verbose=verbosity(),
     )
     return tested
+
+
+def verbosity() -> Any:
+    """How `fit` shows its progress: a bar on a terminal, a line an epoch elsewhere."""
+    return 1 if sys.stdout.isatty() else 2
 
 
 def steps_of(rows: int, recipe: FineTuning) -> int:

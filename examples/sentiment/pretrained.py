@@ -32,7 +32,12 @@ from report import comparison, copy_file, versions, write_json, write_text
 from rows import Rows, accuracy, predict
 
 from keras_mha.convert import load_bert
-from keras_mha.export import export_saved_model, export_tflite, verify
+from keras_mha.export import (
+    VerificationError,
+    export_saved_model,
+    export_tflite,
+    verify,
+)
 from keras_mha.text import WordpieceTokenizer
 
 ALL_FOLDS = 10
@@ -192,7 +197,11 @@ def export(
     quantization: str | None = None,
     verified_rows: int | None = VERIFIED_ROWS,
 ) -> str:
-    """Writes the model in every form, verifies each, and returns the reports."""
+    """Writes the model in every form, verifies each, and returns the reports.
+
+    Raises:
+        VerificationError: If a file answers otherwise than the model.
+    """
     tolerance = None if quantization is None else INT8_TOLERANCE
     verified = test.take(np.arange(len(test))[:verified_rows])
     output.mkdir(parents=True, exist_ok=True)
@@ -237,6 +246,10 @@ def export(
     }
     for name, report in reports.items():
         report.write(output / f"verified_{name}.json")
+    if not all(report.passed for report in reports.values()):
+        raise VerificationError(
+            f"A file in {output} answers otherwise than the model: see verified_*.json"
+        )
     sections = [saved_model, tflite, *reports.values()]
     return "\n\n".join(section.to_markdown() for section in sections)
 

@@ -44,7 +44,7 @@ from report import (
 )
 
 import keras_mha
-from keras_mha.export import export_saved_model, export_tflite
+from keras_mha.export import VerificationError, export_saved_model, export_tflite
 from keras_mha.text import WordpieceTokenizer, learn_wordpiece_vocabulary
 
 ALL_FOLDS = 10
@@ -454,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reviews = load_reviews()
         if options.pretrained:
             pretrained.run(options, reviews)
-    except DataError as error:
+    except (DataError, VerificationError) as error:
         print(error, file=sys.stderr)
         return 1
     if options.pretrained:

@@ -3,6 +3,7 @@ downloaded by no test of the default set."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -344,7 +345,6 @@ def test_a_student_learns_what_the_teacher_answers_not_the_labels(
     distill.teach(
         *(student, small, [probabilities, features], wrong, recipe, LENGTHS),
         seed=1,
-        verbose=0,
     )
     unseen, labels = easy_rows(60, seed=9)
     model = distill.with_features(student)
@@ -527,3 +527,24 @@ def test_the_whole_program_on_made_up_reviews(
     for runtime, tolerance in (("saved_model", 1e-5), ("tflite", 0.05)):
         found = predict.RUNTIMES[runtime](on_device)([b"a fine film."])
         np.testing.assert_allclose(found, of_small[:1], atol=tolerance)
+
+
+@pytest.mark.slow
+def test_a_file_that_answers_otherwise_is_an_error(
+    example: dict[str, ModuleType], finetune: ModuleType, tmp_path: Path
+) -> None:
+    pretrained, data = example["pretrained"], example["data"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fine", "dull", "film"]
+    model = finetune.build_classifier(
+        tiny_encoder(len(vocabulary)), finetune.FineTuning()
+    )
+    texts = np.array(["a fine film", "a dull film"], object)
+    reviews = data.Reviews(texts, np.array([1, 0]))
+    strict = functools.partial(pretrained.verify, tolerance=1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "verify", strict)
+        with pytest.raises(pretrained.VerificationError, match="see verified_"):
+            pretrained.export(tmp_path, model, vocabulary, reviews)
+    report = json.loads((tmp_path / "verified_ids.json").read_text("utf-8"))
+    assert report["passed"] is False
+    assert "passed" in pretrained.export(tmp_path, model, vocabulary, reviews)
