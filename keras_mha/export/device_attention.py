@@ -75,7 +75,8 @@ def attention(layer: Any) -> list[Swap]:
 def stock_attention(layer: Any) -> list[Swap]:
     """`keras.layers.MultiHeadAttention`, also with masks as arithmetic.
 
-    A query that sees no key gets the mean of all values there, and here.
+    A query that sees no key gets there the mean of all values, or, where there is
+    dropout or scores are returned, none of them; and so it does here.
     """
     if layer._attention_axes != (1,):
         raise NoDeviceFormError(f"its `attention_axes` are {layer._attention_axes}")
@@ -103,7 +104,7 @@ def stock_attention(layer: Any) -> list[Swap]:
         if layer._sliding_window is not None:
             parts.append(layer._compute_sliding_window_mask(query, value))
         if attention_mask is not None:
-            parts.append(attention_mask)
+            parts.append(_as_flags(attention_mask))
         visible = None
         for part in parts:
             floats = ops.cast(part, query.dtype)
@@ -119,7 +120,8 @@ def stock_attention(layer: Any) -> list[Swap]:
         return_attention_scores: bool = False,
         use_causal_mask: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        del training, return_attention_scores
+        del training
+        hides = layer._dropout > 0.0 or return_attention_scores
         visible: Any = attention_mask
         if use_causal_mask:
             causal = layer._compute_causal_mask(query, key)
@@ -130,13 +132,15 @@ def stock_attention(layer: Any) -> list[Swap]:
         if visible is not None:
             if len(visible.shape) == 3:
                 visible = ops.expand_dims(visible, 1)
-            if visible.shape[2] != 1 and not use_causal_mask:
+            if visible.shape[2] != 1 and not use_causal_mask and not hides:
                 # Equal scores where nothing is seen; a single causal row sees itself.
                 query = query * ops.max(visible, axis=-1, keepdims=True)
         scores = ops.matmul(query, key)
         if visible is not None:
             scores = scores + (visible - 1.0) * HIDDEN
         probabilities = ops.softmax(scores, axis=-1)
+        if visible is not None and hides:
+            probabilities = probabilities * visible
         mixed = ops.matmul(probabilities, value)
         return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
 
@@ -145,6 +149,13 @@ def stock_attention(layer: Any) -> list[Swap]:
         Swap(layer, "_compute_attention_mask", mask_of),
         Swap(layer, "_compute_attention", attend),
     ]
+
+
+def _as_flags(mask: Tensor) -> Tensor:
+    """A mask of booleans, or of numbers of which all but zeros count as true."""
+    if "bool" in str(mask.dtype):
+        return mask
+    return ops.cast(ops.cast(mask, "bool"), mask.dtype)
 
 
 def project_heads(

@@ -77,13 +77,23 @@ def quantize_dense(
         cases: Inputs by name, from which the activations' ranges are taken.
     """
     from litert_quantizer import Quantizer
+    from litert_quantizer.calibrator import Calibrator
     from litert_quantizer.qtyping import TFLOperationName
+    from litert_quantizer.recipe_manager import RecipeManager
+    from litert_quantizer.utils.qsv_utils import min_max_update
 
     quantizer = Quantizer(content)
     quantizer.add_static_config(".*", TFLOperationName.FULLY_CONNECTED, 8, 8)
     quantizer.add_weight_only_config(".*", TFLOperationName.EMBEDDING_LOOKUP, 8)
+    recipe: Any = RecipeManager()
+    recipe.load_quantization_recipe(quantizer.get_quantization_recipe())
     with _quietly():
-        ranges = quantizer.calibrate({signature_name: list(cases)}, num_threads=1)
+        # `Quantizer.calibrate` takes moving averages, beyond which values are cut off.
+        calibrator: Any = Calibrator(
+            content, num_threads=1, qsv_update_func=min_max_update
+        )
+        calibrator.calibrate({signature_name: list(cases)}, recipe)
+        ranges = calibrator.get_model_qsvs()
         result: Any = quantizer.quantize(ranges, enable_progress_report=False)
     return bytes(result.quantized_model)
 

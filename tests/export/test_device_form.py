@@ -97,6 +97,10 @@ STOCK: dict[str, dict[str, Any]] = {
 }
 
 
+# In inference it only chooses Keras' other path, on which padded queries get nothing.
+STOCK["dropout"] = {"dropout": 0.3}
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask_zero", [False, True])
 @pytest.mark.parametrize("options", STOCK.values(), ids=STOCK)
@@ -109,6 +113,27 @@ def test_stock_attention(
     assert difference(model) < 2e-6
     assert difference(model, target="gpu") < 2e-6
     assert not layers_as_they_are(model)
+
+
+def test_stock_attention_that_returns_its_scores() -> None:
+    layer = keras.layers.MultiHeadAttention(2, 5)
+    embedding = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)
+
+    def hidden(x: Any) -> Any:
+        mixed, scores = layer(x, x, return_attention_scores=True)
+        seen = keras.ops.max(scores, axis=(1, 3))
+        return keras.ops.concatenate([mixed, keras.ops.expand_dims(seen, -1)], -1)
+
+    assert difference(tagger(hidden, embedding)) < 2e-6
+
+
+# On its other path Keras takes numbers under a half for hidden.
+@pytest.mark.parametrize(("dropout", "number"), [(0.0, -1), (0.0, 2), (0.3, 2)])
+def test_a_mask_of_numbers(dropout: float, number: int) -> None:
+    table = np.random.default_rng(3).random((1, LENGTH, LENGTH)) < 0.6
+    table = table.astype("int32") * number
+    layer = keras.layers.MultiHeadAttention(2, 5, dropout=dropout)
+    assert difference(tagger(lambda x: layer(x, x, attention_mask=table))) < 2e-6
 
 
 @pytest.mark.parametrize(
