@@ -27,17 +27,19 @@ def staging(directory: Path) -> Iterator[Path]:
     and those above it that are made for this are removed if they stay empty.
     """
     created = [p for p in (directory, *directory.parents) if not p.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
-    staged, lock = _make_locked(directory)
+    staged, lock = None, None
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(directory)
+        staged, lock = _make_locked(directory)
         yield staged
     finally:
-        shutil.rmtree(staged)
+        if staged is not None:
+            shutil.rmtree(staged)
         if lock is not None:
             os.close(lock)
-        with suppress(OSError):  # something was published
-            for path in created:
+        for path in created:
+            with suppress(OSError):  # not made, or something was published
                 path.rmdir()
 
 

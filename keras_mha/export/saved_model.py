@@ -29,6 +29,7 @@ from keras_mha.export.report import SavedModelReport, SignatureReport, TensorInf
 from keras_mha.export.served_tflite import check_served_tflite, write_served_tflite
 from keras_mha.export.tokens import INPUT, after_tokenizer
 from keras_mha.export.warmup import MAX_RECORDS, read_warmup, write_warmup
+from keras_mha.layers.arguments import check_flag
 
 _DEFAULT, _TOKENS = "serving_default", "tokens"
 
@@ -139,6 +140,7 @@ def export_saved_model(
     """
     directory = Path(directory)
     _check_warmup(warmup)
+    check_flag(overwrite, "overwrite")
     check_tolerance(tolerance)
     check_timeout(timeout)
     final = directory / str(_check_version(version, directory))

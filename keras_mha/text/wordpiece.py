@@ -25,13 +25,18 @@ _DELIMITER = r"\s+|" + _KEPT_DELIMITER
 class WordpieceTokenizer(keras.layers.Layer):
     """Turns strings into padded token ids: `[CLS]`, the text's pieces, `[SEP]`.
 
-    A text is normalized as BERT does it, split at white space and punctuation, and
-    each word cut greedily into the longest pieces that the vocabulary has. A word
-    that cannot be cut becomes `[UNK]`. A text too long loses its end, never its
-    `[SEP]`, so each row has at least two ids and no attention row is empty. No text
-    can produce a special token: `"[PAD]"` written in a review is three words. A word
-    with bytes that are no UTF-8 is unknown; control characters are dropped. A `str`
-    with half a surrogate pair has no bytes: TensorFlow refuses it with a ValueError.
+    A text is normalized as tensorflow-text does it for BERT, split at white space and
+    punctuation, and each word cut greedily into the longest pieces that the vocabulary
+    has. A word that cannot be cut, or has over 100 bytes, becomes `[UNK]`. A text too
+    long loses its end, never its `[SEP]`, so each row has at least two ids and no
+    attention row is empty. No text can produce a special token: `"[PAD]"` written in a
+    review is three words. A word with bytes that are no UTF-8 is unknown; a control
+    character parts words. A `str` with half a surrogate pair has no bytes: TensorFlow
+    refuses it with a ValueError.
+
+    BERT's own tokenizer keeps what `lowercase` writes out here, such as U+2026 (three
+    dots), U+00B2 (2) and U+00DF (ss), drops control characters, and counts letters up
+    to 100 where this counts bytes.
 
     The operations are TensorFlow's and tensorflow-text's, which run in a SavedModel
     under TF Serving (not with XLA) and, of tensorflow-text, in TFLite.
@@ -173,11 +178,11 @@ def learn_wordpiece_vocabulary(
 ) -> list[str]:
     """Learns the vocabulary of a `WordpieceTokenizer` from texts.
 
-    The special tokens come first, then every character, then pieces from frequent to
-    rare. The same texts in the same order always give the same vocabulary. A piece
-    is kept where it occurs often enough; that count is searched so that about
-    `vocabulary_size` pieces pass, so the vocabulary may be smaller, and is never
-    larger.
+    The special tokens come first, then the characters, then pieces from frequent to
+    rare. Every character is there, alone and for the inside of words. The same texts
+    in the same order always give the same vocabulary. A piece is kept where it occurs
+    often enough; that count is searched so that about `vocabulary_size` pieces pass,
+    so the vocabulary may be smaller, and is never larger.
 
     Source: the learner that tensorflow-text ships (top-down wordpiece generation).
 
@@ -214,15 +219,17 @@ def learn_wordpiece_vocabulary(
     # search need not begin higher.
     ranked = sorted(counts.values(), reverse=True)
     highest = ranked[min(vocabulary_size, len(ranked)) - 1]
+    alphabet = sorted({character for word in counts for character in word})
     learned = wordpiece_tokenizer_learner_lib.learn(
         counts,
         vocabulary_size,
         list(_SPECIAL_TOKENS),
         lower_thresh=min_count,
         upper_thresh=max(highest, min_count),
+        max_unique_chars=len(alphabet),
     )
     # Every character alone and inside a word: without them words become unknown.
-    characters = {piece for piece in learned if len(piece.removeprefix("##")) == 1}
+    characters = [*alphabet, *(f"##{character}" for character in alphabet)]
     essential = [*_SPECIAL_TOKENS, *characters]
     if len(essential) > vocabulary_size:
         raise ValueError(
@@ -233,7 +240,11 @@ def learn_wordpiece_vocabulary(
     spare = vocabulary_size - len(essential)
     others = [piece for piece in learned if piece not in set(essential)][:spare]
     chosen = {*essential, *others}
-    return [piece for piece in learned if piece in chosen]
+    # The learner leaves out words of more than 50 letters, and what is in them alone.
+    missed = [piece for piece in characters if piece not in set(learned)]
+    first = len(_SPECIAL_TOKENS)
+    ordered = [*learned[:first], *missed, *learned[first:]]
+    return [piece for piece in ordered if piece in chosen]
 
 
 def _count_words(texts: Iterable[str], *, lowercase: bool) -> Counter[str]:

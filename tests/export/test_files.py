@@ -36,6 +36,15 @@ def test_staging_leaves_nothing_but_what_was_published(tmp_path: Path) -> None:
     assert (home / "1" / "content").read_text() == "new"
 
 
+def test_directories_for_one_that_cannot_be_made_go_again(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="too long"),
+        staging(tmp_path / "deep" / "er" / ("x" * 300)),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_published_directory_has_the_usual_rights(tmp_path: Path) -> None:
     usual = make(tmp_path / "usual", "x").stat().st_mode
     with staging(tmp_path) as staged:

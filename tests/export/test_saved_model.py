@@ -431,6 +431,14 @@ def test_an_existing_version_is_refused_or_replaced(tmp_path: Path) -> None:
     assert report.version == 10
     before = served(report, features=features())["probabilities"]
 
+    with pytest.raises(ValueError, match="`overwrite` must be True or False"):
+        export_saved_model(
+            second,
+            tmp_path,
+            samples=features(),
+            version=10,
+            overwrite="no",  # pyright: ignore[reportArgumentType]
+        )
     with pytest.raises(FileExistsError, match=r"10 exists; pass `overwrite=True`"):
         export_saved_model(second, tmp_path, samples=features(), version=10)
     np.testing.assert_array_equal(

@@ -239,6 +239,21 @@ def test_the_learned_vocabulary_covers_its_texts() -> None:
     assert not (found == vocabulary.index("[UNK]")).any()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [chr(0x4E00 + i) for i in range(1100)],  # more than the learner counts
+        ["z" * 51, "a"],  # a word longer than it looks at
+        ["zq" * 40],
+    ],
+)
+def test_every_character_is_learned(words: list[str]) -> None:
+    vocabulary = learn_wordpiece_vocabulary(words * 2, 5000)
+    for character in set("".join(words)):
+        assert {character, f"##{character}"} <= {*vocabulary}
+    assert len(vocabulary) == len({*vocabulary})
+
+
 def test_the_learned_vocabulary_keeps_to_its_size() -> None:
     full = learn_wordpiece_vocabulary(TEXTS, 10_000)
     essential = [t for t in full[4:] if len(t.removeprefix("##")) == 1]
