@@ -77,7 +77,7 @@ def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
     unknown = {n.op_type for n in model.graph.node if not onnx.defs.has(n.op_type)}
     if unknown:
         raise ValueError(
-            f"`model` needs operations that ONNX has not: {sorted(unknown)}"
+            f"`model` needs operations that tf2onnx does not convert: {sorted(unknown)}"
         )
     return model
 

@@ -79,7 +79,7 @@ def export_onnx(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, or the model takes strings,
             computes in bfloat16, is too large for an ONNX file or needs operations
-            that ONNX has not.
+            that tf2onnx does not convert, such as those of a cache for decoding.
 
     Example:
 
