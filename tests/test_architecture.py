@@ -316,7 +316,7 @@ def test_upward_imports_are_seen(module: str, statement: str) -> None:
         ("keras_mha.attention.masks", "from . import positions"),
         ("keras_mha.attention.masks", "from keras_mha.typing import Tensor"),
         ("keras_mha.layers.compiled", "from keras_mha.attention import api"),
-        ("keras_mha.export.saved_model", "import keras_mha.text.wordpiece"),
+        ("keras_mha.export.saved_model.export", "import keras_mha.text.wordpiece"),
         ("keras_mha.convert.keras_models", "from keras_mha.models import bert"),
         ("keras_mha.layers.compiled", "import keras"),
     ],

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import keras_mha.export
-from keras_mha.export import onnx_file
+from keras_mha.export.onnx import export as onnx_file
 from keras_mha.models import BertEncoder
 from keras_mha.text import WordpieceTokenizer
 from keras_mha_cli import main, options
-from tests.export import small_models
+from tests.support import export_models as small_models
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the installed script does.

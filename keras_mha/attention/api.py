@@ -11,14 +11,7 @@ from typing import Any
 
 from keras import KerasTensor, backend, ops
 
-from keras_mha.attention import (
-    blockwise,
-    fused,
-    mask_arguments,
-    masks,
-    portable,
-    reference,
-)
+from keras_mha.attention import mask_arguments, masks, portable, reference
 from keras_mha.attention.axes import (
     fold_heads,
     fold_padding,
@@ -27,11 +20,13 @@ from keras_mha.attention.axes import (
     unfold_scores,
 )
 from keras_mha.attention.bias import Bias, as_bias, check_bias
+from keras_mha.attention.blockwise import front as blockwise
+from keras_mha.attention.dispatch import select
 from keras_mha.attention.dropout import as_seed, check_rate
+from keras_mha.attention.fused import front as fused
 from keras_mha.attention.mask_arguments import as_pairs
 from keras_mha.attention.masks import Mask
 from keras_mha.attention.numeric import plain_number
-from keras_mha.attention.selection import select
 from keras_mha.typing import Tensor
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {

@@ -1,6 +1,6 @@
 """Weights and models of Keras, PyTorch and Hugging Face into `keras_mha`, and back."""
 
-from keras_mha.convert.bert import load_bert, save_bert
+from keras_mha.convert.hugging_face.bert import load_bert, save_bert
 from keras_mha.convert.keras_models import from_keras, to_keras
 from keras_mha.convert.torch_modules import from_torch
 

@@ -11,10 +11,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mha.copying import set_trainable
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
-from keras_mha.models.copying import set_trainable
 from keras_mha.typing import Tensor
 
 StockAttention = keras.layers.MultiHeadAttention

@@ -9,7 +9,7 @@ import keras
 from typing_extensions import override
 
 from keras_mha.convert.keras_layers import copy_trainable, copy_weights
-from keras_mha.models.copying import Copier, described, own_objects
+from keras_mha.copying import Copier, described, own_objects
 
 
 class Rule(NamedTuple):

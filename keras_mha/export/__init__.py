@@ -1,10 +1,8 @@
 """Models as files for other runtimes, each checked by value before it is published."""
 
-from keras_mha.export.device_form import register_device_form
-from keras_mha.export.device_layers import NoDeviceFormError, Swap
-from keras_mha.export.lint import Finding, lint_tflite
-from keras_mha.export.metadata import BertMetadata, RegexMetadata
-from keras_mha.export.onnx_file import export_onnx
+from keras_mha.export.device.form import register_device_form
+from keras_mha.export.device.layers import NoDeviceFormError, Swap
+from keras_mha.export.onnx.export import export_onnx
 from keras_mha.export.parity import ParityError, VerificationError
 from keras_mha.export.report import (
     ExportReport,
@@ -18,11 +16,13 @@ from keras_mha.export.report import (
     TFLiteReport,
 )
 from keras_mha.export.samples import load_samples
-from keras_mha.export.saved_model import export_saved_model
-from keras_mha.export.tflite import export_tflite
+from keras_mha.export.saved_model.export import export_saved_model
+from keras_mha.export.tflite.export import export_tflite
+from keras_mha.export.tflite.lint import Finding, lint_tflite
+from keras_mha.export.tflite.metadata import BertMetadata, RegexMetadata
 from keras_mha.export.tokens import without_tokenizer
-from keras_mha.export.verification import verify
-from keras_mha.export.verification_report import RuntimeCheck, VerificationReport
+from keras_mha.export.verification.report import RuntimeCheck, VerificationReport
+from keras_mha.export.verification.verify import verify
 
 __all__ = [
     "BertMetadata",

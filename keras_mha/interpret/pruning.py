@@ -12,6 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from keras_mha.attention.numeric import plain_integer
+from keras_mha.copying import Copier, described, own_objects, set_trainable
 from keras_mha.interpret.paths import attention_layers, layer_paths
 from keras_mha.layers.attention_layer import AttentionLayer
 from keras_mha.layers.decoder_block import TransformerDecoderBlock
@@ -19,7 +20,6 @@ from keras_mha.layers.positions import ALiBi, RelativePositionBias
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.layers.transformer_block import TransformerBlock
 from keras_mha.models.bert import BertEncoder
-from keras_mha.models.copying import Copier, described, own_objects, set_trainable
 
 Cut = Callable[[np.ndarray], np.ndarray]
 _Model = TypeVar("_Model", bound=keras.layers.Layer)

@@ -26,7 +26,7 @@ from keras_mha.attention.api import (
     prepare_inputs,
 )
 from keras_mha.attention.masks import Mask
-from tests.attention.cases import (
+from tests.support.attention_cases import (
     BACKEND,
     CASES,
     KEY_PADDING,

@@ -21,8 +21,8 @@ from keras_mha.attention.axes import (
     unfold_scores,
 )
 from keras_mha.attention.masks import Mask
-from tests import reference as oracle
-from tests.attention.cases import cast, draw, numbers, pairs
+from tests.support import reference as oracle
+from tests.support.attention_cases import cast, draw, numbers, pairs
 
 N, H, V = 3, 11, 13
 # Inner dimensions of queries, of keys, attention axes. Free axes have equal sizes.

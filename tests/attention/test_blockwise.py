@@ -21,7 +21,7 @@ from keras_mha.attention.api import IMPLEMENTATIONS
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.dropout import as_seed
 from keras_mha.attention.masks import Mask, materialize
-from tests.attention.cases import (
+from tests.support.attention_cases import (
     BACKEND,
     CASES,
     FACTORS,
@@ -316,7 +316,7 @@ def test_the_edges_of_causal_blocks(
     monkeypatch: pytest.MonkeyPatch, offset: int, window: int | None
 ) -> None:
     """Blocks of one, two and four queries, before, across and past their keys."""
-    from keras_mha.attention import tiles_tensorflow
+    from keras_mha.attention.blockwise import tiles_tensorflow
 
     monkeypatch.setattr(tiles_tensorflow, "_ROWS", 4)
     mask = Mask(is_causal=True, offset=offset, sliding_window=window)

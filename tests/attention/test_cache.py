@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_mha.attention.cache import Cache, Extended, empty_cache, extend_cache
 from keras_mha.attention.masks import materialize
-from tests.attention.cases import cast, draw, numbers, value_and_gradients
+from tests.support.attention_cases import cast, draw, numbers, value_and_gradients
 
 B, T, K, H, V = 2, 11, 3, 5, 7
 KEYS = draw(B, T, K, H, seed=1).astype("float32")

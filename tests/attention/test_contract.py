@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from keras import backend, ops
 
-from keras_mha.attention import blockwise, fused_jax
 from keras_mha.attention.api import IMPLEMENTATIONS
-from tests.attention.cases import (
+from keras_mha.attention.blockwise import front as blockwise
+from keras_mha.attention.fused import cudnn_jax as fused_jax
+from tests.support.attention_cases import (
     BACKEND,
     CASES,
     FACTORS,
@@ -133,7 +134,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that the lengths fill more than once and do not divide."""
     monkeypatch.setattr(blockwise.blockwise_loops, "_LONGEST", BLOCK)
     if BACKEND == "tensorflow":
-        from keras_mha.attention import tiles_tensorflow
+        from keras_mha.attention.blockwise import tiles_tensorflow
 
         monkeypatch.setattr(tiles_tensorflow, "_TILE", BLOCK**2)
         monkeypatch.setattr(tiles_tensorflow, "_ROWS", BLOCK // 2)

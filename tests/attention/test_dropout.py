@@ -18,7 +18,7 @@ from keras_mha.attention.dropout import (
     dropout,
     keep_pairs,
 )
-from tests.attention.cases import (
+from tests.support.attention_cases import (
     BACKEND,
     MODES,
     WIDEST,

@@ -11,7 +11,7 @@ from keras import ops
 import keras_mha
 from keras_mha import PaddingMask, dot_product_attention
 from keras_mha.attention.bias import all_distances, table
-from tests.attention.cases import BACKEND, MODES, value_and_gradients
+from tests.support.attention_cases import BACKEND, MODES, value_and_gradients
 
 LENGTHS = np.array([-3, 0, 2, 13, 14, 2**31 - 1, -(2**31)])
 # As wide as arrays come: what is beyond int32 must not wrap around.

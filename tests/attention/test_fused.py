@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 
 from keras_mha import dot_product_attention
-from keras_mha.attention import fused_jax
+from keras_mha.attention.fused import cudnn_jax as fused_jax
 from keras_mha.attention.masks import Mask
-from tests.attention.cases import BACKEND, KEY_PADDING, B, Case, S, T, cast, heads
+from tests.support.attention_cases import (
+    BACKEND,
+    KEY_PADDING,
+    B,
+    Case,
+    S,
+    T,
+    cast,
+    heads,
+)
 
 pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="is about cuDNN on JAX")
 LENGTHS = np.array([6, S], "int32")

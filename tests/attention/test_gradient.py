@@ -11,7 +11,13 @@ import pytest
 from keras import ops
 
 from keras_mha.attention.gradient import with_gradient
-from tests.attention.cases import BACKEND, MODES, cast, draw, value_and_gradients
+from tests.support.attention_cases import (
+    BACKEND,
+    MODES,
+    cast,
+    draw,
+    value_and_gradients,
+)
 
 X, Y, UPSTREAM = draw(3, 5, seed=1), draw(5, seed=2), draw(3, 5, seed=3)
 COUNTS = np.array([2, 0, 7], "int32")

@@ -16,8 +16,8 @@ import keras_mha
 from keras_mha import CausalMask, PaddingMask, SegmentMask, SlidingWindowMask
 from keras_mha.attention.mask_arguments import as_boolean, as_pairs
 from keras_mha.attention.masks import Mask, clear_padding, intersect, materialize
-from tests import reference as oracle
-from tests.attention.cases import (
+from tests.support import reference as oracle
+from tests.support.attention_cases import (
     BACKEND,
     CASES,
     QUERY_PADDING,

@@ -17,8 +17,8 @@ from keras_mha.attention.packing import (
     pack_sequences,
     unpack_sequences,
 )
-from tests.attention.cases import draw, numbers
-from tests.reference import attend
+from tests.support.attention_cases import draw, numbers
+from tests.support.reference import attend
 
 LENGTHS = [2, 5, 0, 4, 8, 1, 2]
 B, T, R, L, D = 7, 8, 5, 11, 3

@@ -13,7 +13,7 @@ import pytest
 from keras_mha.attention import portable, reference
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.masks import Mask
-from tests.attention.cases import (
+from tests.support.attention_cases import (
     CASES,
     KEY_PADDING,
     QUERY_PADDING,

@@ -17,7 +17,7 @@ from keras_mha.attention.positions import (
     relative_position_bucket,
     rotate,
 )
-from tests.attention.cases import check_gradients, draw, numbers
+from tests.support.attention_cases import check_gradients, draw, numbers
 
 B, T, N, H = 2, 5, 3, 14
 LLAMA3: dict[str, Any] = {

@@ -11,8 +11,8 @@ from keras_mha.attention.bias import Bias
 from keras_mha.attention.dropout import as_seed
 from keras_mha.attention.masks import Mask
 from keras_mha.attention.reference import attend
-from tests import reference as oracle
-from tests.attention.cases import (
+from tests.support import reference as oracle
+from tests.support.attention_cases import (
     CASES,
     WIDEST,
     B,

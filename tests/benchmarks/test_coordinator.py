@@ -14,7 +14,7 @@ from benchmarks.cases import Comparison, Entry, MemoryComparison
 from benchmarks.contenders.step import Step
 from benchmarks.coordinator import ContenderError, Options, Workers, last_error
 
-STUBS = "tests.benchmarks.stubs"
+STUBS = "tests.support.benchmark_stubs"
 # Each timing of `signing` is one call, after these: one to warm up, one to measure how
 # many calls a timing needs.
 WARMING = 2

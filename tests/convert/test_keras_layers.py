@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from keras_mha import MultiHeadAttention, MultiHeadSelfAttention
 from keras_mha.convert import from_keras, keras_layers, to_keras
-from tests.attention.cases import numbers, pairs
-from tests.layers.helpers import made, normal
+from tests.support.attention_cases import numbers, pairs
+from tests.support.layers import made, normal
 
 Stock = keras.layers.MultiHeadAttention
 Grouped = keras.layers.GroupQueryAttention

@@ -20,11 +20,11 @@ from keras_mha import (
     MultiHeadSelfAttention,
     ResidualNorm,
     TransformerEncoderBlock,
+    copying,
 )
 from keras_mha.convert import from_keras, to_keras
-from keras_mha.models import copying
-from tests.attention.cases import numbers, pairs
-from tests.layers.helpers import normal, padding
+from tests.support.attention_cases import numbers, pairs
+from tests.support.layers import normal, padding
 
 Stock = layers.MultiHeadAttention
 Grouped = layers.GroupQueryAttention

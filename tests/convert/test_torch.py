@@ -17,8 +17,8 @@ from keras_mha import (
     TransformerEncoderBlock,
 )
 from keras_mha.convert import from_torch, torch_modules, torch_weights
-from tests.attention.cases import numbers, pairs
-from tests.layers.helpers import normal
+from tests.support.attention_cases import numbers, pairs
+from tests.support.layers import normal
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 nn = torch.nn

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from keras_mha.convert import from_torch
-from tests.attention.cases import numbers
-from tests.layers.helpers import ROOT, normal
+from tests.support.attention_cases import numbers
+from tests.support.layers import ROOT, normal
 
 B, T, S, N, H, DK, DV = 2, 5, 7, 3, 11, 13, 17
 E = N * H

@@ -11,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     import numpy as np
 
-    from tests.export.gpu_runs import Answers
+    from tests.support.gpu_runs import Answers
 
 # TensorFlow is imported late: ../conftest.py sets its environment first.
 
@@ -31,8 +31,8 @@ def answers(tmp_path: Path, driver: str) -> Callable[..., Answers]:
     """Converts a function and runs it on LiteRT's CPU and GPU."""
     import tensorflow as tf
 
-    from tests.export.gpu_runs import run_on_both
-    from tests.export.tflite_files import convert
+    from tests.support.gpu_runs import run_on_both
+    from tests.support.tflite_files import convert
 
     def convert_and_run(function: Callable[..., Any], **case: np.ndarray) -> Answers:
         path = tmp_path / "model.tflite"

@@ -18,8 +18,8 @@ import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
-from tests.export import small_models
-from tests.export.export_server import IDS
+from tests.support import export_models as small_models
+from tests.support.export_server import IDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"onnx": "model.onnx", "saved_model": "1", "tflite": "model_5.tflite"}
@@ -36,7 +36,7 @@ class Server:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.export.export_server"],
+            [sys.executable, "-m", "tests.support.export_server"],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,

@@ -15,7 +15,8 @@ from keras import ops
 
 import keras_mha
 from keras_mha.interpret import head_importance
-from tests.interpret.small_models import (
+from tests.support import layer_oracle as oracle
+from tests.support.interpret_models import (
     IDS,
     LABELS,
     REAL,
@@ -28,8 +29,7 @@ from tests.interpret.small_models import (
     classifier,
     path_of,
 )
-from tests.layers import oracle
-from tests.layers.helpers import normal, randomize
+from tests.support.layers import normal, randomize
 
 VECTORS, TARGETS = normal(B, T, D), normal(B, T, D, seed=3)
 CROSS_ENTROPY = "sparse_categorical_crossentropy"

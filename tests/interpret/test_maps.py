@@ -21,8 +21,9 @@ from keras_mha.convert import from_keras
 from keras_mha.interpret.paths import layer_paths
 from keras_mha.layers.observer import Observer, observe
 from keras_mha.text import WordpieceTokenizer
-from tests.layers import oracle, score_cases
-from tests.layers.helpers import PADDING, B, D, H, N, T, normal, randomize
+from tests.support import layer_oracle as oracle
+from tests.support import score_cases
+from tests.support.layers import PADDING, B, D, H, N, T, normal, randomize
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "##ly", "movie", "a"]
 INPUTS = normal(B, T, D)

@@ -13,7 +13,7 @@ import pytest
 
 import keras_mha
 from keras_mha.interpret import attention_rollout
-from tests.layers.helpers import randomize
+from tests.support.layers import randomize
 
 B, T, LENGTHS = 3, 7, (5, 7, 2)
 HEADS = (2, 3, 5)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from keras_mha import TransformerDecoderBlock
-from tests.attention.cases import check_close
-from tests.layers import oracle
-from tests.layers.score_cases import (
+from tests.support import layer_oracle as oracle
+from tests.support.attention_cases import check_close
+from tests.support.score_cases import (
     DQ,
     KINDS,
     SELF_CALLS,

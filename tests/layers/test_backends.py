@@ -21,9 +21,21 @@ from keras_mha import (
     pack_sequences,
     unpack_sequences,
 )
-from tests.attention.cases import MODES, check_close, numbers
-from tests.layers import score_cases as cases
-from tests.layers.score_cases import DQ, DV, KINDS, B, H, N, S, T, draw, made, randomize
+from tests.support import score_cases as cases
+from tests.support.attention_cases import MODES, check_close, numbers
+from tests.support.score_cases import (
+    DQ,
+    DV,
+    KINDS,
+    B,
+    H,
+    N,
+    S,
+    T,
+    draw,
+    made,
+    randomize,
+)
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_set = pytest.mark.parametrize("options", ["plain", "gemma", "t5", "bloom"])

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mha import MultiHeadAttention, MultiHeadSelfAttention
-from tests.layers.score_cases import (
+from tests.support.score_cases import (
     COLUMNS,
     CROSS_INPUTS,
     DQ,

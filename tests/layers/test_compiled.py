@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_mha import MultiHeadAttention, MultiHeadSelfAttention, ResidualNorm
 from keras_mha.layers import compiled as boundary
 from keras_mha.layers.compiled import compiled
-from tests.layers.helpers import (
+from tests.support.layers import (
     PADDING,
     PAIRS_4,
     B,
@@ -439,7 +439,7 @@ def test_op_determinism_turns_the_boundary_off() -> None:
     outputs = run_fresh(
         """
 import keras, tensorflow as tf
-from tests.layers.helpers import B, D, T, normal, self_attention
+from tests.support.layers import B, D, T, normal, self_attention
 from tests.layers.test_compiled import must_compile
 
 layers = [self_attention(jit_compile=jit) for jit in (True, "auto")]

@@ -12,9 +12,9 @@ import tensorflow as tf
 from keras import ops
 
 from keras_mha import TransformerDecoderBlock, pack_sequences, unpack_sequences
-from tests.layers import oracle
-from tests.layers.helpers import assert_equal, differentiate
-from tests.layers.score_cases import draw, randomize, some
+from tests.support import layer_oracle as oracle
+from tests.support.layers import assert_equal, differentiate
+from tests.support.score_cases import draw, randomize, some
 
 # Letters: B batch, T length, S length of the memory, N heads, H head size, D width,
 # DM width of the memory.

@@ -16,7 +16,7 @@ from keras_mha import (
     flatten_cache,
     unflatten_cache,
 )
-from tests.layers.score_cases import draw, randomize
+from tests.support.score_cases import draw, randomize
 
 B, T, S, D, DM, N, PROMPT = 3, 7, 5, 8, 11, 2, 4
 INPUTS, MEMORY = draw(B, T, D, seed=1), draw(B, S, DM, seed=2)

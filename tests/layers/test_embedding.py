@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mha import TokenAndPositionEmbedding
-from tests.layers.helpers import PADDING, B, D, T, made
+from tests.support.layers import PADDING, B, D, T, made
 
 VOCABULARY, LONGEST = 19, 11
 IDS = np.where(PADDING, np.random.default_rng(1).integers(1, VOCABULARY, (B, T)), 0)

@@ -15,7 +15,7 @@ from keras_mha import (
     ResidualNorm,
     TransformerEncoderBlock,
 )
-from tests.layers.helpers import (
+from tests.support.layers import (
     PADDING,
     PAIRS_3,
     PAIRS_4,

@@ -19,7 +19,7 @@ from keras_mha import (
     TransformerEncoderBlock,
     dot_product_attention,
 )
-from tests.layers.score_cases import draw
+from tests.support.score_cases import draw
 
 B, T, S, D, DM, N = 2, 7, 5, 6, 11, 2
 INPUTS, MEMORY = draw(B, T, D, seed=1), draw(B, S, DM, seed=2)

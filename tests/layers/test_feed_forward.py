@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_mha import FeedForward
-from tests.layers.helpers import (
+from tests.support.layers import (
     PADDING,
     B,
     D,

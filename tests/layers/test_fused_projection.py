@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_mha import MultiHeadAttention, MultiHeadSelfAttention
-from tests.layers.helpers import (
+from tests.support.layers import (
     PADDING,
     B,
     D,

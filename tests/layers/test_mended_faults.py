@@ -19,9 +19,9 @@ import tensorflow as tf
 
 from keras_mha import MultiHeadAttention, MultiHeadSelfAttention
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
-from tests import reference as oracle
-from tests.attention.cases import numbers, pairs
-from tests.layers.helpers import made, normal
+from tests.support import reference as oracle
+from tests.support.attention_cases import numbers, pairs
+from tests.support.layers import made, normal
 
 Stock = keras.layers.MultiHeadAttention
 

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from keras_mha import MultiHeadAttention, RelativePositionBias
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
-from tests import reference as oracle
-from tests.attention.cases import cast, check_slopes, draw, numbers, pairs
-from tests.layers.helpers import made, normal, plain_config
+from tests.support import reference as oracle
+from tests.support.attention_cases import cast, check_slopes, draw, numbers, pairs
+from tests.support.layers import made, normal, plain_config
 
 Stock = keras.layers.MultiHeadAttention
 

@@ -15,7 +15,7 @@ from keras_mha.attention.positions import (
     rotate,
 )
 from keras_mha.layers.positions import ALiBi, RelativePositionBias, RotaryEmbedding
-from tests.attention.cases import numbers
+from tests.support.attention_cases import numbers
 
 # Unequal primes, so that no axis can be taken for another.
 B, T, S, N, H = 2, 5, 7, 3, 14

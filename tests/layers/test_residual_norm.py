@@ -16,7 +16,7 @@ from keras_mha import (
     ResidualNorm,
 )
 from keras_mha.layers.keras_mask import get_keras_mask
-from tests.layers.helpers import (
+from tests.support.layers import (
     PADDING,
     PAIRS_3,
     B,

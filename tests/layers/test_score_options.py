@@ -22,12 +22,12 @@ from keras_mha import (
     pack_sequences,
     unpack_sequences,
 )
-from keras_mha.attention import blockwise
-from tests.attention.cases import check_close
-from tests.layers import oracle
-from tests.layers import score_cases as cases
-from tests.layers.helpers import Result, assert_equal, differentiate
-from tests.layers.score_cases import (
+from keras_mha.attention.blockwise import front as blockwise
+from tests.support import layer_oracle as oracle
+from tests.support import score_cases as cases
+from tests.support.attention_cases import check_close
+from tests.support.layers import Result, assert_equal, differentiate
+from tests.support.score_cases import (
     CROSS_CALLS,
     DQ,
     DV,

@@ -9,8 +9,8 @@ import tensorflow as tf
 from keras import ops
 
 from keras_mha import MultiHeadSelfAttention, ResidualNorm
-from tests import reference as oracle
-from tests.layers.helpers import (
+from tests.support import reference as oracle
+from tests.support.layers import (
     PADDING,
     PAIRS_2,
     PAIRS_3,

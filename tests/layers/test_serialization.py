@@ -24,7 +24,7 @@ from keras_mha import (
     TransformerDecoderBlock,
     TransformerEncoderBlock,
 )
-from tests.layers.helpers import (
+from tests.support.layers import (
     PADDING,
     B,
     D,

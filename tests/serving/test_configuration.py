@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 from tensorflow_serving.config import model_server_config_pb2
 
-from tests.serving.protos import BatchingParameters, MonitoringConfig
+from tests.support.protos import BatchingParameters, MonitoringConfig
 
 SERVING = Path(__file__).resolve().parents[2] / "export" / "serving"
 

@@ -10,7 +10,7 @@ import grpc_client
 import pytest
 import tensorflow as tf
 
-from tests.serving.stand_ins import SLOW, StandInGrpc, probabilities, stand_in_grpc
+from tests.support.stand_ins import SLOW, StandInGrpc, probabilities, stand_in_grpc
 
 LABELS = ("negative", "positive")
 TEXTS = ["a fine film", "so dull that it hurts, from the first scene to the last", "é"]

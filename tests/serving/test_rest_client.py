@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import rest_client
 
-from tests.serving.stand_ins import SLOW, StandInRest, probabilities, stand_in_rest
+from tests.support.stand_ins import SLOW, StandInRest, probabilities, stand_in_rest
 
 LABELS = ("negative", "positive")
 TEXTS = ["a fine film", "so dull that it hurts, from the first scene to the last", "é"]

@@ -1,0 +1,1 @@
+"""Attention block by block, in memory linear in the length."""

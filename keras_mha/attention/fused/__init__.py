@@ -1,0 +1,1 @@
+"""The backends' own attention kernels, one file each."""

@@ -1,0 +1,278 @@
+"""A model's layers, called in the form that devices run.
+
+`FORMS` says which layer has which form: a new layer gets its own there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.ops.numpy import GetItem, NotEqual
+
+from keras_mha.attention.api import implementation_scope
+from keras_mha.attention.portable import padded_queries_unread
+from keras_mha.export.device import attention as device_attention
+from keras_mha.export.device import layers as device_layers
+from keras_mha.export.device.layers import Form, NoDeviceFormError, Swap
+from keras_mha.export.endpoint import Endpoint
+from keras_mha.layers.decoder_block import TransformerDecoderBlock
+from keras_mha.layers.embedding import TokenAndPositionEmbedding
+from keras_mha.layers.encoder_block import TransformerEncoderBlock
+from keras_mha.layers.feed_forward import FeedForward
+from keras_mha.layers.fused_projection import FusedProjection
+from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.layers.positions import DistanceBias, RotaryEmbedding
+from keras_mha.layers.projections import Projection
+from keras_mha.layers.residual_norm import ResidualNorm
+from keras_mha.layers.self_attention import MultiHeadSelfAttention
+
+_layers = keras.layers
+
+FORMS: dict[type, Form] = {
+    _layers.Dense: device_layers.dense,
+    _layers.EinsumDense: device_layers.einsum_dense,
+    Projection: device_layers.einsum_dense,
+    _layers.Embedding: device_layers.embedding,
+    _layers.LayerNormalization: device_layers.layer_normalization,
+    _layers.RMSNormalization: device_layers.rms_normalization,
+    _layers.GlobalAveragePooling1D: device_layers.global_average_pooling,
+    _layers.MultiHeadAttention: device_attention.stock_attention,
+    GetItem: device_layers.get_item,
+    NotEqual: device_layers.not_equal,
+    TokenAndPositionEmbedding: device_layers.token_and_position_embedding,
+    MultiHeadSelfAttention: device_attention.self_attention,
+    MultiHeadAttention: device_attention.attention,
+}
+
+# Where a target needs another form than the rest.
+TARGETS: dict[str, dict[type, Form]] = {
+    "cpu": {},
+    "gpu": {_layers.Embedding: device_layers.guarded_embedding},
+}
+
+# Layers that convert well as they are, or are made of others.
+PLAIN: tuple[type, ...] = (
+    keras.Sequential,
+    keras.Model,
+    _layers.InputLayer,
+    _layers.Activation,
+    _layers.ReLU,
+    _layers.LeakyReLU,
+    _layers.Softmax,
+    _layers.Identity,
+    _layers.Dropout,
+    _layers.SpatialDropout1D,
+    _layers.GaussianNoise,
+    _layers.Reshape,
+    _layers.Flatten,
+    _layers.Permute,
+    _layers.Add,
+    _layers.Subtract,
+    _layers.Multiply,
+    _layers.Average,
+    _layers.Maximum,
+    _layers.Minimum,
+    _layers.Concatenate,
+    _layers.Rescaling,
+    _layers.GlobalMaxPooling1D,
+    ResidualNorm,
+    TransformerEncoderBlock,
+    TransformerDecoderBlock,
+    FeedForward,
+    FusedProjection,
+    RotaryEmbedding,
+    DistanceBias,
+)
+
+_DEQUANTIZED = (_layers.Dense, _layers.EinsumDense, _layers.Embedding)
+
+
+def register_device_form(layer_class: type, form: Form) -> None:
+    """Says what layers of a class do in files for devices.
+
+    Args:
+        layer_class: A subclass of `keras.layers.Layer`. The form also serves its
+            subclasses that do not override `call`.
+        form: Takes a layer and returns `Swap`s, or raises `NoDeviceFormError`.
+
+    Raises:
+        TypeError: If `layer_class` is no such class, or `form` cannot be called.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_mha.export import Swap, register_device_form
+    >>> from keras_mha.export.device.form import FORMS
+    >>> class Square(keras.layers.Layer):
+    ...     def call(self, inputs):
+    ...         return keras.ops.power(inputs, 2)
+    >>> def square(layer):
+    ...     return [Swap(layer, "call", lambda inputs: inputs * inputs)]
+    >>> register_device_form(Square, square)
+    >>> FORMS.pop(Square) is square
+    True
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, _layers.Layer)):
+        raise TypeError(
+            "`layer_class` must be a subclass of keras.layers.Layer. "
+            f"Received: {layer_class!r}"
+        )
+    if not callable(form):
+        raise TypeError(
+            "`form` must be a function that takes a layer and returns `Swap`s. "
+            f"Received: {form!r}"
+        )
+    FORMS[layer_class] = form
+
+
+@contextmanager
+def device_form(
+    model: keras.Model, *, target: str = "cpu", padded_queries_read: bool = True
+) -> Iterator[None]:
+    """Inside, a model is called in its device form; its weights are untouched.
+
+    Its layers' methods are replaced for that time, so no other thread may call it.
+
+    Args:
+        model: A built model, of any kind.
+        target: A key of `TARGETS`.
+        padded_queries_read: Whether what attention gives queries that are padding
+            must be right; see `reads_padded_queries`.
+
+    Raises:
+        ValueError: If a layer was quantized by Keras in another way than int8, or is
+            not one that can be dequantized.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_mha.export.device.form import device_form
+    >>> ids = keras.Input((None,), dtype="int32")
+    >>> model = keras.Model(ids, keras.layers.Embedding(11, 5)(ids))
+    >>> given = np.array([[3, 1, 4]])
+    >>> expected = model(given)
+    >>> with device_form(model):
+    ...     bool(np.allclose(model(given), expected))
+    True
+    """
+    swaps, _ = _plan(model, target)
+    with ExitStack() as stack:
+        stack.enter_context(implementation_scope("portable"))
+        if not padded_queries_read:
+            stack.enter_context(padded_queries_unread())
+        for owner, name, value in swaps:
+            # Not through `setattr`, with which Keras tracks what layers own.
+            attributes = vars(owner)
+            if name in attributes:
+                stack.callback(attributes.__setitem__, name, attributes[name])
+            else:
+                stack.callback(attributes.__delitem__, name)
+            attributes[name] = value
+        yield
+
+
+def layers_as_they_are(model: keras.Model) -> tuple[str, ...]:
+    """Says for each layer of a model that has no device form why it has none."""
+    return _plan(model, "cpu")[1]
+
+
+def reads_padded_queries(endpoint: Endpoint, ids: np.ndarray, *, seed: int = 0) -> bool:
+    """Whether a model's answers depend on rows of attention whose query is padding.
+
+    They do not where outputs are pooled by mask, and attention need not clear them.
+    Found by trial: ids of which random ones are padding, in all places, are answered
+    with those rows cleared and not, and every bit is compared.
+
+    Args:
+        endpoint: The model as a function of ids.
+        ids: Integers `(n, T)`.
+        seed: Of the padding.
+    """
+    generator = np.random.default_rng(seed)
+    ids = np.resize(ids, (16, ids.shape[1]))
+    padded = generator.random(ids.shape) < np.linspace(0.3, 0.9, 16)[:, None]
+    # A row of padding alone is outside the form's domain.
+    seen = generator.integers(ids.shape[1], size=16)
+    padded[np.arange(16), seen] = False
+    visible = np.maximum(ids, 1)  # samples may be padded themselves
+    (name,) = endpoint.inputs
+    case = {name: np.where(padded, 0, visible).astype(ids.dtype)}
+    with device_form(endpoint.model):
+        cleared = endpoint.answer(case)
+    with device_form(endpoint.model, padded_queries_read=False):
+        answers = endpoint.answer(case)
+    return any(
+        not np.array_equal(cleared[output], answers[output], equal_nan=True)
+        for output in cleared
+    )
+
+
+def _plan(model: keras.Model, target: str) -> tuple[list[Swap], tuple[str, ...]]:
+    """What takes the place of what, and which layers stay as they are, and why."""
+    forms = FORMS | TARGETS[target]
+    swaps: list[Swap] = []
+    notes: dict[str, None] = {}
+    for layer in _operations(model):
+        form = _find(forms, layer)
+        _check_quantization(layer)
+        if form is None:
+            if isinstance(layer, _layers.Layer) and not _is_plain(layer):
+                notes[f"{_described(layer)} has no device form"] = None
+            continue
+        try:
+            swaps += form(layer)
+        except NoDeviceFormError as reason:
+            notes[f"{_described(layer)} stays as it is: {reason}"] = None
+    return swaps, tuple(notes)
+
+
+def _operations(model: keras.Model) -> Iterator[Any]:
+    """Every layer once, inner ones first, and what else functional models call."""
+    layers = {id(layer): layer for layer in model._flatten_layers()}
+    # What an outer layer puts in place of an inner one's methods comes last.
+    inwards = list(layers.values())
+    for layer in inwards:
+        # Operations such as `x[:, 0]` are no layers.
+        functional = getattr(layer, "_functional", layer)  # of a `keras.Sequential`
+        for operation in getattr(functional, "operations", ()):
+            if not isinstance(operation, _layers.Layer):
+                yield operation
+    yield from reversed(inwards)
+
+
+def _find(forms: Mapping[type, Form], layer: Any) -> Form | None:
+    """The form of the layer's class; of one that it inherits `call` from, too."""
+    for base in type(layer).__mro__:
+        if base in forms:
+            same = getattr(type(layer), "call", None) is getattr(base, "call", None)
+            return forms[base] if same else None
+    return None
+
+
+def _is_plain(layer: Any) -> bool:
+    return isinstance(layer, keras.Model) or any(
+        isinstance(layer, plain)
+        and (type(layer).call is plain.call or plain is DistanceBias)
+        for plain in PLAIN
+    )
+
+
+def _check_quantization(layer: Any) -> None:
+    mode = getattr(layer, "quantization_mode", None)
+    if mode is None:
+        return
+    if mode != "int8" or not isinstance(layer, _DEQUANTIZED):
+        raise ValueError(
+            "`model` must not be quantized by Keras but to int8, in dense layers and "
+            f"embeddings, which are dequantized. Received: {_described(layer)} with "
+            f"quantization mode {mode!r}"
+        )
+
+
+def _described(layer: Any) -> str:
+    return f"layer {layer.name!r} ({type(layer).__name__})"

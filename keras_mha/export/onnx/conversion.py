@@ -1,0 +1,239 @@
+"""A model's function as an ONNX graph, through tf2onnx.
+
+Three TensorFlow operations are converted here, because tf2onnx converts them wrongly,
+slowly or not at all:
+
+- `Erfc`, which Keras' GELU is made of, is unknown to it.
+- `Select` becomes `mask * x + (1 - mask) * y`, where one infinity or NaN in what is not
+  selected spoils the result. Here it becomes ONNX' `Where`.
+- `Einsum`, which Keras' `EinsumDense` and `MultiHeadAttention` are made of, becomes a
+  product of padded operands and some twenty operations on their shapes. Here it
+  becomes `MatMul` between transpositions or constant `Reshape`s.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_mha.attention.api import implementation_scope
+from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.saved_model.compiled_marks import strip_compiled_marks
+
+
+def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
+    """Converts an endpoint to an `onnx.ModelProto`, sizes that are free left free.
+
+    The attention layers are traced in their portable form.
+
+    Args:
+        endpoint: What to convert.
+        opset: Version of ONNX' operations.
+        directory: Where a SavedModel is written on the way. Read back from there the
+            function has no marks for XLA, which would keep it from being inlined.
+
+    Raises:
+        ValueError: If the model needs operations that ONNX or tf2onnx have not.
+    """
+    import onnx
+    import tf2onnx
+
+    names = list(endpoint.inputs)
+    saved_model = directory / "saved_model"
+    with implementation_scope("portable"):
+        endpoint.write(saved_model, endpoint.inputs)
+    strip_compiled_marks(saved_model)
+    loaded: Any = tf.saved_model.load(str(saved_model))
+    answer = loaded.signatures["serving_default"]
+
+    def function(*tensors: Any) -> dict[str, Any]:
+        return answer(**dict(zip(names, tensors, strict=True)))
+
+    taken = sorted(set(answer.structured_outputs) & set(names))
+    if taken:
+        raise ValueError(
+            "An ONNX file's inputs and outputs must have different names; pass "
+            f"other `output_names`. Received: {taken} for both"
+        )
+    handlers = {
+        "Einsum": _einsum,
+        "Erfc": _erfc,
+        "Select": _select,
+        "SelectV2": _select,
+    }
+    model, _ = tf2onnx.convert.from_function(
+        tf.function(function, autograph=False),
+        input_signature=[
+            tf.TensorSpec(spec.shape, spec.dtype, name=name)
+            for name, spec in endpoint.inputs.items()
+        ],
+        opset=opset,
+        custom_op_handlers={name: (made, []) for name, made in handlers.items()},
+    )
+    unknown = {n.op_type for n in model.graph.node if not onnx.defs.has(n.op_type)}
+    if unknown:
+        raise ValueError(
+            f"`model` needs operations that tf2onnx does not convert: {sorted(unknown)}"
+        )
+    return model
+
+
+def _replace(
+    graph: Any, node: Any, op_type: str, inputs: list[str], **attributes: Any
+) -> None:
+    """Puts another operation in the place of `node`."""
+    output = node.output[0]
+    dtype, shape = graph.get_dtype(output), graph.get_shape(output)
+    graph.remove_node(node.name)
+    graph.make_node(
+        op_type,
+        inputs,
+        name=node.name,
+        outputs=[output],
+        dtypes=[dtype],
+        shapes=[shape],
+        attr=attributes,
+    )
+
+
+def _constant(graph: Any, node: Any, value: Any) -> str:
+    return graph.make_const(f"{node.name}/{len(graph.get_nodes())}", value).output[0]
+
+
+def _erfc(graph: Any, node: Any, _: str, __: list[Any]) -> None:
+    """`erfc(-x / sqrt 2)` of GELU as `1 + erf(x / sqrt 2)`, which runtimes fuse."""
+    from tf2onnx.utils import map_onnx_to_numpy_type
+
+    dtype = map_onnx_to_numpy_type(graph.get_dtype(node.output[0]))
+    one = _constant(graph, node, np.array(1.0, dtype))
+    scaled = node.inputs[0]
+    factors = scaled.inputs if scaled.type == "Mul" else []
+    if [factor.type for factor in factors[:1]] == ["Neg"] and factors[1].is_const():
+        divisor = 1.0 / factors[1].get_tensor_value(as_list=False)
+        divisor = _constant(graph, node, np.asarray(divisor, dtype))
+        positive = graph.make_node("Div", [factors[0].input[0], divisor]).output[0]
+        error = graph.make_node("Erf", [positive]).output[0]
+        _replace(graph, node, "Add", [error, one])
+    else:
+        error = graph.make_node("Erf", [node.input[0]]).output[0]
+        _replace(graph, node, "Sub", [one, error])
+
+
+def _select(graph: Any, node: Any, _: str, __: list[Any]) -> None:
+    condition, *values = node.input
+    rank = len(graph.get_shape(node.output[0]) or ())
+    # The older operation lays a vector of conditions along the first axis.
+    if node.type == "Select" and len(graph.get_shape(condition) or ()) == 1 < rank:
+        shape = _constant(graph, node, np.array([-1] + [1] * (rank - 1), np.int64))
+        condition = graph.make_node("Reshape", [condition, shape]).output[0]
+    _replace(graph, node, "Where", [condition, *values])
+
+
+def _einsum(graph: Any, node: Any, _: str, __: list[Any]) -> None:
+    equation = node.get_attr_value("equation").decode().replace(" ", "")
+    product = _as_product(equation)
+    batched = _as_batched_product(equation)
+    if product is not None and node.inputs[1].is_const():
+        _multiply_by_kernel(graph, node, *product)
+    elif batched is not None:
+        _multiply_batched(graph, node, *batched)
+    else:
+        from tf2onnx.onnx_opset.math import Einsum
+
+        Einsum.version_12(graph, node)
+
+
+def _multiply_by_kernel(graph: Any, node: Any, leading: int, contracted: int) -> None:
+    inputs = node.input[0]
+    kernel = node.inputs[1].get_tensor_value(as_list=False)
+    inner, outer = kernel.shape[:contracted], kernel.shape[contracted:]
+
+    def reshape(tensor: str, sizes: tuple[int, ...]) -> list[str]:
+        # Zero keeps a size.
+        target = np.array([0] * leading + [*sizes], np.int64)
+        return [tensor, _constant(graph, node, target)]
+
+    if contracted > 1:
+        joined = reshape(inputs, (math.prod(inner),))
+        inputs = graph.make_node("Reshape", joined).output[0]
+    matrix = kernel.reshape(math.prod(inner), math.prod(outer))
+    matrix = _constant(graph, node, matrix)
+    if len(outer) == 1:
+        _replace(graph, node, "MatMul", [inputs, matrix])
+    else:
+        product = graph.make_node("MatMul", [inputs, matrix]).output[0]
+        _replace(graph, node, "Reshape", reshape(product, outer))
+
+
+def _multiply_batched(graph: Any, node: Any, *orders: list[int]) -> None:
+    left, right, result = orders
+    operands = [
+        graph.make_node("Transpose", [operand], attr={"perm": order}).output[0]
+        for operand, order in zip(node.input, (left, right), strict=True)
+    ]
+    product = graph.make_node("MatMul", operands).output[0]
+    _replace(graph, node, "Transpose", [product], perm=result)
+
+
+def _as_product(equation: str) -> tuple[int, int] | None:
+    """Reads `xy,yz->xz`, each letter any number of axes and z at least one.
+
+    Returns:
+        How many axes x and y are, or `None` if the equation is no such product.
+    """
+    left, right, result = _terms(equation)
+    contracted = len([letter for letter in left if letter in right])
+    leading = len(left) - contracted
+    is_product = (
+        contracted > 0
+        and leading > 0
+        and len(right) > contracted
+        and left[leading:] == right[:contracted]
+        and result == left[:leading] + right[contracted:]
+        and len(set(left + right)) == len(left + right) - contracted
+        and (left + right).isalpha()
+    )
+    return (leading, contracted) if is_product else None
+
+
+def _as_batched_product(equation: str) -> tuple[list[int], list[int], list[int]] | None:
+    """Reads a product of matrices, one for each of the axes that all three have.
+
+    Returns:
+        The orders of axes that bring the operands to `(..., X, Y)` and `(..., Y, Z)`,
+        and `(..., X, Z)` to the result; `None` if the equation is no such product.
+
+    Example:
+
+    >>> from keras_mha.export.onnx.conversion import _as_batched_product
+    >>> _as_batched_product("bskh,btkh->bkts")
+    ([0, 2, 1, 3], [0, 2, 3, 1], [0, 1, 3, 2])
+    """
+    terms = left, right, result = _terms(equation)
+    letters = set(left + right + result)
+    shared = [x for x in left if x in right and x in result]
+    inner = [x for x in left if x in right and x not in result]
+    rows = [x for x in left if x in result and x not in right]
+    columns = [x for x in right if x in result and x not in left]
+    if (
+        any(len(set(term)) != len(term) or not term.isalpha() for term in terms)
+        or (len(inner), len(rows), len(columns)) != (1, 1, 1)
+        or len(letters) != len(shared) + 3
+    ):
+        return None
+    product = [*shared, *rows, *columns]
+    return (
+        [left.index(x) for x in [*shared, *rows, *inner]],
+        [right.index(x) for x in [*shared, *inner, *columns]],
+        [product.index(x) for x in result],
+    )
+
+
+def _terms(equation: str) -> tuple[str, str, str]:
+    operands, _, result = equation.partition("->")
+    left, _, right = operands.partition(",")
+    return left, right, result

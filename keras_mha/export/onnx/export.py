@@ -1,0 +1,269 @@
+"""Export to an ONNX file for ONNX Runtime and others, its sizes left free."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
+from keras_mha.export.files import size_of, staging
+from keras_mha.export.onnx.conversion import convert
+from keras_mha.export.onnx.rewrites import rewrite
+from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
+from keras_mha.export.report import ONNXReport, TensorInfo
+from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+
+_BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text", "tf2onnx")
+_OPSETS = range(13, 19)  # what tf2onnx writes; before 13, axes are no inputs
+_GREATEST_SIZE = 2**31 - 1  # of any protocol buffer, and so of an ONNX file
+
+Case = Mapping[str, np.ndarray]
+
+
+def export_onnx(
+    model: keras.Model,
+    path: str | Path,
+    *,
+    samples: Any,
+    opset: int = 18,
+    tolerance: float = 1e-5,
+    output_names: Sequence[str] | None = None,
+    timeout: float = 600.0,
+) -> ONNXReport:
+    """Writes `model` as the ONNX file `path`, and checks it.
+
+    The file takes every input and gives every output under the model's own names.
+    The batch, and every other size that the model's inputs leave free, is free in the
+    file. It holds standard ONNX alone. The attention layers are traced in their
+    portable form (`keras_mha.attention.portable`), whose values are the same for
+    finite inputs, padding included, and scaled scores under 5e3 in size. What tf2onnx
+    makes of the model is rewritten to fewer operations, among them one for each layer
+    normalization.
+
+    The file is loaded by ONNX Runtime in a fresh process that can import none of
+    `keras_mha`, `keras` and `tensorflow`, and its values are compared with the
+    model's: for all samples at once, for the first alone, and for half of them cut to
+    half of every free size. Only then is it renamed to `path`; a file of that name is
+    replaced. After an error nothing new is left.
+
+    Args:
+        model: A built Keras model on the TensorFlow backend, without string inputs.
+            Inputs of a subclassed model are free in their batch dimension alone, and
+            have the samples' shapes otherwise.
+        path: Where the file goes, ending in `.onnx`; its directory is made if absent.
+        samples: What one would hand to `model.predict`: an array, a tensor, a
+            dictionary by input name.
+        opset: Version of ONNX' operations, 13 to 18. Before 17 there is none for layer
+            normalization.
+        tolerance: Largest absolute difference allowed in any output. The default
+            suits float32 probabilities (measured: under 1e-6).
+        output_names: Names for the outputs, in the order of `keras.tree.flatten`.
+            Default: the keys of a dictionary output, else the names of the layers
+            that a Functional or Sequential model ends in, else `output_0`, ...
+        timeout: Seconds that the check may take.
+
+    Returns:
+        What was written, and how far its values are from the model's.
+
+    Raises:
+        ImportError: If onnx, onnxruntime or tf2onnx is not installed.
+        ParityError: If a value differs by more than `tolerance`.
+        VerificationError: If the file does not run in the fresh process.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, or the model takes strings,
+            computes in bfloat16, is too large for an ONNX file or needs operations
+            that tf2onnx does not convert, such as those of a cache for decoding.
+
+    Example:
+
+    >>> import tempfile
+    >>> import keras, numpy as np
+    >>> from keras_mha.export import export_onnx
+    >>> model = keras.Sequential([
+    ...     keras.Input((3,), name="features"),
+    ...     keras.layers.Dense(2, activation="softmax", name="probabilities"),
+    ... ])
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     report = export_onnx(
+    ...         model, f"{directory}/model.onnx", samples=np.ones((5, 3))
+    ...     )
+    >>> report.inputs[0].shape, report.operators  # a bias of zeros is none
+    ((None, 3), {'MatMul': 1, 'Softmax': 1})
+    >>> report.parity.max_absolute_difference < 1e-5
+    True
+    """
+    _check_installed()
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"`path` must end in .onnx. Received: {path}")
+    if isinstance(opset, bool) or opset not in _OPSETS:
+        raise ValueError(
+            f"`opset` must be an integer from {_OPSETS[0]} to {_OPSETS[-1]}. "
+            f"Received: {opset}"
+        )
+    check_tolerance(tolerance)
+    check_timeout(timeout)
+    _check_model(model)
+    endpoint, arrays = describe(model, samples, output_names)
+    if tf.string in [spec.dtype for spec in endpoint.inputs.values()]:
+        raise ValueError(
+            "`model` must not take strings, which ONNX' own operations cannot cut into "
+            "tokens. Pass the part of the model after its tokenizer: "
+            f"`without_tokenizer` gives it. Received the inputs {_described(endpoint)}"
+        )
+    with staging(path.parent) as staged:
+        written = staged / path.name
+        proto = _to_proto(endpoint, opset, staged)
+        written.write_bytes(proto.SerializeToString(deterministic=True))
+        cases, wanted = _cases(endpoint, arrays)
+        answers, facts = run_in_fresh_process(
+            "onnx_runtime",
+            written,
+            cases,
+            blocked=_BLOCKED,
+            options={},
+            timeout=timeout,
+        )
+        parity = check_parity(
+            wanted,
+            answers,
+            tolerance=tolerance,
+            samples=len(next(iter(arrays.values()))),
+            runtime=facts["runtime"],
+            runtime_version=facts["version"],
+        )
+        size = size_of(written)
+        written.replace(path)
+
+    return ONNXReport(
+        model=model.name,
+        parameters=model.count_params(),
+        keras=keras.__version__,
+        tensorflow=tf.__version__,
+        blocked=facts["blocked"],
+        path=str(path),
+        opset=opset,
+        size_bytes=size,
+        inputs=tensor_infos(endpoint.inputs),
+        outputs=tuple(
+            TensorInfo(name, answers[0][name].dtype.name, _free_shape(shape))
+            for name, shape in facts["outputs"]
+        ),
+        operators=dict(Counter(n.op_type for n in proto.graph.node).most_common()),
+        free_sizes=_sizes_run(endpoint, cases),
+        parity=parity,
+    )
+
+
+def _check_installed() -> None:
+    packages = ("onnx", "onnxruntime", "tf2onnx")
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ImportError(
+            f"`export_onnx` needs {', '.join(absent)}: pip install 'keras-mha[onnx]'"
+        )
+
+
+def _check_model(model: keras.Model) -> None:
+    """Refuses what no ONNX file can hold; what else is no model, `describe` says."""
+    if not isinstance(model, keras.Model) or not model.built:
+        return
+    for layer in model._flatten_layers(include_self=False):
+        if layer.compute_dtype == "bfloat16":
+            raise ValueError(
+                "`model` must not compute in bfloat16, which ONNX Runtime's CPU "
+                f"operations lack. Received: layer {layer.name!r} with "
+                "compute_dtype='bfloat16'. Load the weights into a model made with "
+                "the policy 'float32'."
+            )
+    size = sum(weight.numpy().nbytes for weight in model.weights)
+    if size > _GREATEST_SIZE:
+        raise ValueError(
+            f"`model` must have weights of at most {_GREATEST_SIZE} bytes, the most "
+            f"that one ONNX file holds. Received: {size} bytes"
+        )
+
+
+def _described(endpoint: Endpoint) -> str:
+    return ", ".join(
+        f"{name}: {spec.dtype.name} {tuple(spec.shape)}"
+        for name, spec in endpoint.inputs.items()
+    )
+
+
+def _to_proto(endpoint: Endpoint, opset: int, directory: Path) -> Any:
+    """The checked `onnx.ModelProto`."""
+    import onnx
+
+    proto = convert(endpoint, opset, directory)
+    proto.graph.name = endpoint.model.name
+    for tensor in proto.graph.input:
+        for axis, dim in enumerate(tensor.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value"):
+                dim.dim_param = _size_name(tensor.name, axis)
+    proto = rewrite(proto)
+    used = {node.domain for node in proto.graph.node} | {""}
+    imports = [entry for entry in proto.opset_import if entry.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(imports)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _size_name(tensor: str, axis: int) -> str:
+    return f"{tensor}_{axis}" if axis else "batch"
+
+
+def _cases(
+    endpoint: Endpoint, arrays: Case
+) -> tuple[list[Case], list[dict[str, np.ndarray]]]:
+    """Runs of different free sizes, and the model's answers to them."""
+    first = {name: array[:1] for name, array in arrays.items()}
+    cases: list[Case] = [arrays, first]
+    wanted = [endpoint.answer(case) for case in cases]
+    shorter = _cut(endpoint, arrays)
+    try:
+        answer = endpoint.answer(shorter)
+    except (ValueError, tf.errors.InvalidArgumentError):
+        # Sizes of several inputs may depend on each other in a way that only the
+        # model knows; the report says which sizes were run.
+        return cases, wanted
+    return [*cases, shorter], [*wanted, answer]
+
+
+def _cut(endpoint: Endpoint, arrays: Case) -> Case:
+    """Half of the rows, cut to half of every size that is free."""
+
+    def half(name: str) -> tuple[slice, ...]:
+        shape = endpoint.inputs[name].shape
+        return tuple(
+            slice((size + 1) // 2 if free is None else size)
+            for size, free in zip(arrays[name].shape, shape, strict=True)
+        )
+
+    return {name: array[half(name)] for name, array in arrays.items()}
+
+
+def _free_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in shape)
+
+
+def _sizes_run(endpoint: Endpoint, cases: Sequence[Case]) -> dict[str, tuple[int, ...]]:
+    """The sizes that each free one had in the runs, by its name in the file."""
+    free = {
+        _size_name(name, axis): (name, axis)
+        for name, spec in endpoint.inputs.items()
+        for axis, size in enumerate(spec.shape)
+        if size is None
+    }
+    return {
+        label: tuple(sorted({case[name].shape[axis] for case in cases}))
+        for label, (name, axis) in free.items()
+    }

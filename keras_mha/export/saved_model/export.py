@@ -1,0 +1,368 @@
+"""Export to a TensorFlow SavedModel for TF Serving."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+
+from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
+from keras_mha.export.files import (
+    highest_version,
+    publish_directory,
+    size_of,
+    staging,
+)
+from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
+from keras_mha.export.report import SavedModelReport, SignatureReport, TensorInfo
+from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+from keras_mha.export.saved_model.batching import check_batching, padded
+from keras_mha.export.saved_model.compiled_marks import strip_compiled_marks
+from keras_mha.export.saved_model.placement import gpu_note
+from keras_mha.export.saved_model.served_tflite import (
+    check_served_tflite,
+    write_served_tflite,
+)
+from keras_mha.export.saved_model.warmup import MAX_RECORDS, read_warmup, write_warmup
+from keras_mha.export.tokens import INPUT, after_tokenizer
+from keras_mha.layers.arguments import check_flag
+
+_DEFAULT, _TOKENS = "serving_default", "tokens"
+
+
+def export_saved_model(
+    model: keras.Model,
+    directory: str | Path,
+    *,
+    samples: Any,
+    version: int | None = None,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+    output_names: Sequence[str] | None = None,
+    warmup: int = 16,
+    tokens: bool = False,
+    with_tflite: bool = False,
+    timeout: float = 600.0,
+) -> SavedModelReport:
+    """Writes `model` as a SavedModel at `<directory>/<version>/`, and checks it.
+
+    The signature `serving_default` (and Keras' `serve`) takes every input under its
+    own name, with a free batch dimension, and gives every output under its own. With
+    `tokens=True` a model of texts has the signature `tokens` besides, which takes what
+    its tokenizer gives.
+    Marks that ask for XLA are removed, since TF Serving disables it, and the first
+    samples become warm-up requests.
+
+    What was written is loaded in a fresh process that cannot import `keras_mha`, and
+    its values are compared with the model's, for all samples at once and row by row
+    for those of the warm-up. On Linux the loader is TensorFlow's C++ one with XLA
+    disabled, which TF Serving is built on; elsewhere Python's. A server may batch
+    requests: that an answer does not depend on the other rows is checked too, also for
+    a batch filled up with copies of its first row.
+
+    With `with_tflite=True` the version also holds `model.tflite`: the same signature in
+    TFLite's builtin operations, with free sizes. TF Serving runs it in place of
+    `saved_model.pb` if started with `--prefer_tflite_model`, an experimental flag, and
+    finds inputs and outputs by the names of its tensors, which are therefore those of
+    `serving_default`; it has no other signature. The server has no custom operations of
+    TFLite, so the model must take no strings. The file's values are compared in LiteRT
+    like the rest; the server itself was not run.
+
+    On a GPU nothing was run. `gpu_note` in the report names the operations that have no
+    GPU kernel, as those of tokenizers; TensorFlow leaves these on the CPU and copies.
+    Without XLA the others run one by one. NVIDIA GPUs since Ampere multiply float32
+    matrices in TF32, with errors near 1e-3, unless `NVIDIA_TF32_OVERRIDE=0` is set.
+
+    Everything happens under a name beside `<directory>/<version>/` that is no number;
+    only a checked version is renamed. After an error nothing is left.
+
+    Args:
+        model: Any Keras model on the TensorFlow backend, built; string inputs and
+            several inputs included. Inputs of a subclassed model are free in their
+            batch dimension alone, and have the samples' shapes otherwise.
+        directory: Where the versions are; made if absent.
+        samples: What one would hand to `model.predict`: an array, a list of strings,
+            a tensor, a dictionary by input name. Run as one batch: some dozen rows
+            are enough.
+        version: Number of the version; default one more than the highest there is.
+        overwrite: Whether an existing version may be replaced. The old one is
+            renamed away first: for an instant a server sees neither.
+        tolerance: Largest absolute difference allowed in any output. The default
+            suits float32 probabilities (measured: under 1e-6 in small models, 3e-6
+            in one of 6 blocks of width 384); those of half precision need about 1e-2
+            (measured: 4e-3). Nor may the other rows of a batch change an answer by
+            more.
+        output_names: Names for the outputs, in the order of `keras.tree.flatten`.
+            Default: the keys of a dictionary output, else the names of the layers
+            that a Functional or Sequential model ends in, else `output_0`, ...
+        warmup: Number of samples that become warm-up requests of one row each, at
+            most 1000; 0 writes none.
+        tokens: Whether to write the signature `tokens`: the part of the model after
+            its `keras_mha.text.WordpieceTokenizer`, which takes `ids`, and other
+            inputs as they are. The weights are written once.
+        with_tflite: Whether to write `model.tflite` beside `saved_model.pb`.
+        timeout: Seconds that the check of one file may take.
+
+    Returns:
+        What was written, and how far its values are from the model's.
+
+    Raises:
+        FileExistsError: If the version exists and `overwrite` is False.
+        ParityError: If a value differs by more than `tolerance`.
+        VerificationError: If the file does not run in the fresh process.
+        ImportError: If `with_tflite` is set and ai-edge-litert is not installed.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a wrong value, an input a name that no
+            signature can carry, or the model is not safe to batch: an output has
+            another first dimension than the batch, or depends on other rows. With
+            `with_tflite` also if the model takes strings, or needs operations that
+            TFLite has not built in.
+
+    Example:
+
+    >>> import tempfile
+    >>> import keras, numpy as np
+    >>> from keras_mha.export import export_saved_model
+    >>> model = keras.Sequential([
+    ...     keras.Input((3,), name="features"),
+    ...     keras.layers.Dense(2, activation="softmax", name="probabilities"),
+    ... ])
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     report = export_saved_model(model, directory, samples=np.ones((5, 3)))
+    >>> report.version, report.inputs[0].name, report.outputs[0].name
+    (1, 'features', 'probabilities')
+    >>> report.parity.batch_sizes, report.parity.max_absolute_difference < 1e-5
+    ((1, 5), True)
+    """
+    directory = Path(directory)
+    _check_warmup(warmup)
+    check_flag(overwrite, "overwrite")
+    check_tolerance(tolerance)
+    check_timeout(timeout)
+    final = directory / str(_check_version(version, directory))
+    if final.exists() and not overwrite:
+        raise FileExistsError(
+            f"{final} exists; pass `overwrite=True` or another `version`."
+        )
+    endpoint, arrays = describe(model, samples, output_names)
+    if with_tflite:
+        _check_tflite(endpoint)
+    rows = len(next(iter(arrays.values())))
+
+    cut = after_tokenizer(endpoint, arrays) if tokens else None
+
+    with staging(directory) as staged:
+        path = staged / "model"
+        further = {} if cut is None else {_TOKENS: cut[0]}
+        endpoint.write(path, endpoint.inputs, further=further)
+        marks = strip_compiled_marks(path)
+        singles = [_row(arrays, i) for i in range(min(rows, max(warmup, 1)))]
+        if warmup:
+            write_warmup(path, singles)
+            singles = read_warmup(path)
+        cases = [arrays, *singles]
+        wanted = [endpoint.answer(case) for case in cases]
+        signature, operations = read_graph(path)
+        (filled, *answers), facts = _run(
+            path, [padded(arrays), *cases], signature, operations, timeout
+        )
+        batch_difference = check_batching(
+            answers[0], filled, answers[1:], rows=rows, tolerance=tolerance
+        )
+        parity = check_parity(
+            wanted,
+            answers,
+            tolerance=tolerance,
+            samples=rows,
+            runtime=facts["runtime"],
+            runtime_version=facts["version"],
+        )
+        signatures = []
+        if cut is not None:
+            signatures = [_check_tokens(path, *cut, wanted[0], tolerance, timeout)]
+        tflite = None
+        if with_tflite:
+            write_served_tflite(path)
+            tflite = check_served_tflite(
+                path,
+                cases,
+                wanted,
+                tensor_infos(endpoint.inputs),
+                _outputs(signature),
+                tolerance=tolerance,
+                timeout=timeout,
+            )
+        size = size_of(path)
+        note = gpu_note(_meta_graph(path), _DEFAULT)
+        publish_directory(path, final, overwrite=overwrite)
+
+    return SavedModelReport(
+        model=model.name,
+        parameters=model.count_params(),
+        keras=keras.__version__,
+        tensorflow=tf.__version__,
+        blocked=facts["blocked"],
+        path=str(final),
+        version=int(final.name),
+        size_bytes=size,
+        inputs=tensor_infos(endpoint.inputs),
+        outputs=_outputs(signature),
+        warmup_records=len(singles) if warmup else 0,
+        compiled_marks_removed=marks,
+        custom_operations=tuple(facts["custom_operations"]),
+        batch_difference=batch_difference,
+        parity=parity,
+        gpu_note=note,
+        further_signatures=tuple(signatures),
+        tflite=tflite,
+    )
+
+
+def _check_tokens(
+    path: Path,
+    endpoint: Endpoint,
+    arrays: Mapping[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
+    tolerance: float,
+    timeout: float,
+) -> SignatureReport:
+    """Compares the signature `tokens` with the answers of the whole model."""
+    signature, operations = read_graph(path, _TOKENS)
+    answers, facts = _run(path, [arrays], signature, operations, timeout, _TOKENS)
+    parity = check_parity(
+        [wanted],
+        answers,
+        tolerance=tolerance,
+        samples=len(arrays[INPUT]),
+        runtime=facts["runtime"],
+        runtime_version=facts["version"],
+    )
+    return SignatureReport(
+        _TOKENS, tensor_infos(endpoint.inputs), _outputs(signature), parity
+    )
+
+
+def _check_warmup(warmup: int) -> None:
+    if isinstance(warmup, bool) or not isinstance(warmup, int):
+        raise TypeError(f"`warmup` must be an integer. Received: {warmup!r}")
+    if not 0 <= warmup <= MAX_RECORDS:
+        raise ValueError(
+            f"`warmup` must be an integer from 0 to {MAX_RECORDS}. Received: {warmup}"
+        )
+
+
+def _check_tflite(endpoint: Endpoint) -> None:
+    """Refuses `with_tflite` where the file could not be written or served."""
+    texts = [name for name, spec in endpoint.inputs.items() if spec.dtype == tf.string]
+    if texts:
+        raise ValueError(
+            "`with_tflite` is for models that take no strings: TF Serving has TFLite's "
+            "builtin operations alone, and tokenizers need others. Pass the part of "
+            "the model after its tokenizer: `without_tokenizer` gives it. Received: "
+            f"the string inputs {texts}"
+        )
+    if importlib.util.find_spec("ai_edge_litert") is None:
+        raise ImportError(
+            "`with_tflite` needs ai-edge-litert: pip install 'keras-mha[tflite]'"
+        )
+
+
+def _check_version(version: int | None, directory: Path) -> int:
+    if version is None:
+        return highest_version(directory) + 1
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise TypeError(f"`version` must be an integer or None. Received: {version!r}")
+    if version < 0:
+        raise ValueError(f"`version` must not be negative. Received: {version}")
+    return version
+
+
+def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    return {name: array[i : i + 1] for name, array in arrays.items()}
+
+
+def read_graph(
+    path: Path, signature_name: str = _DEFAULT
+) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
+    """A signature, empty if there is none, and the names of all operations."""
+    meta_graph = _meta_graph(path)
+    graph = meta_graph.graph_def
+    functions = {function.signature.name for function in graph.library.function}
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    operations = sorted({node.op for node in nodes} - functions)
+    return meta_graph.signature_def[signature_name], operations
+
+
+def _meta_graph(path: Path) -> meta_graph_pb2.MetaGraphDef:
+    content = (path / "saved_model.pb").read_bytes()
+    return saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
+
+
+def _outputs(signature: meta_graph_pb2.SignatureDef) -> tuple[TensorInfo, ...]:
+    specs: dict[str, Any] = {
+        name: tf.TensorSpec(info.tensor_shape, info.dtype)  # pyright: ignore[reportArgumentType]
+        for name, info in sorted(signature.outputs.items())
+    }
+    return tensor_infos(specs)
+
+
+def _run(
+    path: Path,
+    cases: Sequence[Mapping[str, np.ndarray]],
+    signature: meta_graph_pb2.SignatureDef,
+    operations: list[str],
+    timeout: float,
+    signature_name: str = _DEFAULT,
+) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    runtime, arguments = loader(signature, operations, signature_name)
+    return run_in_fresh_process(runtime, path, cases, timeout=timeout, **arguments)
+
+
+def loader(
+    signature: meta_graph_pb2.SignatureDef,
+    operations: list[str],
+    signature_name: str = _DEFAULT,
+) -> tuple[str, dict[str, Any]]:
+    """The runtime for a SavedModel, and further arguments of `run_in_fresh_process`."""
+    options: dict[str, Any] = {
+        "operations": operations,
+        "operation_libraries": _operation_libraries(),
+    }
+    libraries = _tensorflow_libraries()
+    if libraries:
+        options |= {
+            "inputs": {n: info.name for n, info in signature.inputs.items()},
+            "outputs": {n: info.name for n, info in signature.outputs.items()},
+            "tensorflow_libraries": libraries,
+        }
+        blocked = ("keras_mha", "keras", "tensorflow")
+        return "cpp_loader", {"blocked": blocked, "options": options}
+    options |= {"outputs": list(signature.outputs), "signature_name": signature_name}
+    # tensorflow itself looks for keras
+    return "python_loader", {"blocked": ("keras_mha",), "options": options}
+
+
+def _tensorflow_libraries() -> list[str]:
+    """The shared libraries with the C API, in loading order; none but on Linux."""
+    if sys.platform != "linux":
+        return []
+    folder = Path(tf.sysconfig.get_lib())
+    names = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")
+    paths = [folder / name for name in names]
+    return [str(path) for path in paths] if all(p.exists() for p in paths) else []
+
+
+def _operation_libraries() -> list[str]:
+    """The shared libraries of tensorflow-text, found without importing it."""
+    spec = importlib.util.find_spec("tensorflow_text")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parent / "python" / "ops"
+    return sorted(str(path) for path in folder.glob("*.so"))

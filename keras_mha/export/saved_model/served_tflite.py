@@ -1,0 +1,99 @@
+"""`model.tflite` beside a SavedModel, which TF Serving runs instead where asked.
+
+With `--prefer_tflite_model` the server loads that file in place of `saved_model.pb`. It
+knows builtin operations alone, resizes the inputs to each request's batch, and reads no
+signature of the file's own table: it calls inputs and outputs by the names of their
+tensors, under `serving_default`.
+
+Source: `tflite_session.cc` and `saved_model_bundle_factory.cc` of TF Serving. The flag
+is experimental there. The server itself was not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from keras_mha.export.parity import Arrays, check_parity
+from keras_mha.export.report import SignatureReport, TensorInfo
+from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+from keras_mha.export.tflite.file import convert
+from keras_mha.export.tflite.model_object import read_model, write_model
+
+FILE = "model.tflite"
+_SIGNATURE = "serving_default"
+_BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text")
+
+
+def write_served_tflite(saved_model: Path) -> None:
+    """Converts the signature `serving_default`, with free sizes, into the same folder.
+
+    Raises:
+        ValueError: If it needs operations that TFLite has not built in, or TF Serving
+            could not tell its inputs and outputs apart.
+    """
+    content = convert(saved_model, _SIGNATURE, None, ())
+    (saved_model / FILE).write_bytes(named_by_signature(content))
+
+
+def named_by_signature(content: bytes) -> bytes:
+    """The file with its inputs and outputs called as in its signature.
+
+    Raises:
+        ValueError: If a tensor would need two names.
+    """
+    model = read_model(content)
+    (signature,) = model.signatureDefs
+    tensors = model.subgraphs[signature.subgraphIndex].tensors
+    entries = [*signature.inputs, *signature.outputs]
+    for entry in entries:
+        tensors[entry.tensorIndex].name = entry.name
+    shared = [e.name for e in entries if tensors[e.tensorIndex].name != e.name]
+    if shared:
+        raise ValueError(
+            "`with_tflite` is for models none of whose outputs is an input or another "
+            "output as it is: TF Serving tells them apart by the names of their "
+            f"tensors. Received: {[name.decode() for name in shared]}"
+        )
+    return write_model(model)
+
+
+def check_served_tflite(
+    saved_model: Path,
+    cases: Sequence[Arrays],
+    wanted: Sequence[Arrays],
+    inputs: tuple[TensorInfo, ...],
+    outputs: tuple[TensorInfo, ...],
+    *,
+    tolerance: float,
+    timeout: float,
+) -> SignatureReport:
+    """Compares the file's values with the model's, in batches of the cases' sizes.
+
+    Raises:
+        ParityError: If a name or a value differs.
+        VerificationError: If the file does not run in the fresh process.
+    """
+    answers, facts = run_in_fresh_process(
+        "litert",
+        saved_model / FILE,
+        cases,
+        blocked=_BLOCKED,
+        options={"signature_name": _SIGNATURE},
+        timeout=timeout,
+    )
+    parity = check_parity(
+        wanted,
+        answers,
+        tolerance=tolerance,
+        samples=_rows(cases[0]),
+        runtime=facts["runtime"],
+        runtime_version=facts["version"],
+    )
+    return SignatureReport(_SIGNATURE, inputs, outputs, parity)
+
+
+def _rows(case: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(case.values())))

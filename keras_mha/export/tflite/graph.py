@@ -1,0 +1,161 @@
+"""The graphs of a TFLite file as values, read in a process of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keras_mha.export.parity import VerificationError
+from keras_mha.export.report import TensorInfo
+from keras_mha.export.runtimes import fresh_process
+
+
+@dataclass(frozen=True)
+class Tensor(TensorInfo):
+    """A tensor in a graph.
+
+    Attributes:
+        constant: Whether its values stand in the file.
+        is_input: Whether it is one of its graph's inputs.
+        scales: How many it was rounded by, if at all: 1, or one for each slice.
+    """
+
+    constant: bool
+    is_input: bool
+    scales: int
+
+    @property
+    def rank(self) -> int:
+        """The number of its axes."""
+        return len(self.shape or ())
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether one of its sizes is known at run time alone."""
+        return None in (self.shape or ())
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator in a graph.
+
+    Attributes:
+        name: The builtin operator's name in the schema, as `BATCH_MATMUL`.
+        custom: The custom operator's name where `name` is `CUSTOM`, else empty.
+        subgraph: Number of its graph in the file.
+        index: Its number in that graph.
+        inputs: What it reads; optional inputs that are left out are not among them.
+        outputs: What it writes.
+        options: Its numbers and switches, by their names in the schema.
+        merges: Name of the operator of which this one reads several outputs, and all
+            that anything reads; empty if there is none.
+    """
+
+    name: str
+    custom: str
+    subgraph: int
+    index: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    options: Mapping[str, Any]
+    merges: str
+
+
+def read_operators(path: Path, *, timeout: float) -> tuple[Operator, ...]:
+    """Reads the operators of all graphs of the file at `path`, in their order.
+
+    See `read_graphs`.
+    """
+    return operators_of(read_graphs(path, timeout=timeout))
+
+
+def read_graphs(path: Path, *, timeout: float) -> list[dict[str, Any]]:
+    """All graphs of the file at `path`; see `read_file`."""
+    return read_file(path, timeout=timeout)["graphs"]
+
+
+def read_file(path: Path, *, timeout: float) -> dict[str, Any]:
+    """Reads the file at `path`, as the runtime `tflite_graph` does.
+
+    The file need not be trusted: a fresh process reads it, in bounded time and memory.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If ai-edge-litert is not installed.
+        ValueError: If it is no TFLite file, or a broken one.
+    """
+    if importlib.util.find_spec("ai_edge_litert") is None:
+        raise ImportError(
+            "Reading TFLite files needs ai-edge-litert: pip install 'keras-mha[tflite]'"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, which it is not")
+    try:
+        _, facts = fresh_process.run_in_fresh_process(
+            "tflite_graph",
+            path,
+            [],
+            blocked=("keras_mha", "keras", "tensorflow"),
+            options={},
+            timeout=timeout,
+        )
+    except VerificationError as error:
+        raise ValueError(f"{path} cannot be read as a TFLite file: {error}") from error
+    if "broken" in facts:
+        raise ValueError(f"{path} cannot be read as a TFLite file: {facts['broken']}")
+    return facts
+
+
+def operators_of(graphs: Sequence[Mapping[str, Any]]) -> tuple[Operator, ...]:
+    """The operators of `graphs`, as the runtime `tflite_graph` describes them."""
+    return tuple(
+        operator for i, graph in enumerate(graphs) for operator in _operators(i, graph)
+    )
+
+
+def _operators(subgraph: int, graph: Mapping[str, Any]) -> list[Operator]:
+    tensors = [
+        Tensor(
+            name=tensor["name"],
+            dtype=tensor["dtype"],
+            shape=tuple(None if size < 0 else size for size in tensor["shape"]),
+            constant=tensor["constant"],
+            is_input=number in graph["inputs"],
+            scales=tensor["scales"],
+        )
+        for number, tensor in enumerate(graph["tensors"])
+    ]
+    merged = _merged(graph)
+    return [
+        Operator(
+            name=operator["name"],
+            custom=operator["custom"],
+            subgraph=subgraph,
+            index=index,
+            inputs=tuple(tensors[i] for i in operator["inputs"] if i >= 0),
+            outputs=tuple(tensors[i] for i in operator["outputs"]),
+            options=operator["options"],
+            merges=merged.get(index, ""),
+        )
+        for index, operator in enumerate(graph["operators"])
+    ]
+
+
+def _merged(graph: Mapping[str, Any]) -> dict[int, str]:
+    """The names of operators whose outputs one other merges, by the number of that."""
+    readers: dict[int, set[int]] = {number: {-1} for number in graph["outputs"]}
+    for index, operator in enumerate(graph["operators"]):
+        for number in operator["inputs"]:
+            readers.setdefault(number, set()).add(index)
+    merged = {}
+    for operator in graph["operators"]:
+        read = [readers[number] for number in operator["outputs"] if number in readers]
+        several = set().union(*read)
+        if len(read) > 1 and len(several) == 1:
+            merged[several.pop()] = operator["name"]
+    return merged

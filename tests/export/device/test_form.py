@@ -1,0 +1,407 @@
+"""The device form has the model's values, layer by layer and option by option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha.export.device.form import (
+    FORMS,
+    device_form,
+    layers_as_they_are,
+    reads_padded_queries,
+    register_device_form,
+)
+from keras_mha.export.device.layers import in_place_of_call
+from keras_mha.export.endpoint import describe
+from tests.support.export_models import randomize
+
+VOCABULARY, LENGTH, WIDTH = 23, 13, 10
+Embedding = keras.layers.Embedding
+Hidden = Callable[[Any], Any]
+
+
+def ids() -> np.ndarray:
+    """Rows with padding at the end, in the middle, and at the start."""
+    rows = np.random.default_rng(5).integers(1, VOCABULARY, (5, LENGTH))
+    rows[0, 7:] = 0
+    rows[1, [2, 3, 11]] = 0
+    rows[2, :5] = 0
+    rows[3, 1:] = 0
+    return rows.astype("int32")
+
+
+def tagger(hidden: Hidden, embedding: Any = None) -> keras.Model:
+    """Answers at every position, padding included, so that all values show."""
+    given = keras.Input((None,), dtype="int32", name="ids")
+    embedding = embedding or keras_mha.TokenAndPositionEmbedding(
+        VOCABULARY, LENGTH, WIDTH
+    )
+    return randomize(keras.Model(given, hidden(embedding(given))))
+
+
+def difference(model: keras.Model, **options: Any) -> float:
+    expected = np.asarray(model(ids()))
+    with device_form(model, **options):
+        answer = np.asarray(model(ids()))
+    assert answer.shape == expected.shape
+    assert np.ptp(expected) > 0.1
+    return float(np.max(np.abs(answer - expected)) / np.max(np.abs(expected)))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_bias": {"use_bias": False},
+    "sizes": {"key_dim": 3, "value_dim": 7},
+    "groups": {"num_heads": 6, "key_dim": 3, "num_key_value_heads": 2},
+    "rotary": {"key_dim": 4, "position": "rotary"},
+    "alibi": {"position": "alibi"},
+    "relative": {"position": "relative"},
+    "rms": {"qk_norm": "rms"},
+    "layer": {"qk_norm": "layer"},
+    "soft_cap": {"logits_soft_cap": 1.5},
+    "sinks": {"use_sinks": True},
+    "gate": {"use_gate": True},
+    "window": {"sliding_window": 3},
+    "output_shape": {"output_shape": 7},
+    "compiled": {"jit_compile": True},
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_self_attention(options: dict[str, Any], causal: bool) -> None:
+    layer = keras_mha.MultiHeadSelfAttention(**{"num_heads": 2, **options})
+    model = tagger(lambda x: layer(x, use_causal_mask=causal))
+    assert difference(model) < 2e-6
+    assert not layers_as_they_are(model)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_attention_of_a_tensor_to_itself(options: dict[str, Any], causal: bool) -> None:
+    layer = keras_mha.MultiHeadAttention(**{"num_heads": 2, "key_dim": 5, **options})
+    model = tagger(lambda x: layer(x, x, use_causal_mask=causal))
+    assert difference(model) < 2e-6
+    assert not layers_as_they_are(model)
+
+
+STOCK: dict[str, dict[str, Any]] = {
+    name: OPTIONS[name]
+    for name in ("plain", "no_bias", "sizes", "gate", "window", "output_shape")
+}
+
+
+# In inference it only chooses Keras' other path, on which padded queries get nothing.
+STOCK["dropout"] = {"dropout": 0.3}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask_zero", [False, True])
+@pytest.mark.parametrize("options", STOCK.values(), ids=STOCK)
+def test_stock_attention(
+    options: dict[str, Any], causal: bool, mask_zero: bool
+) -> None:
+    layer = keras.layers.MultiHeadAttention(**{"num_heads": 2, "key_dim": 5, **options})
+    embedding = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=mask_zero)
+    model = tagger(lambda x: layer(x, x, use_causal_mask=causal), embedding)
+    assert difference(model) < 2e-6
+    assert difference(model, target="gpu") < 2e-6
+    assert not layers_as_they_are(model)
+
+
+def test_stock_attention_that_returns_its_scores() -> None:
+    layer = keras.layers.MultiHeadAttention(2, 5)
+    embedding = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)
+
+    def hidden(x: Any) -> Any:
+        mixed, scores = layer(x, x, return_attention_scores=True)
+        seen = keras.ops.max(scores, axis=(1, 3))
+        return keras.ops.concatenate([mixed, keras.ops.expand_dims(seen, -1)], -1)
+
+    assert difference(tagger(hidden, embedding)) < 2e-6
+
+
+# On its other path Keras takes numbers under a half for hidden.
+@pytest.mark.parametrize(("dropout", "number"), [(0.0, -1), (0.0, 2), (0.3, 2)])
+def test_a_mask_of_numbers(dropout: float, number: int) -> None:
+    table = np.random.default_rng(3).random((1, LENGTH, LENGTH)) < 0.6
+    table = table.astype("int32") * number
+    layer = keras.layers.MultiHeadAttention(2, 5, dropout=dropout)
+    assert difference(tagger(lambda x: layer(x, x, attention_mask=table))) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "layer_class", [keras_mha.MultiHeadAttention, keras.layers.MultiHeadAttention]
+)
+def test_attention_to_another_tensor(layer_class: type) -> None:
+    layer = layer_class(num_heads=2, key_dim=5, value_dim=3)
+
+    def hidden(x: Any) -> Any:
+        return layer(x, keras.layers.Dense(7)(x), x)
+
+    assert difference(tagger(hidden)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "layer_class", [keras_mha.MultiHeadAttention, keras.layers.MultiHeadAttention]
+)
+def test_attention_with_a_mask_of_its_own(layer_class: type) -> None:
+    table = np.random.default_rng(3).random((1, LENGTH, LENGTH)) < 0.6
+    layer = layer_class(num_heads=2, key_dim=5)
+    assert difference(tagger(lambda x: layer(x, x, attention_mask=table))) < 2e-6
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "pre": {},
+    "post": {"placement": "post", "normalization": "rms", "rezero": True},
+    "sandwich": {"placement": "sandwich", "gated": True, "layer_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize(
+    "block", [keras_mha.TransformerEncoderBlock, keras_mha.TransformerDecoderBlock]
+)
+def test_blocks(block: type, options: dict[str, Any]) -> None:
+    model = tagger(block(2, 17, **options))
+    assert difference(model) < 2e-6
+    assert not layers_as_they_are(model)
+
+
+def test_cross_attention_in_a_decoder() -> None:
+    def hidden(x: Any) -> Any:
+        memory = keras_mha.TransformerEncoderBlock(2, 17)(x)
+        return keras_mha.TransformerDecoderBlock(2, 17, cross_attention=True)(x, memory)
+
+    assert difference(tagger(hidden)) < 2e-6
+
+
+def test_models_in_models() -> None:
+    inner = keras.Sequential(
+        [
+            keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True),
+            keras_mha.TransformerEncoderBlock(2, 17),
+            keras.layers.GlobalAveragePooling1D(keepdims=True),
+        ]
+    )
+    given = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras.Model(given, inner(given))(given)
+    model = randomize(keras.Model(given, hidden[:, 0] + hidden[:, -1, :] * 2.0))
+    assert difference(model) < 2e-6
+    assert not layers_as_they_are(model)
+
+
+def test_items_that_are_no_numbers_or_slices_stay() -> None:
+    layer = keras.layers.LayerNormalization()
+    model = tagger(lambda x: layer(x)[..., None, 2:7:2])
+    assert difference(model) < 2e-6
+
+
+def test_positions_of_packed_rows() -> None:
+    given = keras.Input((None,), dtype="int32", name="ids")
+    embedding = keras_mha.TokenAndPositionEmbedding(VOCABULARY, LENGTH, WIDTH)
+    model = keras.Model(given, embedding(given, positions=keras.ops.mod(given, LENGTH)))
+    assert difference(randomize(model)) < 2e-6
+
+
+class Own(keras.Model):
+    """A subclassed model, whose layers take their form too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)
+        self.attention = keras_mha.MultiHeadSelfAttention(2)
+
+    def call(self, inputs: Any) -> Any:
+        return self.attention(self.embedding(inputs))
+
+
+def test_a_subclassed_model() -> None:
+    model = Own()
+    model(ids())
+    assert difference(randomize(model)) < 2e-6
+
+
+def test_outside_nothing_has_changed() -> None:
+    model = tagger(keras_mha.TransformerEncoderBlock(2, 17))
+    layers = model._flatten_layers()
+    before = [dict(vars(layer)) for layer in layers]
+    with pytest.raises(KeyboardInterrupt), device_form(model):
+        raise KeyboardInterrupt
+    assert [dict(vars(layer)) for layer in layers] == before
+
+
+# Queries that are padding.
+
+
+def pooled(hidden: Hidden, pool: Hidden | None = None) -> keras.Model:
+    pool = pool or keras.layers.GlobalAveragePooling1D()
+    return tagger(lambda x: keras.layers.Dense(3)(pool(hidden(x))))
+
+
+BLOCK = keras_mha.TransformerEncoderBlock
+
+
+@pytest.mark.parametrize(
+    ("model", "read"),
+    [
+        (lambda: pooled(BLOCK(2, 17)), False),
+        (lambda: pooled(lambda x: BLOCK(2, 17)(BLOCK(2, 17)(x))), False),
+        (lambda: tagger(BLOCK(2, 17)), True),
+        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, 0]), True),
+        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, -1]), True),
+        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, 5]), True),
+        (lambda: pooled(BLOCK(2, 17), lambda x: keras.ops.max(x, axis=1)), True),
+        (lambda: pooled(lambda x: keras.ops.mean(x, axis=1), lambda x: x), False),
+    ],
+)
+def test_whether_padded_queries_are_read(
+    model: Callable[[], keras.Model], read: bool
+) -> None:
+    made = model()
+    endpoint, _ = describe(made, ids())
+    assert reads_padded_queries(endpoint, ids()) is read
+    # One sample, without padding, tells as much.
+    assert reads_padded_queries(endpoint, np.full((1, LENGTH), 3, "int32")) is read
+    changed = difference(made, padded_queries_read=False) > 1e-4
+    assert changed is read
+
+
+# What has no form.
+
+
+class Doubled(keras.layers.LayerNormalization):
+    """Overrides `call`, so the form of its base would be wrong."""
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.multiply(super().call(inputs), 2.0)
+
+
+def test_a_subclass_with_a_call_of_its_own_stays_as_it_is() -> None:
+    model = tagger(Doubled(name="twice"))
+    assert layers_as_they_are(model) == ("layer 'twice' (Doubled) has no device form",)
+    assert difference(model) < 2e-6
+
+
+def test_a_layer_says_why_it_stays_as_it_is() -> None:
+    first = keras.layers.LayerNormalization(axis=1, name="across")
+    given = keras.Input((LENGTH,), dtype="int32", name="ids")
+    embedded = keras.layers.Embedding(VOCABULARY, WIDTH)(given)
+    model = randomize(keras.Model(given, first(embedded)))
+    assert layers_as_they_are(model) == (
+        "layer 'across' (LayerNormalization) stays as it is: it normalizes over the "
+        "axes [1]",
+    )
+    assert difference(model) < 2e-6
+
+
+def test_a_form_is_registered() -> None:
+    class Cube(keras.layers.Layer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.supports_masking = True
+
+        def call(self, inputs: Any) -> Any:
+            return inputs**3
+
+    model = tagger(Cube(name="cube"))
+    assert layers_as_they_are(model) == ("layer 'cube' (Cube) has no device form",)
+    register_device_form(
+        Cube, lambda layer: in_place_of_call(layer, lambda x: x * x * x)
+    )
+    try:
+        assert not layers_as_they_are(model)
+        assert difference(model) < 2e-6
+        register_device_form(
+            Cube, lambda layer: in_place_of_call(layer, lambda x: x * x)
+        )
+        assert difference(model) > 1e-2
+    finally:
+        del FORMS[Cube]
+
+
+@pytest.mark.parametrize(
+    ("layer_class", "form", "text"),
+    [
+        (keras.layers.Dense(3), list, "`layer_class` must be a subclass of .*Dense"),
+        (dict, list, "`layer_class` must be a subclass.*<class 'dict'>"),
+        (keras.layers.Dense, "call", "`form` must be a function.*Received: 'call'"),
+        (keras.layers.Dense, None, "`form` must be a function.*Received: None"),
+    ],
+)
+def test_what_is_no_form_is_refused(layer_class: Any, form: Any, text: str) -> None:
+    before = dict(FORMS)
+    with pytest.raises(TypeError, match=text):
+        register_device_form(layer_class, form)
+    assert before == FORMS
+
+
+# Layers that Keras quantized, and low-rank factors.
+
+
+def dense_stack(x: Any) -> Any:
+    x = keras_mha.MultiHeadAttention(2, 4)(x, x)
+    x = keras.layers.MultiHeadAttention(2, 4)(x, x)
+    return keras.layers.Dense(7, activation="tanh")(BLOCK(2, 17, key_dim=4)(x))
+
+
+@pytest.mark.slow
+def test_int8_layers_are_dequantized_exactly() -> None:
+    model = tagger(dense_stack)
+    plain = tagger(dense_stack)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense | Embedding):
+            layer.quantize("int8", type_check=False)
+    # The same rounding by hand, without Keras' rounding of activations.
+    pairs = zip(model._flatten_layers(), plain._flatten_layers(), strict=True)
+    rounded = 0
+    for layer, twin in pairs:
+        if layer.quantization_mode is None:
+            continue
+        rounded += 1
+        weight = twin.embeddings if hasattr(twin, "embeddings") else twin._kernel
+        values = np.asarray(weight)
+        axes = (-1,) if hasattr(twin, "embeddings") else _summed(twin)
+        scale = np.abs(values).max(axis=axes, keepdims=True) / 127
+        weight.assign(np.round(values / scale) * scale)
+    assert rounded == 14
+    with device_form(model):
+        answer = np.asarray(model(ids()))
+    expected = np.asarray(plain(ids()))
+    assert np.max(np.abs(answer - expected)) < 1e-4
+    assert np.max(np.abs(np.asarray(model(ids())) - expected)) > 1e-4
+
+
+def _summed(layer: Any) -> tuple[int, ...]:
+    """The axes of a kernel that its product sums over."""
+    if not hasattr(layer, "equation"):
+        return (0,)
+    kernel = layer.equation.split("->")[0].split(",")[1]
+    return tuple(
+        axis
+        for axis, letter in enumerate(kernel)
+        if letter not in layer.equation.split("->")[1]
+    )
+
+
+def test_low_rank_factors_are_merged() -> None:
+    attention = keras_mha.MultiHeadSelfAttention(2)
+    dense = keras.layers.Dense(7)
+    model = tagger(lambda x: dense(attention(x)))
+    attention.enable_lora(3, targets=("query", "key"))
+    attention.output_dense.enable_lora(2)
+    dense.enable_lora(2)
+    assert difference(randomize(model)) < 2e-6
+
+
+def test_other_quantization_is_refused() -> None:
+    model = tagger(keras.layers.Dense(7, name="four"))
+    model.get_layer("four").quantize("int4")
+    with pytest.raises(ValueError, match=r"layer 'four' \(Dense\) .*'int4'"):
+        layers_as_they_are(model)
