@@ -13,7 +13,7 @@ WORKERS ?= 2
 # What does not need TensorFlow's graphs and tapes, and takes minutes at most; all of
 # it on JAX is ON_JAX='tests/attention tests/layers/test_backends.py'.
 ON_JAX := $(addprefix tests/attention/test_,api.py axes.py contract.py edges.py fused.py \
-	selection.py) tests/layers/test_backends.py
+	dispatch.py) tests/layers/test_backends.py
 ON_TORCH := tests/layers/test_backends.py
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2

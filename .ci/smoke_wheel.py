@@ -39,7 +39,7 @@ def check_contents(wheel: Path) -> None:
         names = set(archive.namelist())
     packed = {name for name in names if ".dist-info/" not in name}
     package, command = CHECKOUT / "keras_mha", CHECKOUT / "keras_mha_cli"
-    snippets = package / "export" / "snippets"
+    snippets = package / "export" / "tflite" / "snippets"
     files = (
         package / "py.typed",
         *(path for path in snippets.iterdir() if path.suffix in (".kt", ".swift")),

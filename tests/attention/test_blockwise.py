@@ -49,7 +49,7 @@ from tests.support.attention_cases import (
 # The very module that the public function calls: pytest imports a file of which it
 # runs the doctests once more.
 blockwise: Any = IMPLEMENTATIONS["blockwise"]
-loops: Any = blockwise.blockwise_loops
+loops: Any = blockwise.loops
 Blocks, attend_in_loops = loops.Blocks, loops.attend
 POISON = (np.nan, np.inf, -np.inf, 6e4)
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}

@@ -132,7 +132,7 @@ def largest_score(case: Case) -> float:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that the lengths fill more than once and do not divide."""
-    monkeypatch.setattr(blockwise.blockwise_loops, "_LONGEST", BLOCK)
+    monkeypatch.setattr(blockwise.loops, "_LONGEST", BLOCK)
     if BACKEND == "tensorflow":
         from keras_mha.attention.blockwise import tiles_tensorflow
 

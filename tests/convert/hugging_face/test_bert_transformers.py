@@ -14,7 +14,7 @@ import pytest
 from keras_mha.convert import load_bert, save_bert
 from tests.support.checkpoints import write_checkpoint
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "sentiment"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "sentiment"
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 torch: Any = pytest.importorskip("torch", reason="needs the extra `transformers`")

@@ -57,7 +57,7 @@ def test_blocked_packages_cannot_be_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # It could be without the blocker.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
     importing = f"import {name}\n{DOUBLE}"
     run(importing.replace(name, "decimal"), tmp_path, monkeypatch)
     blocked = (name.partition(".")[0],)
@@ -203,7 +203,7 @@ def test_importing_the_exporters_loads_no_runtime() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=Path(__file__).resolve().parents[3],
         env=os.environ,
         check=True,
         capture_output=True,

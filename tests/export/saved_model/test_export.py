@@ -21,7 +21,7 @@ from keras_mha.export.saved_model.batching import padded
 from tests.support import export_models as small_models
 from tests.support.export_models import dense_model, features
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="the C++ loader is reached on Linux alone"
 )
@@ -500,13 +500,13 @@ def test_an_interruption_leaves_nothing(
 def test_a_killed_process_leaves_no_version(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
-        "from keras_mha.export import saved_model\n"
+        "from keras_mha.export.saved_model import export\n"
         "from tests.support.export_models import dense_model, features\n"
         "def wait(*_):\n"
         "    print('checking', flush=True)\n"
         "    time.sleep(60)\n"
-        "saved_model._run = wait\n"
-        "saved_model.export_saved_model(\n"
+        "export._run = wait\n"
+        "export.export_saved_model(\n"
         "    dense_model(), sys.argv[1], samples=features())\n"
     )
     with subprocess.Popen(
