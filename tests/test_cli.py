@@ -22,7 +22,7 @@ from keras_mha.export.onnx import export as onnx_file
 from keras_mha.models import BertEncoder
 from keras_mha.text import WordpieceTokenizer
 from keras_mha_cli import main, options
-from tests.support import export_models as small_models
+from tests.support import small_models
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the installed script does.

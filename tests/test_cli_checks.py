@@ -23,8 +23,7 @@ from keras_mha.export import (
 from keras_mha.export.verification.runtime_table import RUNTIMES
 from keras_mha_cli import main
 from keras_mha_cli import verify as verify_command
-from tests.support import export_models as small_models
-from tests.support import tflite_files
+from tests.support import small_models, tflite_files
 
 EXIT_CODES = (0, 1, 2, 3, 130)
 

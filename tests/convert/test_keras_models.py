@@ -24,7 +24,7 @@ from keras_mha import (
 )
 from keras_mha.convert import from_keras, to_keras
 from tests.support.attention_cases import numbers, pairs
-from tests.support.layers import normal, padding
+from tests.support.layers import normal, padding, randomize
 
 Stock = layers.MultiHeadAttention
 Grouped = layers.GroupQueryAttention
@@ -32,15 +32,6 @@ Grouped = layers.GroupQueryAttention
 B, T, S, N, H, D, WORDS = 2, 5, 7, 3, 11, 13, 17
 IDS = np.array([[3, 1, 4, 15, 9], [2, 6, 5, 0, 0]])
 OTHER_IDS = np.array([[2, 7, 1, 8, 2, 0, 0], [1, 4, 1, 4, 0, 0, 0]])
-
-
-def randomize(model: Any) -> Any:
-    """Gives every weight of a layer or model values of its own, biases included."""
-    for place, weight in enumerate(model.weights):
-        if weight.dtype == "float32":
-            drawn = normal(*weight.shape, seed=place, scale=0.25)
-            weight.assign(abs(drawn) if "variance" in weight.path else drawn)
-    return model
 
 
 def tokens(name: str = "ids") -> Any:

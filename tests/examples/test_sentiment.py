@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from keras_mha.export import export_saved_model, export_tflite
 from keras_mha.text import WordpieceTokenizer
-from tests.support.export_models import randomize
+from tests.support.layers import randomize
 
 MODULES = ("download", "data", "model", "report", "train", "predict")
 

@@ -11,8 +11,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mha.export import export_saved_model, load_samples
-from tests.support import export_models as small_models
-from tests.support import tflite_files
+from tests.support import small_models, tflite_files
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,7 @@ import pytest
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
-from tests.support import export_models as small_models
+from tests.support import small_models
 from tests.support.export_server import IDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ from keras_mha.interpret import (
     pruning_curve,
 )
 from keras_mha.interpret.curve import accuracy
-from tests.support.interpret_models import (
+from tests.support.layers import normal, randomize
+from tests.support.small_models import (
     IDS,
     LABELS,
     B,
@@ -28,7 +29,6 @@ from tests.support.interpret_models import (
     classifier,
     path_of,
 )
-from tests.support.layers import normal, randomize
 
 FIRST, SECOND = path_of(0), path_of(1)
 IMPORTANCE = {FIRST: np.array([0.3, 0.9, 0.2]), SECOND: np.array([0.1, 0.25])}

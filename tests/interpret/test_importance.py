@@ -16,11 +16,12 @@ from keras import ops
 import keras_mha
 from keras_mha.interpret import head_importance
 from tests.support import layer_oracle as oracle
-from tests.support.interpret_models import (
+from tests.support.layers import normal, randomize
+from tests.support.small_models import (
     IDS,
     LABELS,
+    NUM_IDS,
     REAL,
-    VOCABULARY,
     B,
     D,
     H,
@@ -29,7 +30,6 @@ from tests.support.interpret_models import (
     classifier,
     path_of,
 )
-from tests.support.layers import normal, randomize
 
 VECTORS, TARGETS = normal(B, T, D), normal(B, T, D, seed=3)
 CROSS_ENTROPY = "sparse_categorical_crossentropy"
@@ -154,7 +154,7 @@ def tokens_model(outputs: int, dtype: str = "float32") -> keras.Sequential:
     model = keras.Sequential(
         [
             keras.Input((None,), dtype="int32"),
-            keras.layers.Embedding(VOCABULARY, D, mask_zero=True, dtype=dtype),
+            keras.layers.Embedding(NUM_IDS, D, mask_zero=True, dtype=dtype),
             heads,
             keras.layers.Dense(outputs, name="numbers", dtype=dtype),
         ]
@@ -269,7 +269,7 @@ def test_float16_loses_no_gradient(size: float, factor: float) -> None:
 
     And where the gradients are too large for float16, they do not become infinite.
     """
-    ids = np.random.default_rng(0).integers(1, VOCABULARY, (3, 512))
+    ids = np.random.default_rng(0).integers(1, NUM_IDS, (3, 512))
     labels = size * normal(3, 512, 1)
     loss = "mae" if factor < 1 else "mse"
     found = []

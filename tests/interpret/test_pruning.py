@@ -18,7 +18,8 @@ from keras_mha.interpret.curve import masked_outputs
 from keras_mha.interpret.paths import as_tensors, attention_layers
 from keras_mha.models import BertEncoder
 from tests.support import score_cases
-from tests.support.interpret_models import (
+from tests.support.layers import H, T, normal, randomize
+from tests.support.small_models import (
     IDS,
     LABELS,
     REAL,
@@ -29,7 +30,6 @@ from tests.support.interpret_models import (
     classifier,
     path_of,
 )
-from tests.support.layers import H, T, normal, randomize
 
 WITH_ALIBI = ("alibi", "bloom")
 PRUNABLE = [name for name in score_cases.OPTIONS if name not in WITH_ALIBI]

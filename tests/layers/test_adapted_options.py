@@ -13,6 +13,7 @@ import pytest
 from keras_mha import TransformerDecoderBlock
 from tests.support import layer_oracle as oracle
 from tests.support.attention_cases import check_close
+from tests.support.layers import normal, randomize
 from tests.support.score_cases import (
     DQ,
     KINDS,
@@ -23,9 +24,7 @@ from tests.support.score_cases import (
     N,
     S,
     T,
-    draw,
     made,
-    randomize,
 )
 
 RANK, ALPHA = 2, 3.0
@@ -45,7 +44,7 @@ def adapted(options: str, targets: tuple[str, ...] = PARTS) -> Any:
     layer.enable_lora(RANK, targets, ALPHA)
     for place, weight in enumerate(layer.qkv_dense.trainable_variables):
         if "lora" in weight.name:
-            weight.assign(draw(*weight.shape, seed=31 + place, scale=0.3))
+            weight.assign(normal(*weight.shape, seed=31 + place, scale=0.3))
     return layer
 
 
@@ -174,7 +173,7 @@ def test_a_decoder_block_quantizes_and_decodes() -> None:
     )
     model = keras.Model([inputs, memory], block(inputs, memory))
     randomize(model)
-    arrays = [draw(B, T, DQ, seed=1), draw(B, S, DQ, seed=2)]
+    arrays = [normal(B, T, DQ, seed=1), normal(B, S, DQ, seed=2)]
     before = np.asarray(model(arrays))
     model.quantize("int8")
     after = np.asarray(model(arrays))

@@ -23,6 +23,7 @@ from keras_mha import (
 )
 from tests.support import score_cases as cases
 from tests.support.attention_cases import MODES, check_close, numbers
+from tests.support.layers import normal, randomize
 from tests.support.score_cases import (
     DQ,
     DV,
@@ -32,15 +33,13 @@ from tests.support.score_cases import (
     N,
     S,
     T,
-    draw,
     made,
-    randomize,
 )
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_set = pytest.mark.parametrize("options", ["plain", "gemma", "t5", "bloom"])
 HIDDEN = 17
-INPUTS, MEMORY = draw(B, T, DQ, seed=1), draw(B, S, DV, seed=2)
+INPUTS, MEMORY = normal(B, T, DQ, seed=1), normal(B, S, DV, seed=2)
 LEFT_PADDED = np.arange(T) >= np.array([[3], [0]])
 
 
@@ -87,7 +86,7 @@ def test_linear_memory_changes_no_number(kind: str, options: str) -> None:
     results = []
     for flash in (True, False):
         layer = made(kind, options, flash_attention=flash, dropout=0.4, seed=3)
-        upstream = draw(*layer(*inputs).shape, seed=9).astype("float64")
+        upstream = normal(*layer(*inputs).shape, seed=9).astype("float64")
         call = {**calls["all"], "training": True}
         results.append(cases.run(layer, inputs, call, upstream, MODES[-1]))
     (found, gradients), (expected, others) = results
@@ -154,7 +153,7 @@ def test_a_decoder_block_decodes(memory: bool) -> None:
 
 def test_a_packed_batch_gives_each_sequence_the_values_it_has_alone() -> None:
     layer = block(TransformerEncoderBlock, position="alibi", num_key_value_heads=2)
-    sequences = [draw(length, DQ, seed=60 + length) for length in (3, 5, 2, 4)]
+    sequences = [normal(length, DQ, seed=60 + length) for length in (3, 5, 2, 4)]
     packed = pack_sequences(sequences, row_length=T)
     outputs = layer(packed.values, segment_ids=packed.segment_ids)
     found = numbers(unpack_sequences(outputs, packed.index))

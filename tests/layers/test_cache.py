@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mha import MultiHeadAttention, MultiHeadSelfAttention
+from tests.support.layers import normal, randomize
 from tests.support.score_cases import (
     COLUMNS,
     CROSS_INPUTS,
@@ -21,14 +22,12 @@ from tests.support.score_cases import (
     H,
     N,
     S,
-    draw,
     made,
-    randomize,
     some,
 )
 
 T = 11
-INPUTS = draw(B, T, DQ, seed=1)
+INPUTS = normal(B, T, DQ, seed=1)
 LEFT_PADDED = np.arange(T) >= np.array([[4], [0]])
 WINDOWED = ["window", "gemma", "bloom"]
 each_mode = pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
@@ -127,7 +126,7 @@ def test_a_cache_has_the_layers_compute_dtype(policy: str) -> None:
 
 
 def test_heads_are_masked_with_a_cache_too() -> None:
-    layer, keep = made("self"), draw(B, N, seed=6)
+    layer, keep = made("self"), normal(B, N, seed=6)
     outputs, _ = layer(INPUTS, cache=layer.init_cache(B, T), head_mask=keep)
     expected = layer(INPUTS, use_causal_mask=True, head_mask=keep)
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
@@ -160,7 +159,7 @@ def test_gradients_reach_the_inputs_through_the_cache() -> None:
     def slope(function: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            loss = tf.reduce_sum(function() * draw(B, T, 5, seed=8))
+            loss = tf.reduce_sum(function() * normal(B, T, 5, seed=8))
         return tape.gradient(loss, inputs)
 
     def in_chunks() -> Any:
@@ -435,7 +434,7 @@ def test_a_layer_that_is_not_built_has_no_cache() -> None:
     [
         ("attention_mask", np.ones((T, T), bool)),
         ("segment_ids", np.zeros((B, T), "int32")),
-        ("attention_bias", draw(T, T)),
+        ("attention_bias", normal(T, T)),
         ("return_attention_scores", True),
     ],
 )
@@ -464,7 +463,7 @@ def test_attention_takes_either_values_or_a_cache() -> None:
 
 def test_values_of_more_axes_have_no_cache() -> None:
     layer = MultiHeadAttention(N, H, attention_axes=1)
-    inputs = draw(B, 3, 5, DQ)
+    inputs = normal(B, 3, 5, DQ)
     layer(inputs, inputs)
     text = r"takes `value` of shape \(B, S, D\)\. Received: value of shape \(2, 3, 5"
     with pytest.raises(ValueError, match=text):

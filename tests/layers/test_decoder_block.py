@@ -13,13 +13,13 @@ from keras import ops
 
 from keras_mha import TransformerDecoderBlock, pack_sequences, unpack_sequences
 from tests.support import layer_oracle as oracle
-from tests.support.layers import assert_equal, differentiate
-from tests.support.score_cases import draw, randomize, some
+from tests.support.layers import assert_equal, differentiate, normal, randomize
+from tests.support.score_cases import some
 
 # Letters: B batch, T length, S length of the memory, N heads, H head size, D width,
 # DM width of the memory.
 B, T, S, N, H, D, DM, HIDDEN = 2, 7, 5, 2, 6, 13, 11, 17
-INPUTS, MEMORY = draw(B, T, D, seed=1), draw(B, S, DM, seed=2)
+INPUTS, MEMORY = normal(B, T, D, seed=1), normal(B, S, DM, seed=2)
 # On the left: causality alone would hide it on the right.
 PADDING = np.arange(T) >= np.array([[0], [3]])
 MEMORY_PADDING = np.arange(S) < np.array([[3], [S]])
@@ -143,7 +143,7 @@ def test_masks(memory: bool) -> None:
 @each_memory
 def test_no_position_sees_a_later_one(memory: bool) -> None:
     layer, changed = block(memory), INPUTS.copy()
-    changed[:, 4:] = draw(B, T - 4, D, seed=9)
+    changed[:, 4:] = normal(B, T - 4, D, seed=9)
     found, expected = (
         layer(inputs, *given(memory)[1:]) for inputs in (changed, INPUTS)
     )
@@ -182,7 +182,7 @@ def test_nan_in_padding_changes_no_real_position(name: str) -> None:
 
 def test_a_packed_batch_gives_each_sequence_the_values_it_has_alone() -> None:
     layer = block(memory=False, position="rotary")
-    sequences = [draw(length, D, seed=60 + length) for length in (3, 5, 2, 4)]
+    sequences = [normal(length, D, seed=60 + length) for length in (3, 5, 2, 4)]
     packed = pack_sequences(sequences, row_length=T)
     outputs = layer(packed.values, segment_ids=packed.segment_ids)
     found = np.asarray(unpack_sequences(outputs, packed.index))
@@ -452,8 +452,8 @@ def test_arguments_out_of_their_domain(options: dict[str, Any], message: str) ->
 
 # Bias, heads and scores.
 
-BIAS = draw(1, N, T, T, seed=11)
-HEADS = draw(B, N, seed=12)
+BIAS = normal(1, N, T, T, seed=11)
+HEADS = normal(B, N, seed=12)
 
 
 @each_memory

@@ -16,10 +16,10 @@ from keras_mha import (
     flatten_cache,
     unflatten_cache,
 )
-from tests.support.score_cases import draw, randomize
+from tests.support.layers import normal, randomize
 
 B, T, S, D, DM, N, PROMPT = 3, 7, 5, 8, 11, 2, 4
-INPUTS, MEMORY = draw(B, T, D, seed=1), draw(B, S, DM, seed=2)
+INPUTS, MEMORY = normal(B, T, D, seed=1), normal(B, S, DM, seed=2)
 MEMORY_MASK = np.arange(S) < np.array([[3], [S], [4]])
 # What comes later, and other rows, must not be in the graph.
 SOME = tf.TensorSpec((None, None, D))

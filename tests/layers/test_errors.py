@@ -19,10 +19,10 @@ from keras_mha import (
     TransformerEncoderBlock,
     dot_product_attention,
 )
-from tests.support.score_cases import draw
+from tests.support.layers import normal
 
 B, T, S, D, DM, N = 2, 7, 5, 6, 11, 2
-INPUTS, MEMORY = draw(B, T, D, seed=1), draw(B, S, DM, seed=2)
+INPUTS, MEMORY = normal(B, T, D, seed=1), normal(B, S, DM, seed=2)
 
 
 def decoder() -> Any:
@@ -41,7 +41,7 @@ MEMORY_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "`memory_mask` must be boolean",
     ),
     "rank": ({"memory": MEMORY[0]}, ValueError, r"`memory` must .*\(5, 11\)"),
-    "rows": ({"memory": draw(3, S, DM)}, ValueError, r"`memory` must .*\(3, 5, 11\)"),
+    "rows": ({"memory": normal(3, S, DM)}, ValueError, r"`memory` must .*\(3, 5, 11\)"),
 }
 
 
@@ -153,7 +153,7 @@ def test_rows_of_keys_and_values() -> None:
     for symbolic in (False, True):
         x, y, z = (
             keras.Input(batch_shape=a.shape) if symbolic else a
-            for a in (INPUTS, MEMORY, draw(B + 1, S, DM))
+            for a in (INPUTS, MEMORY, normal(B + 1, S, DM))
         )
         with pytest.raises(ValueError, match=r"`value` and `key`.*\(3, 5, 11\)"):
             layer(x, y, z)
@@ -176,7 +176,7 @@ def test_odd_heads_cannot_turn_which_is_known_when_they_are_built(layer: str) ->
 @pytest.mark.parametrize("axes", [(1, 2), (2,)])
 def test_several_axes_have_no_lengths(axes: tuple[int, ...], mask: Any) -> None:
     layer = MultiHeadAttention(N, 3, attention_axes=axes)
-    x = draw(B, 3, 3, D)
+    x = normal(B, 3, 3, D)
     with pytest.raises(ValueError, match="of `attention_mask` need inputs .B, T, D."):
         layer(x, x, attention_mask=mask)
     with pytest.raises(ValueError, match="need a single attention axis"):
@@ -204,7 +204,7 @@ def test_lengths_count_as_padding(layer: str) -> None:
 
 
 def test_segment_ids_go_by_their_name() -> None:
-    heads = draw(B, T, N, 3)
+    heads = normal(B, T, N, 3)
     for ids, kind in (
         (np.ones((B, T), "float32"), TypeError),
         (np.ones((B, T + 1), "int32"), ValueError),

@@ -26,7 +26,7 @@ from keras_mha.attention.blockwise import front as blockwise
 from tests.support import layer_oracle as oracle
 from tests.support import score_cases as cases
 from tests.support.attention_cases import check_close
-from tests.support.layers import Result, assert_equal, differentiate
+from tests.support.layers import Result, assert_equal, differentiate, normal, randomize
 from tests.support.score_cases import (
     CROSS_CALLS,
     DQ,
@@ -42,9 +42,7 @@ from tests.support.score_cases import (
     N,
     S,
     T,
-    draw,
     made,
-    randomize,
 )
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -272,7 +270,7 @@ def test_a_head_masked_out_has_no_gradient() -> None:
 # Packing.
 
 LENGTHS = (3, 5, 2, 4, 6)
-SEQUENCES = [draw(length, DQ, seed=60 + length) for length in LENGTHS]
+SEQUENCES = [normal(length, DQ, seed=60 + length) for length in LENGTHS]
 PACKED = pack_sequences(SEQUENCES, row_length=7)
 
 
@@ -343,7 +341,7 @@ def test_a_training_step_on_a_packed_batch_is_that_on_a_padded_one() -> None:
 
     packed, padded = model_of(), model_of()
     values = np.asarray(unpack_sequences(PACKED.values, PACKED.index))
-    targets = [draw(length, DQ, seed=80 + length) for length in LENGTHS]
+    targets = [normal(length, DQ, seed=80 + length) for length in LENGTHS]
     real = PACKED.index >= 0
     share = PACKED.segment_ids.size / real.sum()
     packed.train_on_batch(
@@ -468,8 +466,8 @@ def test_flash_attention_trains_alike_in_fit(kind: str, jit_compile: bool) -> No
         model = keras.Model(given, layer(*given, use_causal_mask=True))
         randomize(model)
         model.compile("sgd", "mse", jit_compile=jit_compile)
-        arrays = [draw(B, T, DQ, seed=1), draw(B, S, DV, seed=2)][: len(given)]
-        model.fit(arrays, draw(B, T, DQ, seed=3), epochs=2, verbose=0)
+        arrays = [normal(B, T, DQ, seed=1), normal(B, S, DV, seed=2)][: len(given)]
+        model.fit(arrays, normal(B, T, DQ, seed=3), epochs=2, verbose=0)
         weights.append(model.get_weights())
     for one, other in zip(*weights, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -586,7 +584,7 @@ def test_options_out_of_their_domain(
 
 REFUSED_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "floating_segments": (
-        {"segment_ids": draw(B, T)},
+        {"segment_ids": normal(B, T)},
         TypeError,
         r"`segment_ids` must be integers\. Received dtype float32",
     ),
@@ -601,23 +599,23 @@ REFUSED_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"bias` must be floating\. Received dtype bool",
     ),
     "bias_rank": (
-        {"attention_bias": draw(T)},
+        {"attention_bias": normal(T)},
         ValueError,
         r"bias` must have the shape \(T, S\), \(B, T, S\) or \(B, N, T, S\)",
     ),
     "head_mask_rank": (
-        {"head_mask": draw(B, N, 1)},
+        {"head_mask": normal(B, N, 1)},
         ValueError,
         r"`head_mask` must have the shape \(N,\) or \(B, N\), N=4, B=2\. Received: "
         r"head_mask of shape \(2, 4, 1\)",
     ),
     "head_mask_heads": (
-        {"head_mask": draw(1)},
+        {"head_mask": normal(1)},
         ValueError,
         r"`head_mask` must have the shape.*Received: head_mask of shape \(1,\)",
     ),
     "head_mask_batch": (
-        {"head_mask": draw(3, N)},
+        {"head_mask": normal(3, N)},
         ValueError,
         r"`head_mask` must have the shape.*Received: head_mask of shape \(3, 4\)",
     ),
@@ -655,7 +653,7 @@ AXES = {"attention_axes": (1, 2)}
         ({"position": "rotary"}, {}, r"`position` needs a single attention axis"),
         (
             {},
-            {"attention_bias": draw(T, T), "segment_ids": ROW_IDS},
+            {"attention_bias": normal(T, T), "segment_ids": ROW_IDS},
             r"need a single attention axis\. Received: attention_axes=\(1, 2\) and "
             r"segment_ids, attention_bias",
         ),
@@ -665,7 +663,7 @@ AXES = {"attention_axes": (1, 2)}
 def test_several_axes_have_no_order(
     options: dict[str, Any], call: dict[str, Any], message: str
 ) -> None:
-    inputs = draw(B, T, 3, DQ)
+    inputs = normal(B, T, 3, DQ)
     with pytest.raises(ValueError, match=message):
         MultiHeadAttention(N, H, **AXES, **options)(inputs, inputs, **call)
 
@@ -678,14 +676,14 @@ def test_options_without_an_order_serve_several_axes() -> None:
         "use_sinks": True,
         "use_gate": True,
     }
-    inputs = draw(B, T, 3, DQ, seed=5)
+    inputs = normal(B, T, 3, DQ, seed=5)
     both = MultiHeadAttention(N, H, **AXES, **options)
     flat = MultiHeadAttention(N, H, **options)
     both.build(inputs.shape, inputs.shape)
     flat.build((B, T * 3, DQ), (B, T * 3, DQ))
     randomize(both)
     flat.set_weights(both.get_weights())
-    rows, heads = inputs.reshape(B, T * 3, DQ), draw(B, N, seed=6)
+    rows, heads = inputs.reshape(B, T * 3, DQ), normal(B, N, seed=6)
     np.testing.assert_allclose(
         np.reshape(both(inputs, inputs, head_mask=heads), rows.shape),
         flat(rows, rows, head_mask=heads),

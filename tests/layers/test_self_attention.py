@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_mha import MultiHeadSelfAttention, ResidualNorm
 from tests.support import reference as oracle
+from tests.support.layer_oracle import visible_in_call
 from tests.support.layers import (
     PADDING,
     PAIRS_2,
@@ -31,7 +32,6 @@ from tests.support.layers import (
     split_arrays,
     split_weights,
     stock_twin,
-    visible_pairs,
 )
 
 PARTS = ("query", "key", "value", "attention_output")
@@ -70,7 +70,7 @@ def ours(layer: MultiHeadSelfAttention, inputs: np.ndarray, **call: Any) -> Resu
 
 def theirs(layer: MultiHeadSelfAttention, inputs: np.ndarray, **call: Any) -> Result:
     """The result of Keras' layer, on the path where hidden rows are right."""
-    stock, visible = stock_twin(layer), visible_pairs(**call)
+    stock, visible = stock_twin(layer), visible_in_call((B, N, T, T), **call)
     return differentiate(
         lambda x: stock(x, x, attention_mask=visible, return_attention_scores=True)[0],
         inputs,
@@ -115,7 +115,7 @@ def test_scores_are_those_of_keras(options: str) -> None:
     _, expected = stock_twin(layer)(
         inputs,
         inputs,
-        attention_mask=visible_pairs(**call),
+        attention_mask=visible_in_call((B, N, T, T), **call),
         return_attention_scores=True,
     )
     np.testing.assert_allclose(scores, expected, atol=1e-6)

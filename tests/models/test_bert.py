@@ -171,7 +171,7 @@ def test_dropout_by_seed() -> None:
     np.testing.assert_array_equal(first(INPUTS), other(INPUTS))
 
 
-def classifier(encoder: BertEncoder) -> keras.Model:
+def scoring_model(encoder: BertEncoder) -> keras.Model:
     """Ids `(B, T)`, 0 at padding, to one number."""
     ids = keras.Input((None,), dtype="int32", name="ids")
     mask = keras.ops.not_equal(ids, 0)
@@ -182,7 +182,7 @@ def classifier(encoder: BertEncoder) -> keras.Model:
 
 def test_every_weight_is_trained() -> None:
     encoder = made(dropout=0.0, attention_dropout=0.0)
-    model = classifier(encoder)
+    model = scoring_model(encoder)
     before = [np.asarray(weight) for weight in encoder.trainable_weights]
     model.compile(keras.optimizers.SGD(0.1), "mse")
     model.fit(IDS, np.arange(float(B)), epochs=1, verbose=0)
@@ -193,7 +193,7 @@ def test_every_weight_is_trained() -> None:
 
 
 def test_exports(tmp_path: Path) -> None:
-    model = classifier(made())
+    model = scoring_model(made())
     samples = IDS.astype("int32")
     served = export_saved_model(model, tmp_path / "served", samples=samples, version=1)
     lite = export_tflite(

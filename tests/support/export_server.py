@@ -23,7 +23,7 @@ import numpy as np
 
 from keras_mha import export
 from keras_mha.export import files
-from tests.support import export_models as small_models
+from tests.support import small_models
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]], "int32")
 

@@ -92,7 +92,7 @@ def attention(
         queries,
         keys,
         oracle.project(value, weights, "value"),
-        visible((B, N, T, S), options["sliding_window"], **call),
+        visible_in_call((B, N, T, S), options["sliding_window"], **call),
         bias=bias,
         sinks=weights.get("sinks"),
         logits_soft_cap=options["logits_soft_cap"],
@@ -129,7 +129,7 @@ def unfused(layer: Any, weights: Weights) -> dict[str, Array]:
     return cut
 
 
-def visible(
+def visible_in_call(
     shape: tuple[int, int, int, int],
     sliding_window: int | None = None,
     *,

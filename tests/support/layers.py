@@ -41,10 +41,14 @@ PAIRS_3 = (np.random.default_rng(3).random((B, T, T)) < 0.6) | np.eye(T, dtype=b
 PAIRS_4 = (np.random.default_rng(4).random((B, N, T, T)) < 0.6) | np.eye(T, dtype=bool)
 
 
-def randomize(layer: keras.layers.Layer, seed: int = 5, scale: float = 0.5) -> None:
-    """Gives every trainable weight, biases included, normal values of its own."""
-    for place, weight in enumerate(layer.trainable_variables):
-        weight.assign(normal(*weight.shape, seed=seed + place, scale=scale))
+def randomize(layer: Any, seed: int = 5, scale: float = 0.5) -> Any:
+    """Gives every floating weight, biases included, normal values of its own."""
+    for place, weight in enumerate(layer.weights):
+        if keras.backend.is_float_dtype(weight.dtype):
+            values = normal(*weight.shape, seed=seed + place, scale=scale)
+            # A variance is positive.
+            weight.assign(abs(values) if "variance" in weight.path else values)
+    return layer
 
 
 def made(layer: Any, *shapes: tuple[int | None, ...], seed: int = 5) -> Any:
@@ -103,24 +107,6 @@ def stock_twin(layer: MultiHeadSelfAttention) -> keras.layers.MultiHeadAttention
     stock.build((B, T, width), (B, T, width))
     stock.set_weights(split_weights(layer))
     return stock
-
-
-def visible_pairs(
-    mask: np.ndarray | None = None,
-    attention_mask: np.ndarray | None = None,
-    use_causal_mask: bool = False,
-) -> np.ndarray:
-    """All that a call hides, spelled out in NumPy: `(B, N, T, T)`."""
-    visible = np.ones((B, N, T, T), bool)
-    if mask is not None:
-        visible &= mask[:, None, :, None] & mask[:, None, None, :]
-    if attention_mask is not None:
-        if attention_mask.ndim == 3:
-            attention_mask = attention_mask[:, None]
-        visible &= attention_mask
-    if use_causal_mask:
-        visible &= np.tril(np.ones((T, T), bool))
-    return visible
 
 
 class Result(NamedTuple):

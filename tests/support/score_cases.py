@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -24,6 +23,7 @@ from keras_mha import (
 )
 from tests.support import layer_oracle as oracle
 from tests.support.attention_cases import check_close, check_slopes, value_and_gradients
+from tests.support.layers import normal, randomize
 
 B, T, S, N, K, H, V = 2, 7, 5, 4, 2, 6, 3
 DQ, DV, DK = 13, 11, 17
@@ -76,11 +76,6 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
-    drawn = np.random.default_rng(seed).normal(size=shape, scale=scale)
-    return drawn.astype("float32")
-
-
 def some(*shape: int, seed: int = 0) -> np.ndarray:
     """A random mask that hides about two in five, but no first column."""
     shown = np.random.default_rng(seed).random(shape) < 0.6
@@ -99,11 +94,11 @@ def calls(t: int, s: int) -> dict[str, dict[str, Any]]:
     return {
         "plain": {},
         "causal": {"use_causal_mask": True},
-        "bias_TS": {"attention_bias": draw(t, s, seed=21)},
-        "bias_BTS": {"attention_bias": draw(B, t, s, seed=22)},
-        "bias_1N1S": {"attention_bias": draw(1, N, 1, s, seed=23)},
+        "bias_TS": {"attention_bias": normal(t, s, seed=21)},
+        "bias_BTS": {"attention_bias": normal(B, t, s, seed=22)},
+        "bias_1N1S": {"attention_bias": normal(1, N, 1, s, seed=23)},
         "heads_N": {"head_mask": np.array([1.0, 0.0, 0.5, 2.0], "float32")},
-        "heads_BN": {"head_mask": draw(B, N, seed=24)},
+        "heads_BN": {"head_mask": normal(B, N, seed=24)},
     }
 
 
@@ -116,8 +111,8 @@ SELF_CALLS: dict[str, dict[str, Any]] = {
         "attention_mask": some(B, N, T, T),
         "use_causal_mask": True,
         "segment_ids": ROW_IDS,
-        "attention_bias": draw(B, N, T, T, seed=25),
-        "head_mask": draw(B, N, seed=24),
+        "attention_bias": normal(B, N, T, T, seed=25),
+        "head_mask": normal(B, N, seed=24),
     },
 }
 CROSS_CALLS: dict[str, dict[str, Any]] = {
@@ -129,12 +124,16 @@ CROSS_CALLS: dict[str, dict[str, Any]] = {
         "value_mask": COLUMNS,
         "attention_mask": some(B, T, S),
         "use_causal_mask": True,
-        "attention_bias": draw(B, N, T, S, seed=25),
-        "head_mask": draw(N, seed=24),
+        "attention_bias": normal(B, N, T, S, seed=25),
+        "head_mask": normal(N, seed=24),
     },
 }
-SELF_INPUTS = [draw(B, T, DQ, seed=1)]
-CROSS_INPUTS = [draw(B, T, DQ, seed=1), draw(B, S, DV, seed=2), draw(B, S, DK, seed=3)]
+SELF_INPUTS = [normal(B, T, DQ, seed=1)]
+CROSS_INPUTS = [
+    normal(B, T, DQ, seed=1),
+    normal(B, S, DV, seed=2),
+    normal(B, S, DK, seed=3),
+]
 KINDS = {
     "self": (MultiHeadSelfAttention, SELF_INPUTS, SELF_CALLS),
     "cross": (MultiHeadAttention, CROSS_INPUTS, CROSS_CALLS),
@@ -147,14 +146,8 @@ def made(kind: str, options: str = "plain", **others: Any) -> Any:
     given = {"num_heads": N, "key_dim": H, **OPTIONS[options](), **others}
     layer = layer_class(**given)
     layer.build(*(array.shape for array in inputs))
-    randomize(layer)
+    randomize(layer, seed=40)
     return layer
-
-
-def randomize(layer: keras.layers.Layer, seed: int = 40) -> None:
-    """Gives every trainable weight normal values, so that each of them counts."""
-    for place, weight in enumerate(layer.trainable_variables):
-        weight.assign(draw(*weight.shape, seed=seed + place, scale=0.5))
 
 
 def expect(kind: str, layer: Any, call: str = "plain") -> tuple[Any, Any]:
@@ -221,7 +214,7 @@ def check_values_and_gradients(
         *(weights[name] for name in names),
     ]
     target = expected(*arrays)
-    upstream = draw(*target.shape, seed=9).astype("float64")
+    upstream = normal(*target.shape, seed=9).astype("float64")
     first: list[np.ndarray] = []
     for mode in modes:
         outputs, gradients = run(layer, inputs, given, upstream, mode)

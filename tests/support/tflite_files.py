@@ -73,7 +73,7 @@ S, N, H, V = 7, 2, 3, 11
 D = N * H
 
 
-def classifier(ids: Any) -> Any:
+def classify(ids: Any) -> Any:
     """Ids (1, S) to probabilities (1, 2), in the form that every runtime takes."""
     mask = tf.cast(tf.minimum(ids, 1), tf.float32)
     vectors = tf.one_hot(tf.reshape(ids, (S,)), V) @ values(V, D)

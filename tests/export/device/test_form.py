@@ -19,7 +19,7 @@ from keras_mha.export.device.form import (
 )
 from keras_mha.export.device.layers import in_place_of_call
 from keras_mha.export.endpoint import describe
-from tests.support.export_models import randomize
+from tests.support.layers import randomize
 
 VOCABULARY, LENGTH, WIDTH = 23, 13, 10
 Embedding = keras.layers.Embedding

@@ -13,8 +13,8 @@ import pytest
 import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_onnx
 from keras_mha.export.onnx import export as module
-from tests.support import export_models as small_models
-from tests.support.export_models import dense_model, features, ids_model
+from tests.support import small_models
+from tests.support.small_models import dense_model, features, ids_model
 
 IDS = np.array(
     [[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [10, 0, 0, 0, 0], [8, 9, 7, 9, 0]], "int32"

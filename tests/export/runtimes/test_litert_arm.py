@@ -74,7 +74,7 @@ def test_a_good_file_is_answered_as_here(
 ) -> None:
     path = tmp_path / "model.tflite"
     ids = {"ids": ((1, S), tf.int32)}
-    path.write_bytes(convert(tflite_files.classifier, ids, optimizations=optimizations))
+    path.write_bytes(convert(tflite_files.classify, ids, optimizations=optimizations))
     cases = [{"ids": np.array([row], "int32")} for row in ROWS]
     here, here_facts = run(path, cases)
     there, facts = run(path, cases, python=arm_python)
@@ -82,7 +82,7 @@ def test_a_good_file_is_answered_as_here(
     assert facts["version"] == here_facts["version"]
     assert facts["delegate_partitions"] == here_facts["delegate_partitions"] == 1
     for case, mine, other in zip(cases, here, there, strict=True):
-        wanted = tflite_files.classifier(tf.constant(case["ids"])).numpy()
+        wanted = tflite_files.classify(tf.constant(case["ids"])).numpy()
         np.testing.assert_allclose(other, mine, atol=1e-6)
         np.testing.assert_allclose(other, wanted, atol=1e-5)
     assert np.max(np.abs(there[0] - there[1])) > 0.1  # it does read its input

@@ -54,7 +54,7 @@ def test_a_good_file_is_taken_whole_and_answered_rightly(
     path = tmp_path / "model.tflite"
     path.write_bytes(
         convert(
-            tflite_files.classifier,
+            tflite_files.classify,
             {"ids": ((1, S), tf.int32)},
             optimizations=optimizations,
         )
@@ -64,7 +64,7 @@ def test_a_good_file_is_taken_whole_and_answered_rightly(
     for row in ([3, 1, 4, 1, 5, 9, 2], [5, 10, 0, 0, 0, 0, 0]):
         ids = np.array([row], "int32")
         cpu, gpu, facts = run_on_both(path, driver, ids=ids)
-        wanted = tflite_files.classifier(tf.constant(ids)).numpy()
+        wanted = tflite_files.classify(tf.constant(ids)).numpy()
         np.testing.assert_allclose(gpu, wanted, atol=1e-5)
         np.testing.assert_allclose(gpu, cpu, atol=1e-5)
         several.append(gpu)

@@ -18,8 +18,8 @@ import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_saved_model
 from keras_mha.export.saved_model import export as module
 from keras_mha.export.saved_model.batching import padded
-from tests.support import export_models as small_models
-from tests.support.export_models import dense_model, features
+from tests.support import small_models
+from tests.support.small_models import dense_model, features
 
 ROOT = Path(__file__).resolve().parents[3]
 linux_only = pytest.mark.skipif(
@@ -501,7 +501,7 @@ def test_a_killed_process_leaves_no_version(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "from keras_mha.export.saved_model import export\n"
-        "from tests.support.export_models import dense_model, features\n"
+        "from tests.support.small_models import dense_model, features\n"
         "def wait(*_):\n"
         "    print('checking', flush=True)\n"
         "    time.sleep(60)\n"

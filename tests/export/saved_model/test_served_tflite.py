@@ -17,8 +17,8 @@ from keras_mha.export import ParityError, export_saved_model
 from keras_mha.export.saved_model import export as module
 from keras_mha.export.saved_model import served_tflite
 from keras_mha.export.saved_model.placement import gpu_note
-from tests.support import export_models as small_models
-from tests.support.export_models import dense_model, features
+from tests.support import small_models
+from tests.support.small_models import dense_model, features
 
 NAME = served_tflite.FILE
 

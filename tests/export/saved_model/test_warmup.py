@@ -14,7 +14,7 @@ from keras_mha.export.saved_model.warmup import (
     decode_request,
     encode_request,
 )
-from tests.support import export_models as small_models
+from tests.support import small_models
 
 
 def real_request(record: bytes) -> Any:

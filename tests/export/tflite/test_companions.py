@@ -15,8 +15,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from keras_mha.export import TFLiteReport, export_tflite
 from keras_mha.export.tflite.edit import join, min_runtime_version, pack, unpack
-from tests.support import export_models as small_models
-from tests.support import tflite_files
+from tests.support import small_models, tflite_files
 
 ROWS = [[3, 1, 4], [1, 5]]
 

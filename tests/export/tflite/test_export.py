@@ -22,8 +22,8 @@ from keras_mha.export.tflite import file as module
 from keras_mha.export.tflite import lint
 from keras_mha.export.tflite.counts import Contents
 from keras_mha.text import WordpieceTokenizer
-from tests.support import export_models as small_models
-from tests.support.export_models import ids_model
+from tests.support import small_models
+from tests.support.small_models import ids_model
 
 ROWS = [[3, 1, 4, 1, 5], [9, 2, 6], [10], [8, 9, 7, 9], [3, 2, 3, 8, 4]]
 
@@ -146,7 +146,7 @@ def test_our_layers_are_traced_in_their_portable_form(
     assert current_implementation() == "auto"
 
 
-def classifier() -> keras.Model:
+def two_block_model() -> keras.Model:
     """Two blocks, whose normalizations are not trivial."""
     ids = keras.Input((None,), dtype="int32", name="ids")
     hidden = keras_mha.TokenAndPositionEmbedding(61, 13, 12)(ids)
@@ -160,7 +160,11 @@ def classifier() -> keras.Model:
 def test_the_device_form_is_small_and_one_partition(tmp_path: Path) -> None:
     for target in ("cpu", "gpu"):
         (file,) = export_tflite(
-            classifier(), tmp_path, sequence_lengths=(13,), samples=ROWS, target=target
+            two_block_model(),
+            tmp_path,
+            sequence_lengths=(13,),
+            samples=ROWS,
+            target=target,
         ).files
         assert sum(file.operators.values()) <= 75
         assert file.delegate_partitions == 1
@@ -179,7 +183,7 @@ def test_stock_layers_take_the_form_too(tmp_path: Path) -> None:
 
 
 def test_what_stands_in_padding_does_not_count(tmp_path: Path) -> None:
-    model = classifier()
+    model = two_block_model()
     table = model.layers[1].token_embedding.embeddings
     table.assign(np.concatenate([np.full((1, 12), 50.0), np.asarray(table)[1:]]))
     export_tflite(model, tmp_path, sequence_lengths=(5, 13), samples=ROWS)

@@ -27,7 +27,7 @@ from keras_mha.export import (
 from keras_mha.export.saved_model import export as saved_model_module
 from keras_mha.export.saved_model.export import read_graph
 from keras_mha.text import WordpieceTokenizer
-from tests.support import export_models as small_models
+from tests.support import small_models
 
 HEBREW = "\u05d8\u05d5"
 CLAPPER, MAN, WOMAN, JOINER = "\U0001f3ac", "\U0001f468", "\U0001f469", "\u200d"

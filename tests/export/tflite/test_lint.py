@@ -15,8 +15,7 @@ from keras_mha.export.runtimes.tflite_graph import read_graphs
 from keras_mha.export.tflite.graph import operators_of
 from keras_mha.export.tflite.lint import RULES, findings
 from keras_mha.export.tflite.narrow_tables import with_one_scale_for_narrow_tables
-from tests.support import export_models as small_models
-from tests.support import tflite_files
+from tests.support import small_models, tflite_files
 from tests.support.tflite_files import D, S, convert, edited, on, values
 
 # TensorFlow's own calibration runs in its old interpreter, which says that it is old.
@@ -228,8 +227,8 @@ def test_good_files_have_no_findings(target: str) -> None:
 
     ids = {"ids": ((1, S), tf.int32)}
     for content in (
-        convert(tflite_files.classifier, ids),
-        convert(tflite_files.classifier, ids, optimizations=[tf.lite.Optimize.DEFAULT]),
+        convert(tflite_files.classify, ids),
+        convert(tflite_files.classify, ids, optimizations=[tf.lite.Optimize.DEFAULT]),
         convert(mixed, on((1, S, D)), **tflite_files.int8_settings()),
         tflite_files.lookup(),
     ):

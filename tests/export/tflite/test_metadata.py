@@ -21,8 +21,8 @@ from keras_mha.export import (
 from keras_mha.export.tflite import mediapipe_file as tflite_mediapipe
 from keras_mha.export.tflite.metadata import add_metadata
 from keras_mha.text import WordpieceTokenizer
-from tests.support import export_models as small_models
-from tests.support.export_models import HOSTILE, TEXTS, VOCABULARY
+from tests.support import small_models
+from tests.support.small_models import HOSTILE, TEXTS, VOCABULARY
 
 LABELS = ("bad", "good", "none")
 WORDS = ("<PAD>", "<START>", "<UNKNOWN>", "good", "bad", "movie", "a")

@@ -17,7 +17,7 @@ from keras_mha.export.tflite.narrow_tables import (
     NARROW,
     with_one_scale_for_narrow_tables,
 )
-from tests.support import export_models as small_models
+from tests.support import small_models
 from tests.support.tflite_files import convert, values
 
 IDS = np.array([[0, 5, 211, 7, 3]], "int32")

@@ -17,8 +17,8 @@ from keras_mha.export.tflite import text as tflite_text
 from keras_mha.export.tflite.counts import read_contents
 from keras_mha.export.tflite.edit import pack, unpack
 from keras_mha.text import WordpieceTokenizer
-from tests.support import export_models as small_models
-from tests.support.export_models import HOSTILE, TEXTS, VOCABULARY
+from tests.support import small_models
+from tests.support.small_models import HOSTILE, TEXTS, VOCABULARY
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="tensorflow-text registers its operations on Linux"

@@ -21,7 +21,7 @@ from keras_mha.export import (
 )
 from keras_mha.export.runtimes import arm
 from keras_mha.export.verification import runtime_table
-from tests.support import export_models as small_models
+from tests.support import small_models
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 3, 0, 0, 0]], "int32")
 LENGTH = 7

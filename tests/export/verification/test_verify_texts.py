@@ -14,8 +14,8 @@ import pytest
 from keras_mha.export import BertMetadata, RuntimeCheck, export_tflite, verify
 from keras_mha.export.verification import runtime_table
 from keras_mha.text import WordpieceTokenizer
-from tests.support import export_models as small_models
-from tests.support.export_models import VOCABULARY
+from tests.support import small_models
+from tests.support.small_models import VOCABULARY
 
 LABELS = ("bad", "good", "none")
 TEXTS = ["good movie", "a badly bad movie", "", "A GOOD-movie!", "qqqq"]

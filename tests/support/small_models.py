@@ -1,4 +1,7 @@
-"""Small models with random non-zero weights, biases included, for the export tests."""
+"""Small models with random non-zero weights, biases included.
+
+Letters: B batch, T length, N query heads, H head size, D width.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,18 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import ops
 
+import keras_mha
+from keras_mha.models import BertEncoder
 from keras_mha.text import WordpieceTokenizer
+from tests.support.layers import randomize
+
+B, T, N, H, D, CLASSES, NUM_IDS = 5, 7, 3, 2, 11, 2, 13
+LENGTHS = np.array([5, 7, 2, 3, 6])
+REAL = np.arange(T) < LENGTHS[:, None]
+IDS = np.random.default_rng(1).integers(1, NUM_IDS, (B, T)) * REAL
+LABELS = np.array([1, 0, 1, 1, 0])
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "##ly", "movie", "a"]
 TEXTS = ["good movie", "a badly bad movie", "\u00dcber GOOD \U0001f3ac", "", "bad\0bad"]
@@ -24,14 +37,6 @@ HOSTILE = [
     "\u202e\u05e1\u05e8\u05d8 \u0637\u064a\u0628 good",
     "\U0001f3ac\U0001f468\u200d\U0001f469\u200d\U0001f467 bad",
 ]
-
-
-def randomize(model: keras.Model, seed: int = 7) -> keras.Model:
-    """Gives every weight a random value: biases start as zeros."""
-    generator = np.random.default_rng(seed)
-    for weight in model.weights:
-        weight.assign(generator.normal(scale=0.5, size=weight.shape))
-    return model
 
 
 def dense_model() -> keras.Model:
@@ -82,3 +87,51 @@ def text_model() -> keras.Model:
     classify = ids_model()
     probabilities = keras.layers.Identity(name="probabilities")
     return keras.Model(texts, probabilities(classify(tokenizer(texts))))
+
+
+def classifier(
+    *heads: int, name: str = "classifier", **options: Any
+) -> keras.Sequential:
+    """Ids `(B, T)`, 0 padding, to probabilities, through a block for each number."""
+    blocks = [
+        keras_mha.TransformerEncoderBlock(
+            count, 17, key_dim=H, name=f"block_{i}", **options
+        )
+        for i, count in enumerate(heads)
+    ]
+    model = keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32", name="ids"),
+            keras_mha.TokenAndPositionEmbedding(NUM_IDS, T, D, name="embedding"),
+            *blocks,
+            keras.layers.GlobalAveragePooling1D(name="mean"),
+            keras.layers.Dense(CLASSES, activation="softmax", name="label"),
+        ],
+        name=name,
+    )
+    randomize(model)
+    return model
+
+
+def bert_encoder(**options: Any) -> BertEncoder:
+    """Of two blocks, with random weights; its width is a multiple of 11 heads."""
+    sizes = {"embedding_dim": 33, "num_heads": 11, **options}
+    encoder = BertEncoder(NUM_IDS, T, num_layers=2, hidden_dim=17, name="bert", **sizes)
+    encoder.build()
+    randomize(encoder)
+    return encoder
+
+
+def bert_classifier(encoder: BertEncoder) -> keras.Model:
+    """Ids `(B, T)`, 0 padding, to probabilities; Functional."""
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    hidden = encoder({"input_ids": ids, "attention_mask": ops.not_equal(ids, 0)})
+    pooled = keras.layers.GlobalAveragePooling1D(name="mean")(hidden)
+    label = keras.layers.Dense(CLASSES, activation="softmax", name="label")
+    model = keras.Model(ids, label(pooled), name="classifier")
+    randomize(label)
+    return model
+
+
+def path_of(block: int) -> str:
+    return f"block_{block}/attention/self_attention"
