@@ -1,4 +1,4 @@
-# Every command makes .venv and installs what it needs first; the second run skips that.
+# Every command first makes .venv and installs what it needs; later runs skip that.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -7,14 +7,22 @@ VENV := .venv
 RUN := $(VENV)/bin
 DEV := $(VENV)/.installed-dev
 EXAMPLES := $(VENV)/.installed-examples
-# A Python to make .venv with; the first fitting one is taken when not given.
+# The Python to make $(VENV) with; by default the first that fits.
 PYTHON ?=
 WORKERS ?= 2
-# What does not need TensorFlow's graphs and tapes, and takes minutes at most; all of
-# it on JAX is ON_JAX='tests/attention tests/layers/test_backends.py'.
+# These tests need no TensorFlow graph or tape, and take minutes. All that run on JAX:
+# ON_JAX='tests/attention tests/layers/test_backends.py'.
 ON_JAX := $(addprefix tests/attention/test_,api.py axes.py contract.py edges.py fused.py \
 	dispatch.py) tests/layers/test_backends.py
 ON_TORCH := tests/layers/test_backends.py
+# The import, masks, layers beside Keras' and the oracle, files, one export of each format.
+SHORT := tests/test_architecture.py tests/attention/test_masks.py \
+	tests/layers/test_mended_faults.py tests/layers/test_serialization.py \
+	tests/layers/test_multi_head_attention.py::test_forward_equals_the_oracle \
+	tests/layers/test_multi_head_attention.py::test_every_mask_combination_equals_keras \
+	tests/export/saved_model/test_export.py::test_mixed_precision \
+	tests/export/tflite/test_export.py::test_values_and_report \
+	tests/export/onnx/test_export.py::test_mixed_precision
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
@@ -26,11 +34,11 @@ help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-21s %s\n", $$1, $$2}' Makefile
 
 .PHONY: sentiment
-sentiment: $(EXAMPLES) ## Train the sentiment example; results in dist/sentiment
+sentiment: $(EXAMPLES) ## Train the sentiment example into dist/sentiment
 	$(RUN)/python examples/sentiment/train.py --output dist/sentiment
 
 .PHONY: sentiment-pretrained
-sentiment-pretrained: $(EXAMPLES) ## Fine-tune MiniLM instead; results in dist/sentiment-pretrained
+sentiment-pretrained: $(EXAMPLES) ## Fine-tune MiniLM instead, into dist/sentiment-pretrained
 	$(RUN)/python examples/sentiment/train.py --pretrained minilm \
 		--output dist/sentiment-pretrained
 
@@ -38,18 +46,26 @@ sentiment-pretrained: $(EXAMPLES) ## Fine-tune MiniLM instead; results in dist/s
 test: $(DEV) ## Run the default tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+.PHONY: test-short
+test-short: $(VENV)/.installed-tests ## Run a short set, also with VENV=.venv-3.12 PYTHON=python3.12
+	$(RUN)/python -m pytest -n $(WORKERS) $(SHORT)
+
+.PHONY: test-pythons
+test-pythons: ## Run the short set on each Python from 3.11 to 3.13 on this machine
+	.ci/pythons.sh
+
 .PHONY: test-slow
 test-slow: $(DEV) $(VENV)/.installed-transformers ## Run the slow tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 .PHONY: test-backends
-test-backends: $(DEV) $(VENV)/.installed-backends ## Run the tests that hold on JAX and torch
+test-backends: $(DEV) $(VENV)/.installed-backends ## Run the tests that apply to JAX and PyTorch
 	KERAS_BACKEND=jax $(RUN)/python -m pytest -n $(WORKERS) $(ON_JAX)
 	KERAS_BACKEND=torch $(RUN)/python -m pytest -n $(WORKERS) $(ON_TORCH)
 	$(RUN)/python -m pytest -n $(WORKERS) tests/convert/test_torch.py
 
-# For the GPU delegate on a software driver, and for ARM. Where they cannot be installed,
-# tests are skipped and reports say "not run".
+# The GPU delegate on a software driver and the emulated ARM processor need these. Without
+# them tests are skipped and reports say "not run".
 DEBIAN := chromium libvulkan1 qemu-user-static
 
 .PHONY: debian
@@ -70,7 +86,7 @@ test-arm: $(DEV) debian ## Run the tests on an emulated ARM processor
 	$(RUN)/python -m pytest -m arm
 
 .PHONY: benchmarks
-benchmarks: $(VENV)/.installed-benchmarks ## Measure beside rivals, into dist/benchmarks: an hour
+benchmarks: $(VENV)/.installed-benchmarks ## Compare with rivals, into dist/benchmarks: an hour
 	$(RUN)/python -m benchmarks
 
 .PHONY: deploy-check
@@ -102,12 +118,11 @@ smoke-wheel: $(DEV) ## Build the wheel and try it outside the checkout
 	$(RUN)/python .ci/smoke_wheel.py
 
 .PHONY: clean
-clean: ## Remove what was built, dist/ too; .venv stays (delete it by hand)
+clean: ## Remove what was built, dist/ too, but no .venv
 	rm -rf build dist .hypothesis .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-# One stamp for each extra. It is older than pyproject.toml after an edit there, and then
-# the installation is brought up to date.
+# One stamp for each extra; an edit of pyproject.toml makes it old, and make installs again.
 $(VENV)/.installed-%: pyproject.toml | $(RUN)/pip
 	@echo "Installing keras-mha[$*] into $(VENV): some minutes the first time"
 	$(RUN)/python -m pip install --quiet --editable '.[$*]'

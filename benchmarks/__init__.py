@@ -1,1 +1,1 @@
-"""Speed and memory of keras_mha beside its rivals; see README.md."""
+"""Compares the speed and memory of keras_mha with its rivals'; see README.md."""

@@ -10,7 +10,7 @@ import functools
 from benchmarks import cases, machine, session
 from benchmarks.coordinator import Options
 
-# Kept free for the rest of the machine while memory is measured.
+# Bytes left to the rest of the machine while memory is measured.
 RESERVE = 2**30
 
 
@@ -22,7 +22,7 @@ def main() -> None:
         type=float,
         metavar="GIB",
         default=(machine.memory("MemAvailable") - RESERVE) / 2**30,
-        help="what a step may take when memory is measured; default what is free",
+        help="most memory for a step when that is measured (default: what is free)",
     )
     arguments = session.checked(parser, cases.CASES)
     sizes = cases.SMOKE if arguments.smoke else cases.Sizes()
@@ -41,7 +41,7 @@ def main() -> None:
             **session.thread_environment(arguments.threads),
             "KERAS_BACKEND": "tensorflow",
             "TF_CPP_MIN_LOG_LEVEL": "2",
-            # A CPU is measured, also where there is a GPU.
+            # Measure the CPU, even if the machine has a GPU.
             "CUDA_VISIBLE_DEVICES": "-1",
         },
     )

@@ -1,4 +1,4 @@
-"""The table of what is compared: plain data, no library is imported here.
+"""The table of comparisons: plain data, which imports no library.
 
 Letters: B batch, T length, N heads, H head size, D model width.
 """
@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 CONTENDERS = "benchmarks.contenders"
-# Which package a module of `contenders` needs beside those of keras_mha itself.
+# The package that a module of `contenders` needs, apart from those of keras_mha.
 PACKAGES = {
     "pytorch": "torch",
     "kerashub": "keras_hub",
@@ -43,10 +43,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries timed in turns; the first is the one others are related to.
+    """Entries timed in turns; ratios refer to the first.
 
     Attributes:
-        title: What is done, and the shape.
+        title: The operation and the shape.
         entries: The contenders.
         operations: Floating-point operations of one step, where they are counted.
     """
@@ -61,7 +61,7 @@ class MemoryComparison:
     """Peak memory of one step, by length, each in a fresh process.
 
     Attributes:
-        title: What is done.
+        title: The operation.
         lengths: T of each measurement.
         entries: The contenders; `shape` is added to their settings.
         shape: `(B, N, H)`.
@@ -257,7 +257,7 @@ def memory(sizes: Sizes) -> Iterator[MemoryComparison]:
 
 
 def layer(sizes: Sizes) -> Iterator[Comparison]:
-    """The layers, by what XLA compiles of them: decides `jit_compile="auto"`."""
+    """The layers, by the parts that XLA compiles: decides `jit_compile="auto"`."""
     for (B, T, D, N), (backward, name) in product(sizes.layers, PASSES):
         same: dict[str, Any] = {
             "shape": (B, T, D),
@@ -350,7 +350,7 @@ def packing(sizes: Sizes) -> Iterator[Comparison]:
 
 
 def onnx(sizes: Sizes) -> Iterator[Comparison]:
-    """A classifier as an ONNX file: by our exporter, and by tf2onnx alone."""
+    """A classifier as an ONNX file: by our exporter, and by plain tf2onnx."""
     for B, T, D in sizes.classifiers:
         same: dict[str, Any] = {"shape": (B, T, D), **sizes.classifier}
         yield Comparison(

@@ -1,4 +1,4 @@
-"""Runs comparisons: one process a contender, one of them at work at a time."""
+"""Runs comparisons: one process for each contender, of which one works at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What one entry gave: timings, or why there are none."""
+    """The timings of one entry, or why it has none."""
 
     label: str
     seconds: list[float] = field(default_factory=list)
@@ -135,7 +135,7 @@ class Workers:
             self.discard(label)
 
     def of(self, entry: Entry) -> Worker:
-        """The process of that label, started if there is none.
+        """Returns the process of that label; starts it if needed.
 
         Raises:
             ContenderError: If the package it needs is not installed.
@@ -148,7 +148,7 @@ class Workers:
         return self._running[entry.label]
 
     def discard(self, label: str) -> None:
-        """Ends the process of that label, if there is one."""
+        """Ends the process of that label, if it runs."""
         worker = self._running.pop(label, None)
         if worker is not None:
             worker.close()
@@ -185,7 +185,7 @@ def run_times(
         raise ContenderError(f"{reference.label}: {reference.failure}")
     for number in range(options.rounds):
         progress(f"{comparison.title}: round {number + 1} of {options.rounds}")
-        # Another one comes first each time: what ran before heats or cools a GPU.
+        # The first one changes each time: what ran before heats or cools a GPU.
         first = number % len(taking_part)
         turns = [*taking_part[first:], *taking_part[:first]]
         for entry, outcome in [(options.reference, reference), *turns]:
@@ -202,7 +202,7 @@ def run_times(
 def run_memory(
     comparison: MemoryComparison, options: Options, progress: Progress
 ) -> dict[str, Any]:
-    """Measures each entry at each length in a process of its own.
+    """Measures each entry at each length in its own process.
 
     Returns:
         JSON-ready: the title, the lengths, and for each entry its label with, for
@@ -246,12 +246,12 @@ def last_error(text: str) -> str:
         if re.match(r"[\w.]*(Error|Exception)\b", line)
     ]
     last = named[-1] if named else -1
-    found = "".join(lines[last:][:1])
-    if found.endswith(":"):
-        # TensorFlow tells where it was, partly indented, and below that what it is.
+    error = "".join(lines[last:][:1])
+    if error.endswith(":"):
+        # TensorFlow says where, partly indented, and names the error below that.
         below = (line for line in lines[last + 1 :] if not re.match(r"\s|Detect", line))
-        found = f"{found} {next(below, '')}"
-    without_modules = re.sub(r"^(?:\w+\.)+(?=\w+(?:Error|Exception)\b)", "", found)
+        error = f"{error} {next(below, '')}"
+    without_modules = re.sub(r"^(?:\w+\.)+(?=\w+(?:Error|Exception)\b)", "", error)
     return re.sub(r"(?<![\w.)])/(?:[^\s/'\"():]+/)+", "", without_modules)[:300]
 
 

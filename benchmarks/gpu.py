@@ -86,7 +86,7 @@ def _core(sizes: Sizes, *, is_causal: bool) -> Iterator[Comparison]:
 
 
 def layer(sizes: Sizes) -> Iterator[Comparison]:
-    """A layer's call beside the rivals' functions between the same projections."""
+    """A layer's call, and the rivals' functions between the same projections."""
     N, D = sizes.num_heads, sizes.num_heads * sizes.head_dim
     for T in sizes.lengths:
         B = sizes.tokens // T
@@ -122,7 +122,7 @@ CASES = {function.__name__: function for function in (layer, core, causal)}
 
 
 def accelerator() -> str | None:
-    """The name of the GPU and its driver's version, if there is one."""
+    """Returns the GPU's name and its driver's version, or None without a GPU."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -151,7 +151,7 @@ def main() -> None:
         environment={
             **session.thread_environment(arguments.threads),
             "KERAS_BACKEND": "jax",
-            # Named, so that JAX fails where there is no GPU instead of using the CPU.
+            # With this name JAX fails without a GPU, instead of using the CPU.
             "JAX_PLATFORMS": sizes.device,
             # Several processes share the GPU's memory.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

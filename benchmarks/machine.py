@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine on which the figures were measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# What decides how fast products are, where the processor has it.
+# Features of the processor that decide how fast products are.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 PACKAGES = (
     "keras-mha",
@@ -71,11 +71,11 @@ def _fields(path: Path) -> dict[str, str]:
     """The first value of each `name: value` in a file of /proc; none without it."""
     if not path.exists():
         return {}
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    return found
+        fields.setdefault(name.strip(), value.strip())
+    return fields
 
 
 def _version(package: str) -> str | None:

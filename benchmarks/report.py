@@ -2,7 +2,7 @@
 
     python -m benchmarks.report results.json
 
-Writes the tables and the plots of a run anew beside its `results.json`.
+Rewrites the tables and plots of a run, next to its `results.json`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def write_json(results: dict[str, Any], folder: Path) -> None:
-    """Writes `results.json`: all timings, from which everything else is made."""
+    """Writes `results.json`: all timings, from which all else follows."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1) + "\n"
     (folder / "results.json").write_text(text, encoding="utf-8")
@@ -48,14 +48,14 @@ def markdown(results: dict[str, Any]) -> str:
         '"Products" is the time in such products. "Times" is the time over that of '
         "the first line, both of one round.",
     ]
-    parts += [times_table(found, reference) for found in results["times"]]
-    parts += [memory_table(found) for found in results["memory"]]
+    parts += [times_table(each, reference) for each in results["times"]]
+    parts += [memory_table(each) for each in results["memory"]]
     return "\n\n".join(parts) + "\n"
 
 
 def times_table(comparison: dict[str, Any], reference: dict[str, Any]) -> str:
     """One comparison as a Markdown table, failures named below it."""
-    found = summary.rows(comparison, reference["operations"])
+    rows = summary.rows(comparison, reference["operations"])
     cells = [
         (
             row.label,
@@ -65,7 +65,7 @@ def times_table(comparison: dict[str, Any], reference: dict[str, Any]) -> str:
             f"{row.products:.3g}",
             "" if row.times is None else f"{row.times:.2f}",
         )
-        for row in found
+        for row in rows
         if isinstance(row, summary.Row)
     ]
     product = summary.spread(comparison["reference_seconds"])
@@ -75,7 +75,7 @@ def times_table(comparison: dict[str, Any], reference: dict[str, Any]) -> str:
             f"## {comparison['title']}",
             _table(("", "time", "of the product", "products", "times"), cells),
             f"The product: {rate:.0f} GFLOP/s.",
-            *(row for row in found if isinstance(row, str)),
+            *(row for row in rows if isinstance(row, str)),
         ]
     )
 
@@ -101,7 +101,7 @@ def draw_times(results: dict[str, Any], path: Path) -> None:
     """A panel of bars for each comparison: medians, with the quartiles as whiskers."""
     from matplotlib.figure import Figure
 
-    panels = [(found["title"], _measured(found, results)) for found in results["times"]]
+    panels = [(each["title"], _measured(each, results)) for each in results["times"]]
     heights = [1.2 + BAR_HEIGHT * max(len(rows), 1) for _, rows in panels]
     lines = [
         max(heights[start : start + COLUMNS])
@@ -128,7 +128,7 @@ def draw_times(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_memory(results: dict[str, Any], path: Path) -> None:
-    """Peaks over the length, both in logarithms; what failed has no point."""
+    """Plots peaks over the length, both in logarithms; failures have no point."""
     from matplotlib.figure import Figure
 
     comparisons = results["memory"]
@@ -163,8 +163,8 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def _measured(found: dict[str, Any], results: dict[str, Any]) -> list[summary.Row]:
-    rows = summary.rows(found, results["reference"]["operations"])
+def _measured(comparison: dict[str, Any], results: dict[str, Any]) -> list[summary.Row]:
+    rows = summary.rows(comparison, results["reference"]["operations"])
     return [row for row in rows if isinstance(row, summary.Row)]
 
 

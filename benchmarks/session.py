@@ -18,43 +18,45 @@ Groups = Mapping[str, Callable[[], Iterable[Comparison | MemoryComparison]]]
 def parser(description: str, groups: Iterable[str]) -> argparse.ArgumentParser:
     """The command line that the commands have in common."""
     known = list(groups)
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument(
+    command = argparse.ArgumentParser(description=description)
+    command.add_argument(
         "cases", nargs="*", metavar="case", help=f"of {', '.join(known)}; default all"
     )
-    made.add_argument("--rounds", type=int, default=7, help="timings of each step")
-    made.add_argument(
+    command.add_argument("--rounds", type=int, default=7, help="timings of each step")
+    command.add_argument(
         "--output",
         type=Path,
         default=Path("dist/benchmarks"),
         help="folder for results.json, results.md and the plots",
     )
-    made.add_argument(
+    command.add_argument(
         "--threads", type=int, default=machine.cores(), help="of each contender"
     )
-    made.add_argument(
+    command.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds a step may take"
     )
-    made.add_argument(
+    command.add_argument(
         "--smoke", action="store_true", help="tiny shapes: does everything run?"
     )
-    return made
+    return command
 
 
-def checked(made: argparse.ArgumentParser, groups: Iterable[str]) -> argparse.Namespace:
+def checked(
+    command: argparse.ArgumentParser, groups: Iterable[str]
+) -> argparse.Namespace:
     """The arguments of the command line; ends the program where one is out of range."""
-    arguments = made.parse_args()
+    arguments = command.parse_args()
     unknown = sorted(set(arguments.cases) - set(groups))
     if unknown:
-        made.error(f"no such case: {', '.join(unknown)}; known: {', '.join(groups)}")
+        command.error(f"no such case: {', '.join(unknown)}; known: {', '.join(groups)}")
     for name in ("rounds", "threads", "timeout"):
         if getattr(arguments, name) <= 0:
-            made.error(f"--{name} must be above 0")
+            command.error(f"--{name} must be above 0")
     return arguments
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """What holds TensorFlow, oneDNN and PyTorch to that many threads."""
+    """Limits TensorFlow, oneDNN and PyTorch to that many threads."""
     names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
     return dict.fromkeys(names, str(threads))
 
@@ -78,17 +80,17 @@ def run(
         with coordinator.Workers(options) as workers:
             for comparison in comparisons():
                 if isinstance(comparison, MemoryComparison):
-                    found = coordinator.run_memory(comparison, options, _progress)
-                    table = report.memory_table(found)
-                    results["memory"].append({"case": name, **found})
+                    measured = coordinator.run_memory(comparison, options, _progress)
+                    table = report.memory_table(measured)
+                    results["memory"].append({"case": name, **measured})
                 else:
-                    found = coordinator.run_times(
+                    measured = coordinator.run_times(
                         comparison, workers, options, _progress
                     )
-                    table = report.times_table(found, results["reference"])
-                    results["times"].append({"case": name, **found})
+                    table = report.times_table(measured, results["reference"])
+                    results["times"].append({"case": name, **measured})
                 print(f"\n{table}", flush=True)
-                # A run takes long: what is there is kept if it is broken off.
+                # A run takes long; written now, its results survive an interruption.
                 report.write_json(results, folder)
     report.write(results, folder)
     return results

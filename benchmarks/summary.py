@@ -1,4 +1,4 @@
-"""What is made of timings: medians, quartiles, ratios of what was timed in one round.
+"""Summarizes timings: medians, quartiles, ratios within one round.
 
 The speed of a machine drifts while a comparison runs, and one round drifts
 together. So a ratio is the median of the rounds' ratios, not the ratio of the medians.
@@ -45,7 +45,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the ratios of what was timed in the same round."""
+    """The median of the ratios of timings of the same round."""
     return statistics.median(
         value / other for value, other in zip(values, others, strict=True)
     )
@@ -61,14 +61,14 @@ def rows(comparison: dict[str, Any], reference_operations: float) -> list[Row | 
     product = comparison["reference_seconds"]
     operations = comparison["operations"]
     first = comparison["entries"][0]["seconds"]
-    found: list[Row | str] = []
+    table: list[Row | str] = []
     for entry in comparison["entries"]:
         label, seconds = entry["label"], entry["seconds"]
         if entry["failure"]:
-            found.append(f"{label}: {entry['failure']}")
+            table.append(f"{label}: {entry['failure']}")
             continue
         products = paired_ratio(seconds, product)
-        found.append(
+        table.append(
             Row(
                 label,
                 spread(seconds),
@@ -77,4 +77,4 @@ def rows(comparison: dict[str, Any], reference_operations: float) -> list[Row | 
                 paired_ratio(seconds, first) if first else None,
             )
         )
-    return found
+    return table

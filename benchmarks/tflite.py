@@ -1,4 +1,4 @@
-"""Our TFLite files beside what Keras writes of the same model from its own layers.
+"""Compares our TFLite files with Keras' of the same model from stock layers.
 
     python -m benchmarks.tflite
 
@@ -34,7 +34,7 @@ def build_ours() -> keras.Model:
 
 
 def build_stock() -> keras.Model:
-    """The same of Keras' own layers; of one length, which its converter keeps."""
+    """The same from Keras' layers, with one length, which its converter keeps."""
     layers = keras.layers
     ids = keras.Input((LENGTH,), dtype="int32", name="ids")
     mask = keras.ops.not_equal(ids, 0)
@@ -67,7 +67,7 @@ class Contender:
     """A file in its interpreter.
 
     Attributes:
-        name: What it is.
+        name: Its name in the table.
         size: Of the file, in bytes.
         operations: How many it holds.
         partitions: How many parts of it the CPU's delegate takes over.
@@ -87,11 +87,11 @@ class Contender:
         self.size = path.stat().st_size
         self.operations = len(plain._get_ops_details())
         self._interpreter: Any = Interpreter(model_path=str(path), num_threads=1)
-        (given,) = self._interpreter.get_input_details()
-        if given["shape"].tolist() != list(ids.shape):
-            self._interpreter.resize_tensor_input(given["index"], ids.shape)
+        (details,) = self._interpreter.get_input_details()
+        if details["shape"].tolist() != list(ids.shape):
+            self._interpreter.resize_tensor_input(details["index"], ids.shape)
         self._interpreter.allocate_tensors()
-        self._interpreter.set_tensor(given["index"], ids.astype(given["dtype"]))
+        self._interpreter.set_tensor(details["index"], ids.astype(details["dtype"]))
         details = self._interpreter._get_ops_details()
         self.partitions = sum(op["op_name"] == "DELEGATE" for op in details)
         self.seconds: list[float] = []
@@ -107,7 +107,7 @@ def export_all(directory: Path, ids: np.ndarray) -> list[Contender]:
     """Writes and loads every file."""
     stock = build_stock()
     stock.export(str(directory / "stock.tflite"), format="litert", verbose=False)
-    contenders = [Contender("Keras, its own layers", directory / "stock.tflite", ids)]
+    contenders = [Contender("Keras, stock layers", directory / "stock.tflite", ids)]
     for name, model, quantization in (
         ("stock layers, our export", stock, None),
         ("our layers, float", build_ours(), None),

@@ -60,7 +60,7 @@ def peak_above_base(
 ) -> int:
     """The most bytes that building and calling a step needs above the base.
 
-    The base is what the process has after the same step at a tiny size: the library,
+    The base is the memory after the same step at a tiny size: the library,
     its threads and its compiler are loaded by then.
 
     Args:
@@ -80,7 +80,7 @@ def peak_above_base(
 
 
 def answer(requests: IO[str], answers: IO[str]) -> None:
-    """Answers requests until there are no more."""
+    """Answers requests until none follow."""
     step: Step | None = None
     calls = 0
     for line in requests:
@@ -104,7 +104,7 @@ def answer(requests: IO[str], answers: IO[str]) -> None:
 
 def main() -> None:
     """Serves the process that started this one."""
-    # What a library prints goes to the errors, not among the answers.
+    # Libraries print to the error stream, not among the answers.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         answer(sys.stdin, answers)

@@ -1,4 +1,4 @@
-"""Steps made of JAX functions."""
+"""Steps from JAX functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def of_function(
     dtype: str,
     backward: bool,
 ) -> Step:
-    """`function(*arrays)` compiled, or its gradients for a given upstream."""
+    """`function(*arrays)` compiled, or its gradients for an upstream gradient."""
     *inputs, above = (jnp.asarray(array, dtype) for array in (*arrays, upstream))
     if not backward:
         forward = jax.jit(function)

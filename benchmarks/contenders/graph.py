@@ -1,4 +1,4 @@
-"""Steps made of TensorFlow functions, in a graph or compiled by XLA."""
+"""Steps from TensorFlow functions, in a graph or compiled by XLA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def of_heads(
     backward: bool,
     compiled: bool,
 ) -> Step:
-    """The core: `attend(query, key, value)`, or its gradients for a given upstream."""
+    """The core: `attend(query, key, value)`, or its gradients for an upstream one."""
     tensors = [tf.cast(array, dtype) for array in heads(shape, 4)]
     # TensorFlow lets go of NumPy's arrays at the operation after.
     tf.identity(tensors[0])
@@ -66,7 +66,7 @@ def of_layer(
 def of_training(
     block: Any, shape: tuple[int, int, int], *, jit_compile: bool | str
 ) -> Step:
-    """The step that `model.fit` repeats, of a model that is `block` alone."""
+    """The step that `model.fit` repeats, of a model that holds only `block`."""
     inputs = keras.Input(shape[1:])
     model = keras.Model(inputs, block(inputs))
     model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=jit_compile)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Keras' own attention: the operation and the layer."""
+"""Keras' attention: the operation and the layer."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def classifier(
     """A run on ids `(B, T)`, the last fifth of every row padding.
 
     Args:
-        layers: `"keras_mha"` or `"keras"`: whose blocks the model is made of.
+        layers: `"keras_mha"` or `"keras"`: the library of the model's blocks.
         exporter: `"export_onnx"`, or `"tf2onnx"` for its plain conversion.
         shape: `(B, T, D)`.
         num_heads: N.
@@ -58,7 +58,7 @@ def _stock(D: int, num_heads: int, hidden_dim: int) -> keras.Model:
         attention = keras.layers.MultiHeadAttention(num_heads, D // num_heads)
         hidden = keras.layers.Add()([hidden, attention(normal, normal)])
         normal = keras.layers.LayerNormalization()(hidden)
-        # tf2onnx alone cannot convert GELU.
+        # Plain tf2onnx cannot convert GELU.
         network = keras.layers.Dense(hidden_dim, activation="relu")(normal)
         hidden = keras.layers.Add()([hidden, keras.layers.Dense(D)(network)])
     return _with_head(ids, hidden)

@@ -24,7 +24,7 @@ def attention(
     sliding_window: int | None = None,
     device: str = "cpu",
 ) -> Step:
-    """`scaled_dot_product_attention` on its own layout `(B, N, T, H)`.
+    """`scaled_dot_product_attention` in PyTorch's layout `(B, N, T, H)`.
 
     A window is a boolean mask `(T, T)`: the function has no argument for one.
     """
@@ -60,7 +60,7 @@ def layer(shape: tuple[int, int, int], num_heads: int, *, backward: bool) -> Ste
         return module(inputs, inputs, inputs, need_weights=False)[0]
 
     if not backward:
-        module.eval()  # allows its own fast path
+        module.eval()  # allows PyTorch's fast path
         return Step(torch.inference_mode()(attend))
     wanted = [inputs.requires_grad_(), *module.parameters()]
     return Step(lambda: torch.autograd.grad(attend().square().sum(), wanted))

@@ -52,7 +52,7 @@ def training(
         batches: How many batches.
         width: D.
         num_heads: N.
-        row: Length of a packed row, and the longest review kept whole.
+        row: Length of a packed row, and the longest review that is not cut.
     """
     reviews = draw_reviews(_all_lengths(), batch_size * batches, row)
     encoder = Encoder(width, num_heads)

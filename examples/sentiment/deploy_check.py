@@ -1,10 +1,10 @@
-"""Runs the trained model's files in every runtime at hand: `make deploy-check`.
+"""Runs the trained model's files in every installed runtime: `make deploy-check`.
 
-Needs what train.py wrote. Adds an ONNX file; TFLite files in float32, in int8 for GPUs
-and in int8 for the CPU; and two that take texts, one of them for MediaPipe. Compares
-all with the model, on the whole test part and on texts as users should not send them.
-The tables and pictures are written beside. Ends with 1 where a value is wrong, or where
-the accuracy of int8 is more than half a point from that of float.
+Run train.py first. This adds an ONNX file, TFLite files in float32, in int8 for GPUs
+and in int8 for the CPU, and two that take texts, one of them for MediaPipe. It compares
+all of them with the model, on the whole test part and on hostile texts, and writes
+tables and pictures into the same directory. It exits with 1 if a value is wrong, or if
+the accuracy of int8 is more than half a point away from that of float.
 
 Example:
     python examples/sentiment/deploy_check.py --directory dist/sentiment
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow is first imported: its notes on the hardware are not the result.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
@@ -29,7 +29,7 @@ from data import LABELS, load_reviews, split_fold
 from model import committee, encode
 from report import write_text
 
-# Registers the layer that the saved model begins with.
+# Registers the tokenizer of the saved model.
 import keras_mha.text  # noqa: F401
 from keras_mha.export import (
     BertMetadata,
@@ -41,9 +41,9 @@ from keras_mha.export import (
 )
 
 EXPORT_SAMPLES = 32
-# The most that accuracies of int8 and float may be apart, in percent of the reviews.
+# The largest allowed difference of int8's accuracy from float's, in percent of reviews.
 MOST_POINTS = 0.5
-# Folders of TFLite files: how they are quantized, and for what.
+# Folders of TFLite files, with their quantization and target.
 FLOAT, INT8_GPU, INT8_CPU = "float32", "dynamic_int8_gpu", "dynamic_int8"
 FILES = {
     FLOAT: (None, "gpu"),
@@ -51,10 +51,10 @@ FILES = {
     INT8_CPU: ("dynamic_int8", "cpu"),
 }
 LITERT = "LiteRT interpreter, CPU"
-# Those that read a file which takes texts.
+# The runtimes that read files which take texts.
 OF_TEXTS = ("saved_model", "litert", "mediapipe")
-# Nothing, unknown words, a whole book, control characters, broken UTF-8, letters from
-# right to left, emoji with joiners.
+# Empty, unknown words, a whole book, control characters, invalid UTF-8, right-to-left
+# letters, emoji with joiners.
 HOSTILE = [
     "",
     "qqqqq \u4e00\u4e01",
@@ -67,7 +67,7 @@ HOSTILE = [
 
 
 def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
-    """Exports what is missing, and verifies the files by what they take."""
+    """Exports the missing files, and verifies all, grouped by their inputs."""
     of_texts: Any = keras.saving.load_model(directory / "model.keras")
     tokenizer = of_texts.get_layer("tokenizer")
     members = [one for one in of_texts.layers if isinstance(one, keras.Sequential)]
@@ -109,7 +109,7 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
         text=True,
         metadata=BertMetadata(LABELS),
     )
-    given: Any = {
+    text_files: Any = {
         "saved_model": directory / "saved_model",
         "tflite": [file.path for file in written.files if file.kind != "ids"],
         "runtimes": OF_TEXTS,
@@ -118,38 +118,38 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
     of_gpu = {"tflite": on_gpus, "onnx": onnx}
     of_cpu = {"tflite": on_cpus, "runtimes": ["litert", "litert_arm"]}
     runs: dict[str, tuple[Any, dict[str, Any]]] = {
-        "texts": (of_texts, {"samples": texts, "labels": labels, **given}),
-        "hostile": (of_texts, {"samples": HOSTILE, **given}),
+        "texts": (of_texts, {"samples": texts, "labels": labels, **text_files}),
+        "hostile": (of_texts, {"samples": HOSTILE, **text_files}),
         "ids": (of_ids, {"samples": ids, "labels": labels, **of_gpu}),
         "ids_cpu": (of_ids, {"samples": ids, "labels": labels, **of_cpu}),
         "hostile_ids": (of_ids, {"samples": hostile, **of_gpu}),
         "hostile_ids_cpu": (of_ids, {"samples": hostile, **of_cpu}),
     }
     reports = {}
-    for name, (model, words) in runs.items():
+    for name, (model, arguments) in runs.items():
         tell(f"verify {name}")
-        reports[name] = verify(model, **words)
+        reports[name] = verify(model, **arguments)
     return reports
 
 
-def tell(doing: str) -> None:
-    """Says what is done next, which may take minutes."""
-    print(f"{doing} ...", file=sys.stderr, flush=True)
+def tell(step: str) -> None:
+    """Announces the next step, which may take minutes."""
+    print(f"{step} ...", file=sys.stderr, flush=True)
 
 
 def compare_accuracies(checks: Sequence[RuntimeCheck]) -> tuple[str, bool]:
-    """Size and accuracy of the TFLite files as LiteRT runs them, beside float's.
+    """Compares size and accuracy of the TFLite files, run in LiteRT, with float's.
 
     Returns:
-        A Markdown section, and whether every accuracy is near float's. It is not where
-        one is unknown.
+        A Markdown section, and whether every accuracy is near float's. An unknown
+        accuracy is not.
     """
-    found = {
+    by_folder = {
         Path(check.file).parent.name: check
         for check in checks
         if check.runtime == LITERT and check.file
     }
-    plain = found.get(FLOAT)
+    plain = by_folder.get(FLOAT)
     if plain is None or plain.accuracy is None or plain.size_bytes is None:
         return f"## Accuracy of int8: not passed\n\n{LITERT} ran no float file.", False
     lines = [
@@ -158,7 +158,7 @@ def compare_accuracies(checks: Sequence[RuntimeCheck]) -> tuple[str, bool]:
     ]
     passed = True
     for name in FILES:
-        one = found.get(name)
+        one = by_folder.get(name)
         if one is None or one.accuracy is None or one.label_agreement is None:
             lines.append(f"| {name} | not run | | | | |")
             passed = False
@@ -173,14 +173,14 @@ def compare_accuracies(checks: Sequence[RuntimeCheck]) -> tuple[str, bool]:
     verdict = "passed" if passed else "not passed"
     head = (
         f"## Accuracy of int8 on {plain.samples} reviews of the test part: {verdict}"
-        f"\n\nIn {LITERT}; at most {MOST_POINTS} points from float are allowed. "
+        f"\n\nIn {LITERT}; up to {MOST_POINTS} points from float are allowed. "
         "Agreement is with the Keras model's labels."
     )
     return "\n\n".join([head, "\n".join(lines)]), passed
 
 
 def main() -> None:
-    """Checks, prints and writes the tables; ends with 1 where something is wrong."""
+    """Checks, prints and writes the tables; exits with 1 if something is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -193,8 +193,8 @@ def main() -> None:
     parser.add_argument(
         "--rows",
         type=int,
-        help="how many reviews (default: all of the test part); 200 where a runtime is "
-        "emulated",
+        help="how many reviews (default: the whole test part); 200 in an emulated "
+        "runtime",
     )
     options = parser.parse_args()
     if not (options.directory / "model.keras").exists():

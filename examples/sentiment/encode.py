@@ -1,8 +1,8 @@
 """Writes the token ids of all texts into one file, for finetune.py.
 
-The checkpoint's own vocabulary cuts them, in tensorflow-text. With them go the labels,
-the fold in which each movie review is tested, the texts of other domains, and the
-critics' sentences that share nothing with the reviews.
+tensorflow-text cuts the texts by the checkpoint's vocabulary. The file also holds the
+labels, the fold in which each movie review is tested, the texts of other domains, and
+critics' sentences that share no part with the reviews.
 
 Example:
     python examples/sentiment/encode.py --output ids.npz
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Before TensorFlow is first imported: its notes on the hardware are not the result.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
@@ -31,7 +31,7 @@ MAX_LENGTH = 128
 
 
 def fold_numbers(reviews: Reviews, seed: int) -> np.ndarray:
-    """In which fold each review is tested, `(n,)`."""
+    """Returns the fold in which each review is tested, `(n,)`."""
     numbered = Reviews(np.arange(len(reviews)), reviews.labels)
     folds = np.full(len(reviews), -1, np.int32)
     for fold in range(FOLDS):
@@ -47,14 +47,14 @@ def token_arrays(
     *,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Everything that `finetune.cross_validate` takes, by name.
+    """Returns the data of `finetune.cross_validate`, by name.
 
     Args:
         vocabulary: The checkpoint's tokens.
-        reviews: What is trained on, and tested in folds.
-        further: What may be trained on too.
-        domains: What else is tested on.
-        seed: Of the folds.
+        reviews: The reviews to train on, and to test on in folds.
+        further: More reviews that may be trained on.
+        domains: Other texts to test on.
+        seed: Seed of the folds.
     """
     arrays = {"mr_folds": fold_numbers(reviews, seed)}
     for name, part in (("mr", reviews), ("extra", further)):
@@ -68,7 +68,7 @@ def token_arrays(
 
 
 def read_vocabulary(checkpoint: Path) -> list[str]:
-    """The checkpoint's tokens in the order of their ids."""
+    """Returns the checkpoint's tokens in the order of their ids."""
     content = (checkpoint / "vocab.txt").read_text("utf-8")
     return content.removesuffix("\n").split("\n")
 
@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0, help="of the folds")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the folds (default: 0)"
+    )
     options = parser.parse_args(arguments)
     reviews = load_reviews()
     arrays = token_arrays(
@@ -95,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{name.removesuffix('_lengths')}: {len(lengths)} texts, "
                 f"{lengths.mean():.1f} tokens on average, {lengths.max()} at most"
             )
-    beside = options.output.with_name(f".{options.output.stem}.part.npz")
-    np.savez_compressed(beside, **arrays)
-    beside.replace(options.output)
+    temporary = options.output.with_name(f".{options.output.stem}.part.npz")
+    np.savez_compressed(temporary, **arrays)
+    temporary.replace(options.output)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Looks into the trained encoders: where they attend, and which heads they need.
+"""Shows where the trained encoders attend, and which heads they need.
 
-Writes into the directory where train.py wrote: a picture for each review, one of the
-heads, and the table of what is left of the accuracy as heads are removed.
+Adds to train.py's directory a picture for each review, one of the heads, and a table of
+the accuracy as heads are removed.
 
 Examples:
     python examples/sentiment/explain.py
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow is first imported: its notes on the hardware are not the result.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
@@ -30,7 +30,7 @@ from report import figure, wilson_interval, write_text
 
 import keras_mha
 
-# Registers the layer that the saved model begins with.
+# Registers the tokenizer of the saved model.
 import keras_mha.text
 from keras_mha.interpret import (
     PruningCurve,
@@ -46,21 +46,22 @@ TEXTS = (
     "It is not a bad film, but far too long.",
 )
 LOSS = "sparse_categorical_crossentropy"
-# How much accuracy the smaller model may lose on the reviews that choose it.
+# The accuracy that the smaller model may lose on the reviews that choose it.
 MAX_DROP = 0.005
 
 
 @dataclass(frozen=True)
 class Explained:
-    """What the model makes of one text of T tokens.
+    """The model's answer to one text of T tokens, and its attention.
 
     Attributes:
         tokens: The tokens.
         answer: Probabilities of the labels `(2,)`.
         attention: Mean over encoders and heads `(T, T)`; the last axis is attended to.
-        received: What each encoder's tokens attend to on average, `(M, T)`.
-        flow: What the mean that the encoders answer from is made of by attention
-            rollout, mean over encoders `(T,)`.
+        received: The attention that each token receives on average, by encoder, `(M,
+            T)`.
+        flow: The share of each token in the mean that the encoders answer from, by
+            attention rollout, averaged over encoders, `(T,)`.
     """
 
     tokens: list[str]
@@ -71,16 +72,16 @@ class Explained:
 
 
 def explain(model: keras.Model, texts: Sequence[str]) -> list[Explained]:
-    """Looks at each text; the encoders see it alone, hence without padding."""
+    """Explains each text; the encoders see one at a time, so without padding."""
     tokenizer: Any = model.get_layer("tokenizer")
-    found = []
+    explained = []
     for text in texts:
         ids = tokenizer(tf.constant([text])).numpy()[0]
         maps = keras_mha.attention_maps(model, [text])
         encoders = stacks(maps)
         means = np.stack([stack[-1].mean(axis=(0, 1)) for stack in encoders])
         flows = [attention_rollout(stack)[0].mean(axis=0) for stack in encoders]
-        found.append(
+        explained.append(
             Explained(
                 [tokenizer.vocabulary[i] for i in ids],
                 np.asarray(model(tf.constant([text])))[0],
@@ -89,11 +90,11 @@ def explain(model: keras.Model, texts: Sequence[str]) -> list[Explained]:
                 np.mean(flows, axis=0),
             )
         )
-    return found
+    return explained
 
 
 def stacks(maps: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
-    """The maps of each encoder, from its first block to its last."""
+    """Groups the maps by encoder, from its first block to its last."""
     encoders: dict[str, list[np.ndarray]] = {}
     for path, scores in maps.items():
         encoders.setdefault(path.split("/")[0], []).append(scores)
@@ -101,7 +102,7 @@ def stacks(maps: Mapping[str, np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def draw_review(path: Path, text: str, review: Explained) -> None:
-    """Draws who attends to whom, and below what each word gets in all."""
+    """Draws which word attends to which, and below the total that each receives."""
     T = len(review.tokens)
     places = np.arange(T)
     with figure(
@@ -139,7 +140,7 @@ def draw_heads(
     curves: Mapping[str, PruningCurve],
     rows: int,
 ) -> None:
-    """Draws how important each head is, and the accuracy as they go, on `rows`."""
+    """Draws each head's importance, and the accuracy on `rows` as heads are removed."""
     names = [name.removesuffix("/attention/self_attention") for name in importance]
     heads = max(map(len, importance.values()))
     table = np.full((len(names), heads), np.nan)
@@ -180,7 +181,7 @@ def prune(
 ) -> str:
     """Ranks the heads on `rows` training reviews and removes them; returns a report.
 
-    What is left is chosen by half of the test reviews and judged by the other half.
+    Half of the test reviews choose how many heads remain; the other half judges.
     """
     rng = np.random.default_rng(0)
     ranked = train.take(rng.permutation(len(train))[:rows])
@@ -210,17 +211,18 @@ def prune(
     return (
         f"# Without {curve.steps[0].heads_left - chosen.heads_left} of "
         f"{curve.steps[0].heads_left} heads\n\n"
-        f"On {len(judging)} test reviews that chose nothing: {before:.4f} with all "
+        f"Accuracy on {len(judging)} other test reviews: {before:.4f} with all "
         f"heads and {model.count_params():,} weights, {after:.4f} with "
         f"{chosen.heads_left} heads and {smaller.count_params():,} weights.\n\n"
-        f"On the {len(choosing)} that chose; of one head a layer, the most important "
-        f"ones keep {last.score:.4f} and the least important ones {worst.score:.4f}:"
+        f"On the {len(choosing)} reviews that chose. With one head left in each "
+        f"layer, the most important ones keep {last.score:.4f}, the least important "
+        f"ones {worst.score:.4f}:"
         f"\n\n{curve.to_markdown()}"
     )
 
 
 def accuracy_of(model: Any, reviews: Reviews) -> float:
-    """The share of reviews whose likelier label is theirs."""
+    """Returns the share of reviews whose likelier label is right."""
     answers = model.predict(tf.constant(reviews.texts), verbose=0, batch_size=256)
     return float(np.mean(answers.argmax(-1) == reviews.labels))
 
@@ -238,13 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--directory",
         type=Path,
         default=Path("dist/sentiment"),
-        help="where train.py wrote, and the pictures go (default: %(default)s)",
+        help="train.py's directory, which gets the pictures (default: %(default)s)",
     )
     parser.add_argument(
         "--rows",
         type=int,
         default=512,
-        help="training reviews that rank the heads; 0 leaves the heads alone "
+        help="training reviews that rank the heads; 0 skips the heads "
         "(default: %(default)s)",
     )
     options = parser.parse_args(arguments)

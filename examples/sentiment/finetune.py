@@ -1,8 +1,8 @@
 """Fine-tunes a pretrained encoder on token ids, by cross-validation.
 
-Runs on TensorFlow and on JAX, there without TensorFlow: the ids come from a file that
-`encode.py` wrote. Each fold's accuracy on its test part is printed and written after
-each epoch; nothing is chosen by it.
+Runs on TensorFlow, or on JAX without TensorFlow: the ids come from a file that
+`encode.py` wrote. Prints and writes each fold's accuracy on its test part after each
+epoch, and chooses nothing by it.
 
 Examples:
     python examples/sentiment/encode.py --output ids.npz
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow is first imported: its notes on the hardware are not the result.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
@@ -53,19 +53,19 @@ class FineTuning:
     epochs: int = 4
     batch_size: int = 64
     learning_rate: float = 2e-4
-    # Share of all steps in which the rate rises.
+    # The share of all steps in which the rate rises.
     warmup: float = 0.1
     weight_decay: float = 0.01
-    # The rate of each layer is this share of the next higher one's.
+    # The ratio of each layer's rate to that of the next higher one.
     layer_decay: float = 1.0
     pooling: str = "mean"
     dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float = 0.1
     label_smoothing: float = 0.0
-    # Momentum of a moving average of the weights, which is what is tested; 0 is none.
+    # Momentum of a moving average of the weights, which is then tested; 0 for none.
     average_momentum: float = 0.0
-    # Weight of the divergence between two dropouts' answers; 0 is one answer.
+    # Weight of the divergence between the answers under two dropouts; 0 for none.
     r_drop: float = 0.0
 
 
@@ -73,11 +73,11 @@ class FineTuning:
 
 
 def build_classifier(encoder: BertEncoder, recipe: FineTuning) -> keras.Model:
-    """Ids `(B, T)`, 0 at padding, to the probabilities of both labels `(B, 2)`."""
+    """Builds a model from ids `(B, T)`, 0 at padding, to probabilities `(B, 2)`."""
     ids = keras.Input((None,), dtype="int32", name="ids")
     hidden = encoder({"input_ids": ids, "attention_mask": ops.not_equal(ids, 0)})
     if recipe.pooling == "mean":
-        # Sums are not rounded to the encoder's dtype.
+        # In float32, so that sums are not rounded to the encoder's dtype.
         mean = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean")
         pooled = mean(hidden)
     else:
@@ -92,7 +92,7 @@ def build_classifier(encoder: BertEncoder, recipe: FineTuning) -> keras.Model:
 
 
 class AgreeingModel(keras.Model):
-    """Sees each row twice in a batch, once in each half, and is to answer alike."""
+    """Sees each row twice, once in each half of a batch, and learns to answer alike."""
 
     agreement = 0.0
 
@@ -120,7 +120,7 @@ class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
         self.peak, self.steps, self.warmup = peak, steps, warmup
 
     def __call__(self, step: Any) -> Any:
-        """The rate of a step, counted from 0."""
+        """Returns the rate of a step, counted from 0."""
         done = ops.cast(step, "float32") + 1.0
         rising = done / max(self.warmup, 1)
         falling = (self.steps - done) / max(self.steps - self.warmup, 1)
@@ -128,7 +128,7 @@ class LinearSchedule(keras.optimizers.schedules.LearningRateSchedule):
         return self.peak * share
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         return {"peak": self.peak, "steps": self.steps, "warmup": self.warmup}
 
 
@@ -136,7 +136,7 @@ class LayerwiseAdamW(keras.optimizers.AdamW):
     """AdamW with a factor of the learning rate for each variable.
 
     Args:
-        factor: Says the factor of a variable.
+        factor: Returns the factor of a variable.
         **kwargs: Arguments of `keras.optimizers.AdamW`.
     """
 
@@ -168,8 +168,8 @@ def compile_classifier(
 def make_optimizer(
     model: keras.Model, encoder: BertEncoder, recipe: FineTuning, steps: int
 ) -> keras.optimizers.Optimizer:
-    """The optimizer of the model, in which the encoder is, for `steps` steps in all."""
-    # Heights above the embeddings: 0, the blocks' 1 to L, and L + 1 for the head.
+    """Makes an optimizer for the model around the encoder, for `steps` steps in all."""
+    # Heights: 0 for the embeddings, 1 to L for the blocks, and L + 1 for the head.
     heights = {weight.path: 0 for weight in encoder.weights}
     for height, block in enumerate(encoder.blocks, 1):
         heights |= {weight.path: height for weight in block.weights}
@@ -208,8 +208,8 @@ class Tested(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Tests the weights as they are now."""
         del epoch
-        # SwapEMAWeights may leave a weight and its average in one piece of memory,
-        # which `predict` on JAX gives away.
+        # SwapEMAWeights may leave a weight and its average in the same memory, which
+        # `predict` on JAX donates.
         for weight in self.model.trainable_variables:
             weight.assign(np.array(ops.convert_to_numpy(weight)))
         self.probabilities = predict(self.model, self.rows, self.lengths)
@@ -227,17 +227,17 @@ def fit(
     *,
     seed: int,
 ) -> Tested:
-    """Trains a compiled model on `train`; says what it answers on `test`."""
+    """Trains a compiled model on `train`, and tests it on `test`."""
     batches = Batches(train, recipe.batch_size, lengths, seed, twice=recipe.r_drop > 0)
     tested = Tested(test, lengths)
     callbacks: list[keras.callbacks.Callback] = [tested]
     if recipe.average_momentum:
-        # First: what follows then sees, and keeps, the averaged weights.
+        # First, so that the callbacks after it see and keep the averaged weights.
         callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
     model.fit(
         batches,
         epochs=recipe.epochs,
-        shuffle=False,  # The batches shuffle themselves.
+        shuffle=False,  # `Batches` shuffles the rows.
         callbacks=callbacks,
         verbose=verbosity(),
     )
@@ -245,12 +245,12 @@ def fit(
 
 
 def verbosity() -> Any:
-    """How `fit` shows its progress: a bar on a terminal, a line an epoch elsewhere."""
+    """Returns `fit`'s verbosity: a bar on a terminal, else a line for each epoch."""
     return 1 if sys.stdout.isatty() else 2
 
 
 def steps_of(rows: int, recipe: FineTuning) -> int:
-    """How many steps an entire training takes."""
+    """Returns how many steps the whole training takes."""
     return recipe.epochs * math.ceil(rows / recipe.batch_size)
 
 
@@ -258,9 +258,9 @@ def steps_of(rows: int, recipe: FineTuning) -> int:
 
 
 def restorer(model: keras.Model) -> Callable[[], None]:
-    """Returns a function that sets a compiled model back to how it is now.
+    """Returns a function that resets a compiled model to its present state.
 
-    All folds train one model: what was compiled for one serves the others.
+    All folds train one model, so that it is compiled once.
     """
     variables = [*model.variables, *model.optimizer.variables]
     values = [np.array(ops.convert_to_numpy(variable)) for variable in variables]
@@ -288,18 +288,18 @@ def cross_validate(
 
     Args:
         checkpoint: Directory of the checkpoint.
-        data: What `encode.py` wrote.
-        recipe: How.
+        data: The arrays that `encode.py` wrote.
+        recipe: How to train.
         folds: The folds' numbers.
         lengths: The lengths that batches may have.
-        seed: Of dropout, head and order.
+        seed: Seed of dropout, head and order.
         dtype: Dtype policy of the encoder.
-        extra: Whether the further training rows are trained on too.
-        report: Is told the figures after each fold, and lent the trained model.
+        extra: Whether to train on the further rows too.
+        report: Called with the figures and the trained model after each fold.
 
     Returns:
-        The figures, and the probabilities: of each review from the model that had not
-        seen it, and of the other sets' texts from each fold's model.
+        The figures, and the probabilities: for each review those of the model that had
+        not seen it, and for the other sets' texts those of each fold's model.
     """
     reviews, membership = unpack(data, "mr"), data["mr_folds"]
     further = unpack(data, "extra") if extra else None
@@ -320,14 +320,14 @@ def cross_validate(
     answers |= {
         name: np.zeros((0, len(o), 2), np.float32) for name, o in others.items()
     }
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     figures: dict[str, Any] = {
         "recipe": asdict(recipe),
         "seed": seed,
         "dtype": dtype,
         "extra": len(further) if further else 0,
         "backend": keras.backend.backend(),
-        "folds": found,
+        "folds": results,
     }
     restore = restorer(model)
     for fold in folds:
@@ -348,8 +348,8 @@ def cross_validate(
             probabilities = predict(model, other, lengths)
             answers[name] = np.concatenate([answers[name], probabilities[None]])
             fold_figures[name] = domain_figures(probabilities, data[f"{name}_ratings"])
-        found.append(fold_figures)
-        by_epoch = np.mean([each["accuracies"] for each in found], axis=0)
+        results.append(fold_figures)
+        by_epoch = np.mean([each["accuracies"] for each in results], axis=0)
         figures["mean_accuracy_by_epoch"] = by_epoch.tolist()
         figures["mean_accuracy"] = float(by_epoch[-1])
         report(figures, model)
@@ -357,9 +357,9 @@ def cross_validate(
 
 
 def domain_figures(probabilities: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
-    """How answers `(n, 2)` fit mean human ratings `(n,)`, which may be zero.
+    """Compares answers `(n, 2)` with mean human ratings `(n,)`, which may be zero.
 
-    The accuracy is that of the sign, zeros left out; the correlation, Pearson's, is of
+    The accuracy is that of the sign, without zeros. The correlation is Pearson's, of
     the probability of the positive label with the rating.
     """
     signed = ratings != 0
@@ -405,7 +405,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[16, 24, 32, 40, 48, 64, 96, 128],
-        help="lengths that batches may have; each is compiled by itself on JAX",
+        help="lengths that batches may have; JAX compiles each",
     )
     add("--extra", action="store_true", help="train on the further rows too")
     for field in fields(FineTuning):
@@ -437,9 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
         if options.output is not None:
-            beside = options.output.with_name(f".{options.output.name}.part")
-            beside.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-            beside.replace(options.output)
+            temporary = options.output.with_name(f".{options.output.name}.part")
+            temporary.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+            temporary.replace(options.output)
 
     with np.load(options.data) as file:
         data = dict(file)

@@ -1,8 +1,9 @@
-"""Fine-tunes the pretrained encoder whole, by low-rank factors, and not at all.
+"""Fine-tunes the pretrained encoder fully, by low-rank factors, or not at all.
 
-The same reviews, steps and test part for each of: the classification head alone; the
-head and low-rank factors in the attention's query and value projections; and every
-weight. Prints accuracies, numbers of trained parameters and seconds as a table.
+Trains three times, on the same reviews and in as many steps: only the classification
+head; the head and low-rank factors in the attention's query and value projections;
+every weight. Prints test accuracies, numbers of trained parameters and seconds as a
+table.
 
 Examples:
     python examples/sentiment/lora.py
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-# Before TensorFlow is first imported: its notes on the hardware are not the result.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
@@ -32,14 +33,14 @@ from rows import Batches, Rows, accuracy, predict
 from keras_mha.convert import load_bert
 from keras_mha.models import BertEncoder
 
-# Reviews of like length come together, padded to one of these.
+# Batches hold reviews of like length, padded to one of these.
 LENGTHS = (16, 24, 32, 48, 80)
 Prepare = Callable[[BertEncoder], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one way of fine-tuning came to."""
+    """The result of one way of fine-tuning."""
 
     way: str
     trained: int
@@ -48,7 +49,7 @@ class Result:
 
 
 def freeze(encoder: BertEncoder) -> None:
-    """Leaves every weight of the encoder as it is."""
+    """Freezes every weight of the encoder."""
     for weight in encoder.weights:
         weight.trainable = False
 
@@ -80,17 +81,17 @@ def run(
     model.fit(
         Batches(train, recipe.batch_size, LENGTHS, seed),
         epochs=recipe.epochs,
-        shuffle=False,  # The batches shuffle themselves.
+        shuffle=False,  # `Batches` shuffles the rows.
         verbose=2,
     )
     seconds = time.perf_counter() - start
-    found = accuracy(predict(model, test, LENGTHS, size=64), test.labels)
-    print(f"{way}: {trained:,} parameters, {100 * found:.1f} %", flush=True)
-    return Result(way, trained, found, seconds)
+    share = accuracy(predict(model, test, LENGTHS, size=64), test.labels)
+    print(f"{way}: {trained:,} parameters, {100 * share:.1f} %", flush=True)
+    return Result(way, trained, share, seconds)
 
 
 def rows_of(split: Split, rows: int, seed: int) -> tuple[Rows, Rows]:
-    """Token ids of some training reviews, and of all of the test part."""
+    """Returns token ids of some training reviews, and of the whole test part."""
     vocabulary = (load_checkpoint() / "vocab.txt").read_text("utf-8")
     tokens = vocabulary.removesuffix("\n").split("\n")
     drawn = np.random.default_rng(seed).permutation(len(split.train))[:rows]
@@ -102,7 +103,7 @@ def rows_of(split: Split, rows: int, seed: int) -> tuple[Rows, Rows]:
 
 
 def to_markdown(results: Sequence[Result]) -> str:
-    """One line for each way."""
+    """Returns a table with a line for each way."""
     lines = [
         "| what is trained | parameters trained | test accuracy % | training, s |",
         "|---|--:|--:|--:|",
@@ -126,9 +127,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", type=int, default=1000, help="training reviews (default: 1000)")
     add("--epochs", type=int, default=2, help="default: %(default)s")
-    add("--rank", type=int, default=8, help="of the factors (default: %(default)s)")
-    add("--rate", type=float, default=1e-4, help="for every weight (default: 1e-4)")
-    add("--lora-rate", type=float, default=2e-3, help="for factors (default: 2e-3)")
+    add(
+        "--rank", type=int, default=8, help="rank of the factors (default: %(default)s)"
+    )
+    add(
+        "--rate",
+        type=float,
+        default=1e-4,
+        help="learning rate for every weight (default: 1e-4)",
+    )
+    add(
+        "--lora-rate",
+        type=float,
+        default=2e-3,
+        help="learning rate for factors (default: 2e-3)",
+    )
     add("--seed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args(arguments)
 
@@ -145,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     slow = FineTuning(options.epochs, batch_size=32, learning_rate=options.rate)
     fast = replace(slow, learning_rate=options.lora_rate)
     ways: dict[str, tuple[Prepare, FineTuning]] = {
-        "the head alone": (freeze, fast),
+        "only the head": (freeze, fast),
         f"the head, and LoRA of rank {options.rank} in queries and values": (
             lambda encoder: adapt(encoder, options.rank),
             fast,

@@ -1,4 +1,4 @@
-"""The encoders of the sentiment example, and the recipe they are trained by."""
+"""The encoders of the sentiment example, and their training recipe."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Recipe:
     """Everything that the result depends on, except data and seed.
 
     The data are few: under 10,000 sentences, with twice as many different words. One
-    encoder trained on them from scratch learns much that is chance, so several small
-    ones are trained apart from each other and their probabilities averaged: chance
-    differs between them, and cancels. Each is kept from learning sentences by heart by
-    tokens that become `[UNK]`, dropout, weight decay, smoothed labels, few epochs, and
-    the moving average of its weights in place of the last ones.
+    encoder trained on them from scratch learns a good deal of chance. Several small
+    ones, trained separately, learn different chance, which cancels when their
+    probabilities are averaged. Random `[UNK]` tokens, dropout, weight decay, smoothed
+    labels, few epochs and a moving average of the weights keep each from learning
+    sentences by heart.
 
     Sources: Hansen and Salamon 1990, "Neural network ensembles"; Iyyer et al. 2015,
     "Deep unordered composition" (word dropout); Loshchilov and Hutter 2019, "Decoupled
@@ -50,7 +50,7 @@ class Recipe:
     average_momentum: float = 0.99
 
     def smoke(self) -> Recipe:
-        """The same program in seconds; what it learns is worth nothing."""
+        """Returns a recipe that takes seconds and learns nothing useful."""
         return replace(
             self,
             members=2,
@@ -62,7 +62,7 @@ class Recipe:
 
 
 def build_member(vocabulary_size: int, recipe: Recipe, name: str) -> keras.Sequential:
-    """One encoder: ids `(B, T)` in, probabilities of the two labels `(B, 2)` out."""
+    """Builds one encoder from ids `(B, T)` to probabilities of both labels `(B, 2)`."""
     blocks = [
         keras_mha.TransformerEncoderBlock(
             recipe.num_heads,
@@ -96,16 +96,16 @@ def build_member(vocabulary_size: int, recipe: Recipe, name: str) -> keras.Seque
 def committee(
     members: Sequence[keras.Sequential], tokenizer: WordpieceTokenizer | None = None
 ) -> keras.Model:
-    """The members' mean: ids `(B, T)`, or with a tokenizer strings `(B,)`, in.
+    """Averages the members: takes ids `(B, T)`, or with a tokenizer strings `(B,)`.
 
-    It shares the members' weights.
+    The model shares the members' weights.
     """
     if tokenizer is None:
         inputs = ids = keras.Input((None,), dtype="int32", name="ids")
     else:
         inputs = keras.Input((), dtype="string", name="texts")
         ids = tokenizer(inputs)
-    # The same layers without the optimizers, which would be saved as well.
+    # The same layers without the optimizers, which would be saved too.
     bare = [keras.Sequential(member.layers, name=member.name) for member in members]
     average = keras.layers.Average(name="probabilities")
     return keras.Model(inputs, average([m(ids) for m in bare]), name="sentiment")
@@ -114,6 +114,6 @@ def committee(
 def encode(
     texts: Sequence[str], vocabulary: list[str], max_length: int
 ) -> list[np.ndarray]:
-    """Rows of ids without padding, as the model's own tokenizer cuts the texts."""
+    """Cuts texts into rows of ids as the model's tokenizer does, without padding."""
     padded = WordpieceTokenizer(vocabulary, max_length)(tf.constant(list(texts)))
     return [row[row != 0] for row in padded.numpy()]

@@ -1,4 +1,4 @@
-"""Says of each text how likely it is negative and how likely positive.
+"""Prints how likely each text is negative, and how likely positive.
 
 Example:
     python examples/sentiment/predict.py "A fine film." "Two hours, all of them dull."
@@ -14,22 +14,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow is first imported: its notes on the hardware are not the answer.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dist" / "sentiment"
-# Texts are bytes: a shell passes on what is no UTF-8, and the models take it.
+# Texts are bytes: a shell passes on invalid UTF-8, and the models take it.
 Predict = Callable[[Sequence[bytes]], np.ndarray]
 
 
 def load_keras(directory: Path) -> Predict:
-    """The `.keras` file: strings in, run by Keras."""
+    """Loads the `.keras` file: strings in, run by Keras."""
     import keras
     import tensorflow as tf
 
-    # They register the layers that the file names.
+    # These register the layers that the file names.
     import keras_mha.models
     import keras_mha.text  # noqa: F401
 
@@ -38,7 +38,7 @@ def load_keras(directory: Path) -> Predict:
 
 
 def load_saved_model(directory: Path) -> Predict:
-    """The SavedModel: strings in, run by TensorFlow, without Keras or `keras_mha`."""
+    """Loads the SavedModel: strings in, run without Keras or keras_mha."""
     import tensorflow as tf
     import tensorflow_text  # noqa: F401 - registers the tokenizer's operations.
 
@@ -52,7 +52,7 @@ def load_saved_model(directory: Path) -> Predict:
 
 
 def load_tflite(directory: Path) -> Predict:
-    """The TFLite file: ids in, run by LiteRT; only the tokenizer is TensorFlow's."""
+    """Loads the TFLite file: ids in, run by LiteRT after TensorFlow's tokenizer."""
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
@@ -94,8 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--runtime",
         choices=sorted(RUNTIMES),
         default="keras",
-        help="which of the files answers; the probabilities are the same "
-        "(default: keras)",
+        help="which file answers; the probabilities are the same (default: keras)",
     )
     parser.add_argument(
         "--directory",
@@ -115,17 +114,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     labels = (options.directory / "labels.txt").read_text("utf-8").split()
-    # As the shell gave them.
+    # Back to the bytes that the shell passed.
     texts = [os.fsencode(text) for text in options.texts]
     probabilities = RUNTIMES[options.runtime](options.directory)(texts)
-    for given, row in zip(texts, probabilities.tolist(), strict=True):
-        text = given.decode("utf-8", "replace")
+    for content, row in zip(texts, probabilities.tolist(), strict=True):
+        text = content.decode("utf-8", "replace")
         named = dict(zip(labels, row, strict=True))
         if options.json:
             print(json.dumps({"text": text, **named}, ensure_ascii=False))
         else:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in named.items())
-            # One line, whatever is in it.
+            # Keep each text on one line.
             shown = "".join(c if c.isprintable() else "\ufffd" for c in text)
             print(f"{figures}  {shown}")
     return 0

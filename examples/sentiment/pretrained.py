@@ -1,8 +1,8 @@
-"""The accurate model: `train.py --pretrained minilm`.
+"""Trains the accurate model: `train.py --pretrained minilm`.
 
-Fine-tunes the checkpoint on the movie reviews, tests it on the rest of them and on
-other domains, and exports and verifies the first fold's model. That one then teaches a
-small model for devices, which is tested, exported and verified too.
+Fine-tunes the checkpoint on the movie reviews, tests it on the held-out ones and on
+other domains, and exports and verifies the first fold's model. That model then teaches
+a small one for devices, which is tested, exported and verified too.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ LENGTHS = (16, 24, 32, 40, 48, 64, 96, MAX_LENGTH)
 SMOKE_ROWS = 200
 EXPORT_SAMPLES = 32
 VERIFIED_ROWS = 200
-# Where an emulator runs them, each takes a second.
+# Each takes a second in an emulator.
 EMULATED_ROWS = 10
-# Of a probability, where a text is hard to tell; what matters is how many are right.
+# Probabilities of unclear texts may move this far; what counts is the accuracy.
 INT8_TOLERANCE = 0.15
 # Hutto and Gilbert 2014, "VADER", table 4: correlation with the mean human rating.
 VADER_CORRELATIONS = {"amazon": 0.565, "tweets": 0.881, "nyt": 0.492}
@@ -56,14 +56,14 @@ VADER_CORRELATIONS = {"amazon": 0.565, "tweets": 0.881, "nyt": 0.492}
 def run(
     options: argparse.Namespace, reviews: Reviews, recipe: FineTuning | None = None
 ) -> dict[str, Any]:
-    """Runs the folds asked for, writes the results, returns the figures."""
+    """Runs the requested folds, writes the results, returns the figures."""
     recipe = recipe or FineTuning()
     checkpoint = load_checkpoint()
     vocabulary = read_vocabulary(checkpoint)
     further, domains = load_critics(reviews), load_domains()
     if options.smoke:
         recipe = replace(recipe, epochs=1)
-        # The file is sorted by label, so the rows are taken from all of it.
+        # The file is sorted by label, so take rows from all of it.
         reviews, further = _spread(reviews), _spread(further)
         domains = {name: _spread(rated) for name, rated in domains.items()}
     data = token_arrays(vocabulary, reviews, further, domains, seed=options.seed)
@@ -112,10 +112,10 @@ def _complete(figures: dict[str, Any], options: argparse.Namespace) -> dict[str,
 
 
 def of_texts(classifier: keras.Model, vocabulary: Sequence[str]) -> keras.Model:
-    """The same model with the tokenizer before it: strings `(B,)` in."""
+    """Puts the tokenizer before the model, which then takes strings `(B,)`."""
     texts = keras.Input((), dtype="string", name="texts")
     tokenizer = WordpieceTokenizer(vocabulary, MAX_LENGTH, name="tokenizer")
-    # Without the optimizer, which would be saved as well.
+    # Without the optimizer, which would be saved too.
     bare = keras.Model(classifier.inputs, classifier.outputs, name="classifier")
     outputs = keras.layers.Identity(name="probabilities")(bare(tokenizer(texts)))
     return keras.Model(texts, outputs, name="sentiment")
@@ -137,8 +137,8 @@ def distill(
     tokens = needed_tokens(vocabulary, rows)
     words = [vocabulary[i] for i in tokens]
     print(
-        f"A model of {recipe.blocks} blocks and {len(words)} tokens learns what the "
-        "fine-tuned one answers",
+        f"The fine-tuned model teaches one of {recipe.blocks} blocks and {len(words)} "
+        "tokens",
         flush=True,
     )
     keras.utils.set_random_seed(seed)
@@ -150,12 +150,12 @@ def distill(
         load_bert(checkpoint, seed=seed, **dropouts), recipe.blocks, tokens
     )
     student = build_classifier(encoder, recipe.training)
-    own_ids = [np.searchsorted(tokens, row).astype(np.int32) for row in rows.ids]
+    student_ids = [np.searchsorted(tokens, row).astype(np.int32) for row in rows.ids]
     teach(
         student,
         encoder,
         predict(with_features(teacher), rows, LENGTHS),
-        Rows(own_ids, rows.labels),
+        Rows(student_ids, rows.labels),
         recipe,
         LENGTHS,
         seed=seed,
@@ -200,7 +200,7 @@ def export(
     """Writes the model in every form, verifies each, and returns the reports.
 
     Raises:
-        VerificationError: If a file answers otherwise than the model.
+        VerificationError: If a file's answers differ from the model's.
     """
     tolerance = None if quantization is None else INT8_TOLERANCE
     verified = test.take(np.arange(len(test))[:verified_rows])
@@ -208,9 +208,9 @@ def export(
     write_text(output / "labels.txt", "\n".join(LABELS))
     write_text(output / "vocab.txt", "\n".join(vocabulary))
     model = of_texts(classifier, vocabulary)
-    beside = output / ".beside.keras"
-    model.save(beside)
-    beside.replace(output / "model.keras")
+    partial = output / ".partial.keras"
+    model.save(partial)
+    partial.replace(output / "model.keras")
     samples = test.texts[:EXPORT_SAMPLES].tolist()
     saved_model = export_saved_model(
         model, output / "saved_model", samples=samples, version=1, overwrite=True
@@ -248,14 +248,14 @@ def export(
         report.write(output / f"verified_{name}.json")
     if not all(report.passed for report in reports.values()):
         raise VerificationError(
-            f"A file in {output} answers otherwise than the model: see verified_*.json"
+            f"A file in {output} and the model disagree: see verified_*.json"
         )
     sections = [saved_model, tflite, *reports.values()]
     return "\n\n".join(section.to_markdown() for section in sections)
 
 
 def to_markdown(figures: dict[str, Any]) -> str:
-    """The figures of all folds there are, as text."""
+    """Returns the figures of all trained folds as text."""
     folds = figures["folds"]
     last = [fold["accuracies"][-1] for fold in folds]
     by_epoch = ", ".join(f"{100 * x:.1f}" for x in figures["mean_accuracy_by_epoch"])
@@ -272,7 +272,7 @@ def to_markdown(figures: dict[str, Any]) -> str:
 
 
 def distilled_to_markdown(figures: dict[str, Any]) -> str:
-    """The figures of the small model, as text."""
+    """Returns the figures of the small model as text."""
     lines = [
         "# Sentiment of movie reviews, for devices",
         "",
@@ -290,9 +290,9 @@ def _domain_lines(folds: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "## Other domains",
         "",
-        "Trained on movie reviews alone, tested on the sign of the mean human rating; "
-        "and the correlation of the probability with the rating, beside that of VADER, "
-        "which was made with these texts at hand.",
+        "Trained only on movie reviews, tested on the sign of the mean human rating. "
+        "The last columns are the correlation of the probability with the rating, and "
+        "that of VADER, which was built with these texts at hand.",
         "",
         "| texts | accuracy % | correlation | VADER's |",
         "| --- | --: | --: | --: |",

@@ -1,4 +1,4 @@
-"""What a training run found out, as figures, text and pictures."""
+"""Reports of a training run: figures, text and pictures."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PACKAGES = ("keras", "numpy", "scikit-learn", "tensorflow", "tensorflow-text")
 def wilson_interval(
     successes: int, trials: int, z: float = 1.959964
 ) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), right at its edges 0 and 1 too.
+    """Returns the 95 % interval of a share (Wilson 1927), valid at 0 and 1 too.
 
     Raises:
-        ValueError: If `trials` is not positive or `successes` not among them.
+        ValueError: If `trials` is not positive, or `successes` not from 0 to `trials`.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(
@@ -50,7 +50,7 @@ def wilson_interval(
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that the figures depend on."""
+    """Returns the versions of Python and of the packages behind the figures."""
     return {
         "python": platform.python_version(),
         "keras-mha": keras_mha.__version__,
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 
 
 def comparison(scores: Mapping[str, Sequence[float]]) -> str:
-    """A Markdown table: scores by method, one for each fold, beside the published."""
+    """Returns a Markdown table of each method's scores, and of published ones."""
     rows = [
         (name, 100 * float(np.mean(folds)), _deviation(folds), len(folds))
         for name, folds in scores.items()
@@ -75,26 +75,26 @@ def _deviation(folds: Sequence[float]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a file of this name is whole."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
-    beside.replace(path)
+    """Writes a temporary file and renames it, so that `path` is always whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
+    temporary.replace(path)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies beside and renames."""
-    beside = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, beside)
-    beside.replace(target)
+    """Copies to a temporary file and renames it."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON; refuses NaN, which JSON has not."""
+    """Writes indented JSON; refuses NaN, which JSON lacks."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False))
 
 
 def to_markdown(metrics: Mapping[str, Any], export_sections: Sequence[str] = ()) -> str:
-    """The report of one run: its figures, the comparison, and what was exported."""
+    """Returns the report of one run: figures, comparison, exports."""
     low, high = metrics["test_accuracy_95"]
     sizes, members = metrics["sizes"], metrics["member_test_accuracies"]
     lines = [
@@ -105,13 +105,13 @@ def to_markdown(metrics: Mapping[str, Any], export_sections: Sequence[str] = ())
         f"{sizes['test']} reviews; always answering the more frequent label gives "
         f"{metrics['majority_rate']:.4f}.",
         "",
-        f"The mean of {len(members)} encoders, which alone reach {min(members):.4f} to "
-        f"{max(members):.4f}. Trained from scratch on {sizes['train']} reviews in "
-        f"{metrics['seconds']['train']:.0f} s, of which each sets another tenth aside "
-        f"for early stopping; {sizes['parameters']:,} weights, {sizes['vocabulary']:,} "
-        f"wordpieces, seed {metrics['seed']}.",
+        f"The mean of {len(members)} encoders, which singly reach "
+        f"{min(members):.4f} to {max(members):.4f}. Trained from scratch on "
+        f"{sizes['train']} reviews in {metrics['seconds']['train']:.0f} s; each sets a "
+        f"different tenth aside for early stopping; {sizes['parameters']:,} weights, "
+        f"{sizes['vocabulary']:,} wordpieces, seed {metrics['seed']}.",
         "",
-        "## Beside others",
+        "## Compared with others",
         "",
         comparison(
             {
@@ -160,17 +160,18 @@ def draw_training(
 
 
 def draw_attention(path: Path, tokens: Sequence[str], scores: np.ndarray) -> None:
-    """Draws which tokens of a text its tokens attend to.
+    """Draws which tokens of a text attend to which.
 
     Letters: M members of the committee, N heads, T tokens.
 
     Args:
-        path: Where the picture goes.
+        path: Where to write the picture.
         tokens: The T tokens.
         scores: Attention probabilities `(M, N, T, T)`; the last axis is attended to.
     """
     pairs = scores.mean((0, 1))
-    # What each token gets from the average token: by member, and of all.
+    # The attention that each token receives from the average token: by member, and in
+    # all.
     received = np.concatenate([scores.mean((1, 2)), pairs.mean(0, keepdims=True)])
     members = [*(f"member {m}" for m in range(len(scores))), "mean"]
     rows = len(tokens) + len(received)
@@ -193,7 +194,7 @@ def draw_attention(path: Path, tokens: Sequence[str], scores: np.ndarray) -> Non
 
 @contextmanager
 def figure(path: Path, **options: Any) -> Iterator[Any]:
-    """Lends axes, and writes their picture beside and renames it at the end."""
+    """Yields axes, and writes their picture by way of a temporary file at the end."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -203,11 +204,11 @@ def figure(path: Path, **options: Any) -> Iterator[Any]:
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    made, axes = plt.subplots(layout="constrained", **options)
+    picture, axes = plt.subplots(layout="constrained", **options)
     try:
         yield axes
-        beside = path.with_name(f".{path.name}")
-        made.savefig(beside, dpi=120)
-        beside.replace(path)
+        temporary = path.with_name(f".{path.name}")
+        picture.savefig(temporary, dpi=120)
+        temporary.replace(path)
     finally:
-        plt.close(made)
+        plt.close(picture)

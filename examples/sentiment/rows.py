@@ -1,4 +1,4 @@
-"""Rows of token ids: in batches of few shapes, answered by a model, and in a file.
+"""Rows of token ids: batches them in few shapes, predicts them, packs them into a file.
 
 Runs without TensorFlow.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids without padding, n of them, and their labels `(n,)`."""
+    """n rows of token ids without padding, and their labels `(n,)`."""
 
     ids: Sequence[np.ndarray]
     labels: np.ndarray
@@ -25,7 +25,7 @@ class Rows:
         return len(self.ids)
 
     def take(self, where: np.ndarray) -> Rows:
-        """The rows at the integers `where`, in that order."""
+        """Returns the rows at the integers `where`, in that order."""
         return Rows([self.ids[i] for i in where], self.labels[where])
 
     def __add__(self, other: Rows) -> Rows:
@@ -34,18 +34,18 @@ class Rows:
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of one size and of few lengths, so that few programs are compiled.
+    """Batches of one size and few lengths, so that few programs are compiled.
 
-    Rows of like length come together, so that little is padding: of each stretch of
-    the drawn order, as long as 64 batches, rows are sorted by length. The last batch is
-    filled up with rows drawn once more.
+    A batch holds rows of like length and so little padding: within each stretch of 64
+    batches, the drawn rows are sorted by length. Rows drawn again fill up the last
+    batch.
 
     Args:
         rows: The rows.
         size: Rows in a batch.
         lengths: The lengths that batches may have, ascending. Rows are cut to the last.
-        seed: Of the order.
-        twice: Whether each row stands in the batch twice.
+        seed: Seed of the order.
+        twice: Whether a batch holds each row twice.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Batches(keras.utils.PyDataset):
         ]
         batches = np.concatenate(parts).reshape(len(self), self.size)
         batches = self._generator.permutation(batches)
-        # Of the first two Keras on TensorFlow learns which dimensions vary.
+        # Keras on TensorFlow learns from the first two which dimensions vary.
         longest = self._sizes[batches].max(axis=1)
         first = [int(longest.argmax()), int(longest.argmin())]
         others = np.delete(np.arange(len(batches)), first)
@@ -91,32 +91,32 @@ class Batches(keras.utils.PyDataset):
         return ids, self.targets(where)
 
     def targets(self, where: np.ndarray) -> Any:
-        """What is learned of the rows at `where`: their labels `(size, 2)`, one-hot."""
+        """Returns the targets of the rows at `where`: one-hot labels `(size, 2)`."""
         return self._one_hot[where]
 
 
 def pad(rows: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
-    """Rows of one length, the least of `lengths` that fits; the last one cuts.
+    """Pads rows to the least of `lengths` that fits, or cuts them to the last.
 
-    What is cut loses its end, but not its last token, `[SEP]`.
+    A row that is cut loses its end, but not its last token, `[SEP]`.
     """
     longest = max(len(row) for row in rows)
     length = next((size for size in lengths if size >= longest), lengths[-1])
     padded = np.zeros((len(rows), length), np.int32)
     for filled, row in zip(padded, rows, strict=True):
-        kept = row if len(row) <= length else np.append(row[: length - 1], row[-1])
-        filled[: len(kept)] = kept
+        tokens = row if len(row) <= length else np.append(row[: length - 1], row[-1])
+        filled[: len(tokens)] = tokens
     return padded
 
 
 def predict(
     model: keras.Model, rows: Rows, lengths: Sequence[int], size: int = 256
 ) -> Any:
-    """The model's outputs, one row for each, in the order of the rows."""
+    """Returns the model's outputs in the order of the rows."""
     order = np.argsort([len(row) for row in rows.ids], kind="stable")
     answers = []
     for start in range(0, len(rows), size):
-        # Filled up with the last row, so that all batches have one size.
+        # The last row fills up the last batch, so that all have one size.
         where = order[np.minimum(np.arange(start, start + size), len(rows) - 1)]
         ids = pad([rows.ids[i] for i in where], lengths)
         answers.append(model.predict_on_batch(ids))
@@ -128,18 +128,18 @@ def predict(
 
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The share of rows whose more probable label is the right one."""
+    """Returns the share of rows whose more probable label is right."""
     return float(np.mean(probabilities.argmax(-1) == labels))
 
 
 def unpack(data: Mapping[str, np.ndarray], name: str) -> Rows:
-    """The rows of one set in the file."""
+    """Returns the rows of one set in the file."""
     ends = np.cumsum(data[f"{name}_lengths"])
     return Rows(np.split(data[f"{name}_ids"], ends[:-1]), data[f"{name}_labels"])
 
 
 def pack(name: str, rows: Rows) -> dict[str, np.ndarray]:
-    """The opposite: arrays by their names in the file."""
+    """Returns the arrays of one set, by their names in the file."""
     return {
         f"{name}_ids": np.concatenate(rows.ids).astype(np.int32),
         f"{name}_lengths": np.array([len(row) for row in rows.ids], np.int32),

@@ -1,9 +1,8 @@
-"""Times an epoch of fine-tuning here and in torch with transformers, side by side.
+"""Times an epoch of fine-tuning, and one in PyTorch with transformers.
 
-Both train on the same rows in batches of 32 with AdamW and dropout, each in a process
-of its own, one after the other, in turns; what is compiled at first is not counted.
-torch pads each drawn batch to its longest row, as its users do; here rows of like
-length come together.
+Both train on the same rows in batches of 32 with AdamW and dropout, each in its own
+process, in turns; compilation is not counted. PyTorch pads each drawn batch to its
+longest row, as its users do; here a batch holds rows of like length.
 
 Example:
     python examples/sentiment/speed.py --data ids.npz --rows 1600 --rounds 3
@@ -34,7 +33,7 @@ EPOCH_ROWS = 9544  # nine tenths of the reviews
 
 
 def time_ours(checkpoint: Path, rows: Rows) -> float:
-    """Seconds that `model.fit` takes for one pass over the rows."""
+    """Returns the seconds that `model.fit` takes for one pass over the rows."""
     encoder = load_bert(checkpoint)
     model = build_classifier(encoder, RECIPE)
     compile_classifier(model, encoder, RECIPE, steps=1000)
@@ -46,7 +45,7 @@ def time_ours(checkpoint: Path, rows: Rows) -> float:
 
 
 def time_torch(checkpoint: Path, rows: Rows) -> float:
-    """Seconds that a plain loop over torch's model takes."""
+    """Returns the seconds that a plain loop over PyTorch's model takes."""
     import torch  # pyright: ignore[reportMissingImports] - `transformers`
     from transformers import BertForSequenceClassification  # pyright: ignore[reportMissingImports] - likewise
 
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="file that encode.py wrote")
-    add("--checkpoint", type=Path, help="directory (default: the downloaded one)")
+    add("--checkpoint", type=Path, help="its directory (default: the downloaded one)")
     add("--rows", type=int, default=1600, help="default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -106,20 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = CONTENDERS[options.only](checkpoint, every.take(chosen))
         print(json.dumps(seconds))
         return 0
-    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    seconds_of: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for _ in range(options.rounds):
-        for name, times in found.items():
+        for name, times in seconds_of.items():
             command = [sys.executable, __file__, "--only", name]
             command += ["--data", str(options.data), "--rows", str(options.rows)]
             command += ["--checkpoint", str(checkpoint)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
             times.append(float(done.stdout.split()[-1]))
-    medians = {name: float(np.median(times)) for name, times in found.items()}
+    medians = {name: float(np.median(times)) for name, times in seconds_of.items()}
     for name, seconds in medians.items():
         print(
             f"{name}: {seconds:.1f} s for {options.rows} rows, "
             f"{seconds * EPOCH_ROWS / options.rows:.0f} s an epoch; "
-            f"rounds {[round(each, 1) for each in found[name]]}"
+            f"rounds {[round(each, 1) for each in seconds_of[name]]}"
         )
     print(f"torch's time over ours: {medians['torch'] / medians['keras_mha']:.2f}")
     return 0

@@ -1,7 +1,7 @@
 """Trains small encoders on movie reviews from scratch, tests and exports them.
 
-Ten-fold cross-validation as in the published figures: by default the first fold is
-trained, tested and exported; `--folds 10` goes on with the others and compares.
+Cross-validates in ten folds, as the published figures do. By default it trains, tests
+and exports the first fold; `--folds 10` goes on with the others and compares.
 
 Examples:
     python examples/sentiment/train.py
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Before TensorFlow is first imported: its notes on the hardware are not the result.
+# Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
@@ -51,9 +51,9 @@ ALL_FOLDS = 10
 # [PAD], [UNK], [CLS] and [SEP] have the first ids.
 SPECIAL_IDS = 4
 UNKNOWN_ID = 1
-# XLA and TensorFlow prepare for each new length anew: there are few of them.
+# XLA and TensorFlow compile and trace once for each length, so use few lengths.
 PAD_TO = 16
-# Each member of a committee validates on another part of the training part.
+# Each member of a committee validates on a different part of the training data.
 VALIDATION_PARTS = 10
 SMOKE_ROWS = 400
 EXPORT_SAMPLES = 32
@@ -61,14 +61,14 @@ EXPORT_SAMPLES = 32
 
 @dataclass
 class Trained:
-    """One trained fold: its encoders and what is known of them."""
+    """One trained fold: its encoders and their figures."""
 
     split: Split
     vocabulary: list[str]
     members: list[keras.Sequential]
-    # One for each member, as `model.fit` tells it.
+    # One for each member, as `model.fit` returns it.
     histories: list[dict[str, list[float]]]
-    # Of the committee, and of each member.
+    # The committee's, and each member's.
     test_accuracy: float
     member_accuracies: list[float]
     seconds: dict[str, float]
@@ -92,16 +92,18 @@ def train_fold(
     with _timed(seconds, "train"):
         for i in range(recipe.members):
             print(f"Member {i + 1} of {recipe.members}", flush=True)
-            # Another tenth of the training part stops each member, so that together
+            # A different tenth of the training part stops each member, so that together
             # they learn from all of it.
-            own = split_fold(
+            part = split_fold(
                 split.train, i % VALIDATION_PARTS, folds=VALIDATION_PARTS, seed=seed
             )
             logs = tensorboard and tensorboard / f"member_{i}"
-            # And first weights, order and dropout of its own.
+            # Each member starts from different weights, order and dropout.
             keras.utils.set_random_seed(1000 * seed + i)
             member = build_member(len(vocabulary), recipe, f"member_{i}")
-            histories.append(fit_member(member, own, vocabulary, recipe, logs, verbose))
+            histories.append(
+                fit_member(member, part, vocabulary, recipe, logs, verbose)
+            )
             members.append(member)
     with _timed(seconds, "test"):
         ids = encode(split.test.texts, vocabulary, recipe.max_length)
@@ -126,7 +128,7 @@ def fit_member(
     tensorboard: Path | None = None,
     verbose: int = 1,
 ) -> dict[str, list[float]]:
-    """Trains one encoder on `split.train`, stops it on `split.test`."""
+    """Trains one encoder on `split.train`, and stops it early by `split.test`."""
     train, validation = (
         encode(part.texts, vocabulary, recipe.max_length)
         for part in (split.train, split.test)
@@ -138,7 +140,7 @@ def fit_member(
         steps_per_epoch=steps,
         validation_data=batches(validation, split.test.labels),
         epochs=recipe.epochs,
-        shuffle=False,  # The dataset shuffles itself.
+        shuffle=False,  # The dataset shuffles.
         callbacks=callbacks(recipe, tensorboard),
         verbose=verbose,  # pyright: ignore[reportArgumentType]
     )
@@ -154,7 +156,7 @@ def _accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def compile_member(model: keras.Model, recipe: Recipe, steps: int) -> None:
-    """AdamW with warm-up, cosine decay and a moving average; smoothed labels."""
+    """Compiles with AdamW, a warm-up, averaged weights and smoothed labels."""
     total = steps * recipe.epochs
     warmup = int(recipe.warmup * total)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -179,9 +181,9 @@ def compile_member(model: keras.Model, recipe: Recipe, steps: int) -> None:
 def callbacks(
     recipe: Recipe, tensorboard: Path | None
 ) -> list[keras.callbacks.Callback]:
-    """Averaged weights for validation, and the epoch that did best there."""
+    """Validates with averaged weights, and restores the epoch that did best."""
     chosen: list[keras.callbacks.Callback] = [
-        # First: what follows then sees, and keeps, the averaged weights.
+        # First, so that the callbacks after it see and keep the averaged weights.
         keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
         keras.callbacks.EarlyStopping(
             "val_accuracy", patience=recipe.patience, restore_best_weights=True
@@ -195,9 +197,9 @@ def callbacks(
 def training_batches(
     ids: Sequence[np.ndarray], labels: np.ndarray, recipe: Recipe
 ) -> tf.data.Dataset:
-    """Endless batches of rows of like length, padded to a multiple of 16.
+    """Returns endless batches of rows of like length, padded to a multiple of 16.
 
-    In each epoch other tokens become `[UNK]`, so that no sentence is seen twice.
+    Each epoch turns different tokens into `[UNK]`, so the same sentence never repeats.
     """
 
     def drop_tokens(row: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -212,7 +214,7 @@ def training_batches(
         .map(drop_tokens)
         .bucket_by_sequence_length(
             lambda row, _: tf.shape(row)[0],
-            # Upper bounds, exclusive; padding goes to the bound less one.
+            # Exclusive upper bounds; rows are padded to the bound less one.
             bucket_boundaries=[length + 1 for length in lengths],
             bucket_batch_sizes=[recipe.batch_size] * (len(lengths) + 1),
             pad_to_bucket_boundary=True,
@@ -224,7 +226,7 @@ def training_batches(
 def batches(
     ids: Sequence[np.ndarray], labels: np.ndarray, size: int = 256
 ) -> tf.data.Dataset:
-    """All rows once in their order, padded to a multiple of 16."""
+    """Returns all rows once, in order, padded to a multiple of 16."""
     longest = -(-max(map(len, ids)) // PAD_TO) * PAD_TO
     return _rows(ids, labels).padded_batch(size, ([longest], [len(LABELS)])).cache()
 
@@ -233,12 +235,12 @@ def _rows(ids: Sequence[np.ndarray], labels: np.ndarray) -> tf.data.Dataset:
     rows = tf.ragged.constant([row.tolist() for row in ids], tf.int32)
     one_hot = tf.one_hot(labels, len(LABELS))
     dataset = tf.data.Dataset.from_tensor_slices((rows, one_hot))
-    # A map turns the ragged rows of one into plain tensors.
+    # `map` turns each ragged row into a plain tensor.
     return dataset.map(lambda row, label: (row, label))
 
 
 def naive_bayes_accuracy(split: Split) -> float:
-    """Multinomial naive Bayes on words and pairs of words, scikit-learn's defaults."""
+    """Tests multinomial naive Bayes on words and pairs, with default options."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
     from sklearn.pipeline import make_pipeline
@@ -251,7 +253,7 @@ def naive_bayes_accuracy(split: Split) -> float:
 def metrics(
     trained: Trained, recipe: Recipe, *, fold: int, seed: int, smoke: bool
 ) -> dict[str, Any]:
-    """The figures of one fold, as `metrics.json` holds them."""
+    """Returns the figures of one fold, as `metrics.json` holds them."""
     split = trained.split
     tested = len(split.test)
     right = round(trained.test_accuracy * tested)
@@ -280,7 +282,7 @@ def metrics(
 
 
 def attention_of(member: keras.Sequential, ids: np.ndarray) -> np.ndarray:
-    """The first block's attention probabilities for one row `(T,)`: `(N, T, T)`."""
+    """Returns the first block's attention for one row `(T,)`: `(N, T, T)`."""
     maps = keras_mha.attention_maps(member, ids[np.newaxis])
     return next(iter(maps.values()))[0]
 
@@ -306,9 +308,9 @@ def write_results(
             trained.vocabulary, recipe.max_length, name="tokenizer"
         )
         of_texts = committee(trained.members, tokenizer)
-        beside = output / ".beside.keras"
-        of_texts.save(beside)
-        beside.replace(output / "model.keras")
+        partial = output / ".partial.keras"
+        of_texts.save(partial)
+        partial.replace(output / "model.keras")
         saved_model = export_saved_model(
             of_texts,
             output / "saved_model",
@@ -332,14 +334,14 @@ def write_results(
 
 
 def run(options: argparse.Namespace, reviews: Reviews) -> list[dict[str, Any]]:
-    """Trains the folds asked for, writes the results, returns each fold's figures."""
+    """Trains the requested folds, writes the results, returns each fold's figures."""
     recipe = Recipe()
     if options.smoke:
         recipe = recipe.smoke()
-        # The file is sorted by label, so the rows are taken from all of it.
+        # The file is sorted by label, so take rows from all of it.
         rows = np.linspace(0, len(reviews) - 1, SMOKE_ROWS).astype(int)
         reviews = reviews.take(rows)
-    found = []
+    folds = []
     for fold in range(options.folds):
         print(f"Fold {fold + 1} of {ALL_FOLDS}", flush=True)
         trained = train_fold(
@@ -352,7 +354,7 @@ def run(options: argparse.Namespace, reviews: Reviews) -> list[dict[str, Any]]:
         figures = metrics(
             trained, recipe, fold=fold, seed=options.seed, smoke=options.smoke
         )
-        found.append(figures)
+        folds.append(figures)
         if fold == 0 and options.export:
             write_results(options.output, trained, figures, recipe)
         low, high = figures["test_accuracy_95"]
@@ -363,13 +365,13 @@ def run(options: argparse.Namespace, reviews: Reviews) -> list[dict[str, Any]]:
             f"{sum(trained.seconds.values()):.0f} s",
             flush=True,
         )
-    return found
+    return folds
 
 
-def write_comparison(output: Path, found: Sequence[dict[str, Any]]) -> str:
-    """Writes all folds' figures beside the published ones; returns the table."""
-    ours = [figures["test_accuracy"] for figures in found]
-    bayes = [figures["naive_bayes_accuracy"] for figures in found]
+def write_comparison(output: Path, folds: Sequence[dict[str, Any]]) -> str:
+    """Writes the folds' figures and the published ones; returns the table."""
+    ours = [figures["test_accuracy"] for figures in folds]
+    bayes = [figures["naive_bayes_accuracy"] for figures in folds]
     table = comparison(
         {
             "this model, trained from scratch": ours,
@@ -382,7 +384,7 @@ def write_comparison(output: Path, found: Sequence[dict[str, Any]]) -> str:
         {
             "mean_test_accuracy": float(np.mean(ours)),
             "mean_naive_bayes_accuracy": float(np.mean(bayes)),
-            "folds": list(found),
+            "folds": list(folds),
         },
     )
     write_text(output / "cross_validation.md", f"# Cross-validation\n\n{table}")
@@ -410,8 +412,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=1,
         choices=range(1, ALL_FOLDS + 1),
         metavar=f"1..{ALL_FOLDS}",
-        help="how many of the ten folds to run; the first one is exported, more than "
-        "one are compared with published results (default: %(default)s)",
+        help="how many of the ten folds to run; exports the first, compares several "
+        "with published results (default: %(default)s)",
     )
     add(
         "--seed",
@@ -429,19 +431,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--no-export",
         dest="export",
         action="store_false",
-        help="train and test only; no model is written",
+        help="train and test only; write no model",
     )
     add(
         "--pretrained",
         choices=("minilm",),
         help="fine-tune this checkpoint of 23 million weights, downloaded at the first "
-        "call, in place of training from scratch; its folds share one report",
+        "call, instead of training from scratch; its folds share one report",
     )
     add(
         "--smoke",
         action="store_true",
-        help="the whole program on a few reviews in under a minute; the figures mean "
-        "nothing",
+        help="run the whole program on a few reviews in under a minute; the figures "
+        "mean nothing",
     )
     return parser.parse_args(arguments)
 
@@ -460,11 +462,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.pretrained:
         print(f"{time.perf_counter() - start:.0f} s in all")
         return 0
-    found = run(options, reviews)
-    if len(found) > 1:
-        print(write_comparison(options.output, found))
+    folds = run(options, reviews)
+    if len(folds) > 1:
+        print(write_comparison(options.output, folds))
     if options.export:
-        print(f"Written to {options.output}; ask it with predict.py.")
+        print(f"Wrote {options.output}; try the model with predict.py.")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
 

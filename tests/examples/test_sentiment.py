@@ -90,7 +90,7 @@ def test_a_wrong_download_is_refused(
     fetch = (
         (lambda _: None) if change == "absent" else writes(data, wrong.get(change, b""))
     )
-    message = "did not bring" if change == "absent" else "truncated or altered"
+    message = "download lacks" if change == "absent" else "truncated or altered"
     with pytest.raises(data.DataError, match=message):
         data.load_reviews(tmp_path / "cache", fetch)
     assert not list(tmp_path.rglob("*"))

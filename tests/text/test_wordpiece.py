@@ -301,7 +301,7 @@ def test_learning_does_not_depend_on_the_hash_seed() -> None:
 @pytest.mark.parametrize(
     ("texts", "size", "error", "message"),
     [
-        ("one text", 50, TypeError, "Received: one of type str"),
+        ("one text", 50, TypeError, "Received: a single str"),
         ([], 50, ValueError, "at least one word"),
         (["", "  "], 50, ValueError, "at least one word"),
         (TEXTS, 0, ValueError, "`vocabulary_size` must be an integer of at least 1"),
