@@ -18,8 +18,8 @@ ON_TORCH := tests/layers/test_backends.py
 # The import, masks, layers beside Keras' and the oracle, files, one export of each format.
 SHORT := tests/test_architecture.py tests/attention/test_masks.py \
 	tests/layers/test_mended_faults.py tests/layers/test_serialization.py \
-	tests/layers/test_multi_head_attention.py::test_forward_equals_the_oracle \
-	tests/layers/test_multi_head_attention.py::test_every_mask_combination_equals_keras \
+	tests/layers/multi_head_attention/test_against_keras.py \
+	tests/layers/multi_head_attention/test_values.py \
 	tests/export/saved_model/test_export.py::test_mixed_precision \
 	tests/export/tflite/test_export.py::test_values_and_report \
 	tests/export/onnx/test_export.py::test_mixed_precision
