@@ -15,7 +15,8 @@ WORKERS ?= 2
 ON_JAX := $(addprefix tests/attention/test_,api.py axes.py contract.py edges.py fused.py \
 	dispatch.py) tests/layers/test_backends.py
 ON_TORCH := tests/layers/test_backends.py
-# The import, masks, layers beside Keras' and the oracle, files, one export of each format.
+# Covers the import, masks, layers against Keras and the oracle, saved files, and one export
+# of each format.
 SHORT := tests/test_architecture.py tests/attention/test_masks.py \
 	tests/layers/test_mended_faults.py tests/layers/test_serialization.py \
 	tests/layers/multi_head_attention/test_against_keras.py \

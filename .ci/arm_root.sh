@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Unpacks an arm64 Python 3.11 of Debian with ai-edge-litert and NumPy, to run under
+# Unpacks Debian's arm64 Python 3.11 with ai-edge-litert and NumPy, to run under
 # qemu-user-static: `.ci/arm_root.sh [DIRECTORY]`, by default where the tests look.
 #
-# Nothing is installed on this machine, and root is not needed. The packages come from
-# where this machine's own do, which must be Debian 12. apt checks their signatures, pip
-# the wheels' hashes.
+# It installs nothing on this machine and needs no root. The packages come from this
+# machine's sources, which must be those of Debian 12. apt checks their signatures, pip the
+# wheels' hashes.
 set -euo pipefail
 
 readonly ROOT=${1:-${KERAS_MHA_ARM_ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/keras-mha/arm64}}
@@ -24,8 +24,8 @@ for file in /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list; do
 done
 [[ -n $sources ]] || { echo "$0 needs Debian 12 (bookworm) in /etc/apt" >&2; exit 1; }
 
-# The version that runs on this machine, so that the two are comparable. NumPy only
-# carries the arrays.
+# The same version as on this machine, so that results are comparable. NumPy only carries
+# the arrays.
 version=$("$PYTHON" -c 'import importlib.metadata as m; print(m.version("ai-edge-litert"))')
 readonly WHEELS=("ai-edge-litert==$version" numpy flatbuffers)
 if [[ -e $ROOT/versions && $(<"$ROOT/versions") == "${WHEELS[*]}" ]]; then
@@ -40,7 +40,7 @@ mkdir -p "$work"/apt/{lists,archives}/partial "$work/root/proc"
 touch "$work/apt/status"
 mkdir "$work/apt/sources"
 cp "$sources" "$work/apt/sources/debian.${sources##*.}"
-# A state of its own: no package counts as installed, so all that is needed comes along.
+# In this separate state no package counts as installed, so apt downloads every dependency.
 cat >"$work/apt/apt.conf" <<EOF
 APT::Architecture "arm64";
 APT::Architectures "arm64";

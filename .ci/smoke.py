@@ -1,4 +1,4 @@
-"""Uses an installed keras_mha as a stranger would: values, training, saving, export."""
+"""Uses an installed keras_mha as a new user would: values, training, saving, export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH, LENGTH, WIDTH, HEADS = 3, 7, 10, 2
 
 
 def check_origin() -> None:
-    """The package is the one installed in this environment, with its type marker."""
+    """Checks that this environment's package is imported, with its type marker."""
     package = Path(keras_mha.__file__).resolve().parent
     assert package.is_relative_to(Path(sys.prefix).resolve()), package
     assert (package / "py.typed").is_file()
@@ -28,7 +28,7 @@ def check_origin() -> None:
 
 
 def check_values(inputs: np.ndarray) -> None:
-    """With Keras' weights, the layer gives Keras' numbers."""
+    """Checks that the layer gives Keras' numbers with Keras' weights."""
     theirs = keras.layers.MultiHeadAttention(HEADS, 5, bias_initializer="normal")
     ours = keras_mha.MultiHeadAttention(HEADS, 5)
     mask = np.random.default_rng(1).random((BATCH, LENGTH, LENGTH)) < 0.5
@@ -42,7 +42,7 @@ def check_values(inputs: np.ndarray) -> None:
 
 
 def trained_model(inputs: np.ndarray) -> keras.Model:
-    """A small model after one step of `fit`, whose weights the step has changed."""
+    """Trains a small model for one step of `fit`; checks that its weights changed."""
     tokens = keras.Input((None, WIDTH), name="tokens")
     hidden = keras_mha.MultiHeadSelfAttention(HEADS, name="attention")(tokens)
     pooled = keras.layers.GlobalAveragePooling1D()(hidden)
@@ -60,7 +60,7 @@ def trained_model(inputs: np.ndarray) -> keras.Model:
 
 
 def check_files(model: keras.Model, inputs: np.ndarray, directory: Path) -> None:
-    """The saved and the exported model give the model's own probabilities."""
+    """Checks that the saved and the exported model give the model's probabilities."""
     expected = model.predict(inputs, verbose=0)
     model.save(directory / "model.keras")
     loaded = keras.models.load_model(directory / "model.keras")
@@ -75,7 +75,7 @@ def check_files(model: keras.Model, inputs: np.ndarray, directory: Path) -> None
 
 
 def check_command() -> None:
-    """The console command is there, and explains itself."""
+    """Checks that the console command runs and explains itself."""
     command = Path(sys.executable).with_name("keras-mha")
     for arguments, expected in (
         (("--version",), importlib.metadata.version("keras-mha")),
@@ -88,7 +88,7 @@ def check_command() -> None:
 
 
 def main() -> None:
-    """Runs every check; the first that fails ends the program."""
+    """Runs every check; the first failure ends the program."""
     keras.utils.set_random_seed(0)
     inputs = np.random.default_rng(0).normal(size=(BATCH, LENGTH, WIDTH))
     inputs = inputs.astype("float32")

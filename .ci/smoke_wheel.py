@@ -1,9 +1,9 @@
-"""Builds the wheel and runs `smoke.py` on it, installed, outside the checkout.
+"""Builds the wheel, installs it outside the checkout, and runs `smoke.py` on it.
 
-The wheel goes into a fresh virtual environment in a temporary folder. That environment
-sees the packages of the environment this script runs in, so that TensorFlow need not
-be installed again; it does not see the editable install there, because a folder named
-in a `.pth` file has its own `.pth` files left unread.
+The wheel goes into a fresh virtual environment in a temporary folder. A `.pth` file
+there names the packages of this script's environment, so that TensorFlow need not be
+installed again. Python reads no `.pth` files in a folder named that way, so the
+editable install stays out of sight.
 """
 
 from __future__ import annotations

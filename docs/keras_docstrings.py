@@ -1,8 +1,8 @@
-"""Griffe extension: Keras' habits in docstrings, in words that griffe's parser knows.
+"""Griffe extension: translates Keras' docstrings into the style that griffe parses.
 
-Three things differ from Google's style as griffe reads it: `Call arguments:` is a
-section of its own, the code after `Example:` is not indented, and `Letters:`, the
-legend of the shapes, is a paragraph.
+They differ from Google's style in three ways: `Call arguments:` is a separate section,
+the code after `Example:` is not indented, and `Letters:`, the legend of the shapes, is
+a paragraph.
 """
 
 from __future__ import annotations

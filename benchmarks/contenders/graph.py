@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -64,7 +64,7 @@ def of_layer(
 
 
 def of_training(
-    block: Any, shape: tuple[int, int, int], *, jit_compile: bool | str
+    block: Any, shape: tuple[int, int, int], *, jit_compile: bool | Literal["auto"]
 ) -> Step:
     """The step that `model.fit` repeats, of a model that holds only `block`."""
     inputs = keras.Input(shape[1:])

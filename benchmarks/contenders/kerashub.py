@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import keras_hub
 import tensorflow as tf
@@ -16,7 +16,7 @@ def encoder_block(
     num_heads: int,
     hidden_dim: int,
     *,
-    jit_compile: bool | str,
+    jit_compile: bool | Literal["auto"],
 ) -> Step:
     """A training step of `TransformerEncoder`."""
     block = keras_hub.layers.TransformerEncoder(

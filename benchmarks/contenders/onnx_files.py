@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -19,8 +19,8 @@ VOCABULARY, CLASSES, BLOCKS = 8000, 3, 2
 
 def classifier(
     *,
-    layers: str,
-    exporter: str,
+    layers: Literal["keras_mha", "keras"],
+    exporter: Literal["export_onnx", "tf2onnx"],
     shape: tuple[int, int, int],
     num_heads: int,
     hidden_dim: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import tensorflow as tf
 
@@ -20,7 +20,7 @@ def attention(
     compiled: bool,
     is_causal: bool = False,
     sliding_window: int | None = None,
-    implementation: str = "auto",
+    implementation: Literal["auto", "blockwise"] = "auto",
 ) -> Step:
     """`keras_mha.dot_product_attention`."""
 
@@ -45,7 +45,7 @@ def layer(
     *,
     backward: bool,
     compiled: bool,
-    jit_compile: bool | str = "auto",
+    jit_compile: bool | Literal["auto"] = "auto",
 ) -> Step:
     """`keras_mha.MultiHeadSelfAttention`; `compiled` puts the whole step in XLA."""
     ours = keras_mha.MultiHeadSelfAttention(num_heads, jit_compile=jit_compile)
@@ -57,7 +57,7 @@ def encoder_block(
     num_heads: int,
     hidden_dim: int,
     *,
-    jit_compile: bool | str,
+    jit_compile: bool | Literal["auto"],
 ) -> Step:
     """A training step of `keras_mha.TransformerEncoderBlock`."""
     block = keras_mha.TransformerEncoderBlock(num_heads, hidden_dim, activation="relu")

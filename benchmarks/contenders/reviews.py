@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -16,6 +16,7 @@ from benchmarks.contenders.step import Step
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "sentiment" / "data.py"
 VOCABULARY = 8000
+Batching = Literal["padded", "bucketed", "packed"]
 
 
 class Encoder(keras.layers.Layer):
@@ -40,7 +41,13 @@ class Encoder(keras.layers.Layer):
 
 
 def training(
-    how: str, *, batch_size: int, batches: int, width: int, num_heads: int, row: int
+    how: Batching,
+    *,
+    batch_size: int,
+    batches: int,
+    width: int,
+    num_heads: int,
+    row: int,
 ) -> Step:
     """Steps on the same reviews in batches of `batch_size`.
 
@@ -70,7 +77,7 @@ def draw_reviews(lengths: np.ndarray, count: int, longest: int) -> list[np.ndarr
 
 
 def arrange(
-    how: str, reviews: list[np.ndarray], batch_size: int, row: int
+    how: Batching, reviews: list[np.ndarray], batch_size: int, row: int
 ) -> list[tuple[np.ndarray, ...]]:
     """The batches as `training` describes them: ids, and for packed ones segments."""
     if how == "bucketed":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 # Set before TensorFlow is imported, to silence its notes on the hardware.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -35,7 +35,7 @@ from rows import Batches, Rows, accuracy, predict, unpack
 from keras_mha.convert import load_bert
 from keras_mha.models import BertEncoder
 
-POOLINGS = ("mean", "first")
+Pooling = Literal["mean", "first"]
 DOMAINS = ("amazon", "tweets", "nyt")
 
 
@@ -58,7 +58,7 @@ class FineTuning:
     weight_decay: float = 0.01
     # The ratio of each layer's rate to that of the next higher one.
     layer_decay: float = 1.0
-    pooling: str = "mean"
+    pooling: Pooling = "mean"
     dropout: float = 0.1
     attention_dropout: float = 0.1
     head_dropout: float = 0.1
@@ -416,8 +416,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             help="default: %(default)s",
         )
     options = parser.parse_args(arguments)
-    if options.pooling not in POOLINGS:
-        parser.error(f"--pooling must be one of {POOLINGS}")
+    if options.pooling not in get_args(Pooling):
+        parser.error(f"--pooling must be one of {get_args(Pooling)}")
     return options
 
 
