@@ -135,13 +135,13 @@ SMOKE = Sizes(
 
 
 def entry(label: str, builder: str, /, **settings: Any) -> Entry:
-    """An entry whose builder is `module.function` in `contenders`."""
+    """Makes an entry whose builder is `module.function` in `contenders`."""
     package = PACKAGES.get(builder.partition(".")[0])
     return Entry(label, f"{CONTENDERS}.{builder}", settings, package)
 
 
 def attention_operations(B: int, N: int, T: int, H: int, *, backward: bool) -> float:
-    """Two products of `T * T * H` for each head; 3.5 times that with the backward.
+    """Counts two products of `T * T * H` for each head, times 3.5 with the backward.
 
     The backward pass has five such products where it computes the scores again.
     """
@@ -149,18 +149,18 @@ def attention_operations(B: int, N: int, T: int, H: int, *, backward: bool) -> f
 
 
 def layer_operations(B: int, T: int, D: int, N: int, *, backward: bool) -> float:
-    """The attention and its four projections; those cost three times with backward."""
+    """Counts the attention, and its four projections, times three with the backward."""
     attention = attention_operations(B, N, T, D // N, backward=backward)
     return attention + 8 * B * T * D * D * (3 if backward else 1)
 
 
 def core(sizes: Sizes) -> Iterator[Comparison]:
-    """The attention from projected heads to mixed values, float32."""
+    """Compares attention from projected heads to mixed values, in float32."""
     yield from _core(sizes, "float32")
 
 
 def bfloat16(sizes: Sizes) -> Iterator[Comparison]:
-    """The same in bfloat16."""
+    """Compares the same in bfloat16."""
     yield from _core(sizes, "bfloat16")
 
 
@@ -190,7 +190,7 @@ def _core(sizes: Sizes, dtype: str) -> Iterator[Comparison]:
 
 
 def causal(sizes: Sizes) -> Iterator[Comparison]:
-    """Causal attention against full attention."""
+    """Compares causal with full attention."""
     for backward, name in PASSES:
         same: dict[str, Any] = {"shape": sizes.causal, "backward": backward}
         by_graph = {**same, "compiled": False}
@@ -217,7 +217,7 @@ def causal(sizes: Sizes) -> Iterator[Comparison]:
 
 
 def window(sizes: Sizes) -> Iterator[Comparison]:
-    """A sliding window against full attention."""
+    """Compares a sliding window with full attention."""
     for backward, name in PASSES:
         same: dict[str, Any] = {"shape": sizes.windowed, "backward": backward}
         by_graph = {**same, "compiled": False}
@@ -235,7 +235,7 @@ def window(sizes: Sizes) -> Iterator[Comparison]:
 
 
 def memory(sizes: Sizes) -> Iterator[MemoryComparison]:
-    """Peak memory of the attention's forward and backward pass by length."""
+    """Compares peak memory of attention's forward and backward pass by length."""
     B, N, H = sizes.memory
     training: dict[str, Any] = {"backward": True}
     in_graph = {**training, "compiled": False}
@@ -257,7 +257,7 @@ def memory(sizes: Sizes) -> Iterator[MemoryComparison]:
 
 
 def layer(sizes: Sizes) -> Iterator[Comparison]:
-    """The layers, by the parts that XLA compiles: decides `jit_compile="auto"`."""
+    """Compares layers by the parts that XLA compiles: decides `jit_compile="auto"`."""
     for (B, T, D, N), (backward, name) in product(sizes.layers, PASSES):
         same: dict[str, Any] = {
             "shape": (B, T, D),
@@ -281,7 +281,7 @@ def layer(sizes: Sizes) -> Iterator[Comparison]:
 
 
 def encoder(sizes: Sizes) -> Iterator[Comparison]:
-    """A training step of an encoder block in the ways that `fit` can run it."""
+    """Compares training steps of an encoder block in the ways that `fit` runs them."""
     (B, T, D), N, hidden = sizes.block, sizes.num_heads, sizes.hidden_dim
     same: dict[str, Any] = {
         "shape": sizes.block,
@@ -309,7 +309,7 @@ def encoder(sizes: Sizes) -> Iterator[Comparison]:
 
 
 def decoding(sizes: Sizes) -> Iterator[Comparison]:
-    """One more position with a cache, early and late, against computing all anew."""
+    """Compares one more position with a cache, early and late, with computing all."""
     B, T, D = sizes.decoded
     N, hidden = sizes.num_heads, sizes.hidden_dim
     same: dict[str, Any] = {"shape": sizes.decoded, "num_heads": N}
@@ -337,7 +337,7 @@ def _decoding(library: str, builder: str, T: int, **same: Any) -> Iterator[Entry
 
 
 def packing(sizes: Sizes) -> Iterator[Comparison]:
-    """A training step on real reviews: packed, padded, bucketed by length."""
+    """Compares training steps on real reviews: packed, padded, bucketed."""
     reviews = sizes.reviews
     yield Comparison(
         "training step on {batch_size} reviews, two encoder blocks, D={width} "
@@ -350,7 +350,7 @@ def packing(sizes: Sizes) -> Iterator[Comparison]:
 
 
 def onnx(sizes: Sizes) -> Iterator[Comparison]:
-    """A classifier as an ONNX file: by our exporter, and by plain tf2onnx."""
+    """Compares a classifier's ONNX files, from our exporter and plain tf2onnx."""
     for B, T, D in sizes.classifiers:
         same: dict[str, Any] = {"shape": (B, T, D), **sizes.classifier}
         yield Comparison(
@@ -392,7 +392,7 @@ CASES = {
 
 
 def _called(label: str, *, builder: str, **settings: Any) -> Entry:
-    """`entry` with its builder among the keywords."""
+    """Calls `entry` with its builder among the keywords."""
     return entry(label, builder, **settings)
 
 

@@ -235,7 +235,7 @@ def run_memory(
 
 
 def last_error(text: str) -> str:
-    """The error at the end of a traceback, without the folders of this disk.
+    """Returns the error at the end of a traceback, without this disk's folders.
 
     Where no line names one, the last line with something in it.
     """

@@ -47,12 +47,12 @@ SMOKE = Sizes(
 
 
 def core(sizes: Sizes) -> Iterator[Comparison]:
-    """The attention from projected heads to mixed values."""
+    """Compares attention from projected heads to mixed values."""
     yield from _core(sizes, is_causal=False)
 
 
 def causal(sizes: Sizes) -> Iterator[Comparison]:
-    """The same, causal; half of the operations are counted."""
+    """Compares causal attention; half of the operations count."""
     yield from _core(sizes, is_causal=True)
 
 
@@ -86,7 +86,7 @@ def _core(sizes: Sizes, *, is_causal: bool) -> Iterator[Comparison]:
 
 
 def layer(sizes: Sizes) -> Iterator[Comparison]:
-    """A layer's call, and the rivals' functions between the same projections."""
+    """Compares a layer with the rivals' functions between the same projections."""
     N, D = sizes.num_heads, sizes.num_heads * sizes.head_dim
     for T in sizes.lengths:
         B = sizes.tokens // T

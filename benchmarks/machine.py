@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """JSON-ready: processor, memory, versions; nothing that names this one machine."""
+    """Returns processor, memory and versions as JSON, without the machine's name."""
     processor = _fields(Path("/proc/cpuinfo"))
     flags = processor.get("flags", "").split()
     return {
@@ -40,17 +40,17 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def memory(name: str) -> int:
-    """`MemTotal` or `MemAvailable`, in bytes."""
+    """Returns `MemTotal` or `MemAvailable`, in bytes."""
     return int(_fields(Path("/proc/meminfo"))[name].split()[0]) * 1024
 
 
 def in_words(machine: dict[str, Any]) -> str:
-    """`describe` as one paragraph."""
+    """Turns `describe` into a paragraph."""
     versions = ", ".join(
         f"{name} {version or 'not installed'}"
         for name, version in machine["packages"].items()
@@ -68,7 +68,7 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def _fields(path: Path) -> dict[str, str]:
-    """The first value of each `name: value` in a file of /proc; none without it."""
+    """Reads the first value of each `name: value` in a file of /proc, if it exists."""
     if not path.exists():
         return {}
     fields: dict[str, str] = {}

@@ -38,7 +38,7 @@ def write_json(results: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """All tables, with the machine they were measured on."""
+    """Writes all tables, and the machine that measured them, as Markdown."""
     reference = results["reference"]
     parts = [
         "# Results",
@@ -54,7 +54,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def times_table(comparison: dict[str, Any], reference: dict[str, Any]) -> str:
-    """One comparison as a Markdown table, failures named below it."""
+    """Writes a comparison as a Markdown table, with failures below."""
     rows = summary.rows(comparison, reference["operations"])
     cells = [
         (
@@ -81,7 +81,7 @@ def times_table(comparison: dict[str, Any], reference: dict[str, Any]) -> str:
 
 
 def memory_table(comparison: dict[str, Any]) -> str:
-    """Peaks by length as a Markdown table, failures named below it."""
+    """Writes peaks by length as a Markdown table, with failures below."""
     failures = []
     cells = []
     for entry in comparison["entries"]:
@@ -98,7 +98,7 @@ def memory_table(comparison: dict[str, Any]) -> str:
 
 
 def draw_times(results: dict[str, Any], path: Path) -> None:
-    """A panel of bars for each comparison: medians, with the quartiles as whiskers."""
+    """Draws each comparison as a panel of bars: medians, with quartiles as whiskers."""
     from matplotlib.figure import Figure
 
     panels = [(each["title"], _measured(each, results)) for each in results["times"]]
@@ -156,7 +156,7 @@ def draw_memory(results: dict[str, Any], path: Path) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Three digits with a unit that fits."""
+    """Formats seconds with three digits and a unit that fits."""
     for unit, factor in (("s", 1), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
@@ -177,7 +177,7 @@ def _is_ours(label: str) -> bool:
 
 
 def _table(heads: tuple[str, ...], cells: list[tuple[str, ...]]) -> str:
-    """Aligned, so that it can be read in a terminal too."""
+    """Aligns the columns, so that a terminal shows them too."""
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = [
         tuple(cell.ljust(width) for cell, width in zip(line, widths, strict=True))

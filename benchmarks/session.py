@@ -16,7 +16,7 @@ Groups = Mapping[str, Callable[[], Iterable[Comparison | MemoryComparison]]]
 
 
 def parser(description: str, groups: Iterable[str]) -> argparse.ArgumentParser:
-    """The command line that the commands have in common."""
+    """Returns the command line that both commands share."""
     known = list(groups)
     command = argparse.ArgumentParser(description=description)
     command.add_argument(
@@ -44,7 +44,7 @@ def parser(description: str, groups: Iterable[str]) -> argparse.ArgumentParser:
 def checked(
     command: argparse.ArgumentParser, groups: Iterable[str]
 ) -> argparse.Namespace:
-    """The arguments of the command line; ends the program where one is out of range."""
+    """Reads the command line; exits if an argument is out of range."""
     arguments = command.parse_args()
     unknown = sorted(set(arguments.cases) - set(groups))
     if unknown:

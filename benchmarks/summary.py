@@ -38,21 +38,21 @@ class Row(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The median and the quartiles."""
+    """Returns the median and the quartiles."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def paired_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the ratios of timings of the same round."""
+    """Returns the median of the ratios of timings of the same round."""
     return statistics.median(
         value / other for value, other in zip(values, others, strict=True)
     )
 
 
 def rows(comparison: dict[str, Any], reference_operations: float) -> list[Row | str]:
-    """A row for each entry that has timings, a line of text for each that failed.
+    """Returns a row for each entry with timings, and a line for each that failed.
 
     Args:
         comparison: As `benchmarks.coordinator.run_times` returns it.

@@ -25,7 +25,7 @@ ROUNDS, UNCOUNTED = 120, 20
 
 
 def build_ours() -> keras.Model:
-    """Ids `(B, T)` to probabilities `(B, 2)`, of our layers."""
+    """Builds a model of our layers from ids `(B, T)` to probabilities `(B, 2)`."""
     ids = keras.Input((None,), dtype="int32", name="ids")
     hidden = keras_mha.TokenAndPositionEmbedding(VOCABULARY, LENGTH, WIDTH)(ids)
     for _ in range(BLOCKS):
@@ -34,7 +34,7 @@ def build_ours() -> keras.Model:
 
 
 def build_stock() -> keras.Model:
-    """The same from Keras' layers, with one length, which its converter keeps."""
+    """Builds it from Keras' layers, with one length, which its converter keeps."""
     layers = keras.layers
     ids = keras.Input((LENGTH,), dtype="int32", name="ids")
     mask = keras.ops.not_equal(ids, 0)
@@ -129,7 +129,7 @@ def export_all(directory: Path, ids: np.ndarray) -> list[Contender]:
 
 
 def to_markdown(contenders: list[Contender]) -> str:
-    """A row for each file; times as medians, and as ratios to the first one's."""
+    """Writes a row for each file; times as medians and as ratios to the first."""
     rows = [
         "| file | operations | partitions | kB | ms | of Keras' |",
         "| --- | --- | --- | --- | --- | --- |",

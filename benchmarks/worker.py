@@ -42,7 +42,7 @@ def timed(step: Step, calls: int) -> float:
 
 
 def calls_needed(step: Step) -> int:
-    """How many calls one timing makes; they also warm the step up."""
+    """Returns how many calls one timing needs; this warms the step up."""
     timed(step, 1)  # traces and compiles
     calls = 1
     while (taken := timed(step, calls)) < SECONDS and calls < MOST_CALLS:
@@ -51,14 +51,14 @@ def calls_needed(step: Step) -> int:
 
 
 def resident() -> int:
-    """The bytes of memory that this process has now."""
+    """Returns the bytes of memory that this process has now."""
     return _status("VmRSS")
 
 
 def peak_above_base(
     builder: str, settings: Mapping[str, Any], tiny: Mapping[str, Any], limit: int
 ) -> int:
-    """The most bytes that building and calling a step needs above the base.
+    """Returns the most bytes that a step's build and call need above the base.
 
     The base is the memory after the same step at a tiny size: the library,
     its threads and its compiler are loaded by then.
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _status(name: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Reads a field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         key, _, value = line.partition(":")
         if key == name:

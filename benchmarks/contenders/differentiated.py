@@ -20,7 +20,7 @@ def of_function(
     dtype: str,
     backward: bool,
 ) -> Step:
-    """`function(*arrays)` compiled, or its gradients for an upstream gradient."""
+    """Times a compiled `function(*arrays)`, or its gradients for an upstream one."""
     *inputs, above = (jnp.asarray(array, dtype) for array in (*arrays, upstream))
     if not backward:
         forward = jax.jit(function)

@@ -20,7 +20,7 @@ def of_heads(
     backward: bool,
     compiled: bool,
 ) -> Step:
-    """The core: `attend(query, key, value)`, or its gradients for an upstream one."""
+    """Times `attend(query, key, value)`, or its gradients for an upstream one."""
     tensors = [tf.cast(array, dtype) for array in heads(shape, 4)]
     # TensorFlow lets go of NumPy's arrays at the operation after.
     tf.identity(tensors[0])
@@ -44,7 +44,7 @@ def of_heads(
 def of_layer(
     layer: Any, shape: tuple[int, int, int], *, backward: bool, compiled: bool
 ) -> Step:
-    """A layer on inputs `(B, T, D)`, or its gradients for inputs and weights."""
+    """Times a layer on inputs `(B, T, D)`, or its gradients for inputs and weights."""
     inputs = tf.constant(normal(*shape))
     layer(inputs[:, :1])
 
@@ -66,7 +66,7 @@ def of_layer(
 def of_training(
     block: Any, shape: tuple[int, int, int], *, jit_compile: bool | Literal["auto"]
 ) -> Step:
-    """The step that `model.fit` repeats, of a model that holds only `block`."""
+    """Times the step that `model.fit` repeats, for a model of only `block`."""
     inputs = keras.Input(shape[1:])
     model = keras.Model(inputs, block(inputs))
     model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=jit_compile)  # pyright: ignore[reportArgumentType]
@@ -77,7 +77,7 @@ def of_training(
 def of_batches(
     model: Any, batches: Sequence[tuple[np.ndarray, ...]], width: int
 ) -> Step:
-    """One training step a batch, in a graph, for batches of different shapes.
+    """Times a training step for each batch, in a graph, for different shapes.
 
     Args:
         model: Called with the tensors of a batch; gives `(rows, T, width)`.

@@ -21,7 +21,7 @@ def attention(
     implementation: Kernel,
     is_causal: bool = False,
 ) -> Step:
-    """`jax.nn.dot_product_attention` by `"cudnn"` or `"xla"`."""
+    """Times `jax.nn.dot_product_attention` by `"cudnn"` or `"xla"`."""
     _check_device(implementation)
 
     def attend(query: Any, key: Any, value: Any) -> Any:
@@ -43,7 +43,7 @@ def layer(
     backward: bool,
     implementation: Kernel,
 ) -> Step:
-    """The function between the projections of a layer, written out."""
+    """Times the function between a layer's projections, written out."""
     _check_device(implementation)
     B, T, D = shape
 

@@ -12,7 +12,7 @@ from benchmarks.contenders.step import Step
 
 
 class StockSelfAttention(keras.layers.Layer):
-    """`keras.layers.MultiHeadAttention` called with one input."""
+    """Times `keras.layers.MultiHeadAttention` called with one input."""
 
     def __init__(self, num_heads: int, key_dim: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def attention(
     compiled: bool,
     is_causal: bool = False,
 ) -> Step:
-    """`keras.ops.dot_product_attention`, which the layer calls."""
+    """Times `keras.ops.dot_product_attention`, which the layer calls."""
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return keras.ops.dot_product_attention(query, key, value, is_causal=is_causal)
@@ -44,6 +44,6 @@ def attention(
 def layer(
     shape: tuple[int, int, int], num_heads: int, *, backward: bool, compiled: bool
 ) -> Step:
-    """`keras.layers.MultiHeadAttention` of a sequence to itself."""
+    """Times `keras.layers.MultiHeadAttention` of a sequence to itself."""
     stock = StockSelfAttention(num_heads, shape[-1] // num_heads)
     return graph.of_layer(stock, shape, backward=backward, compiled=compiled)

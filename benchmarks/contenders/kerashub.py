@@ -18,7 +18,7 @@ def encoder_block(
     *,
     jit_compile: bool | Literal["auto"],
 ) -> Step:
-    """A training step of `TransformerEncoder`."""
+    """Times a training step of `TransformerEncoder`."""
     block = keras_hub.layers.TransformerEncoder(
         hidden_dim, num_heads, normalize_first=True
     )
@@ -33,7 +33,7 @@ def decoder_block(
     compiled: bool,
     position: int | None,
 ) -> Step:
-    """One more position by `TransformerDecoder`, with its cache or without one.
+    """Times one more position by `TransformerDecoder`, with its cache or without one.
 
     Args:
         shape: `(B, T, D)`.

@@ -6,7 +6,7 @@ from benchmarks.contenders.step import Step, normal
 
 
 def on_tensorflow(size: int) -> Step:
-    """A float32 product `(size, size) @ (size, size)` by TensorFlow."""
+    """Times a float32 product `(size, size) @ (size, size)` by TensorFlow."""
     import tensorflow as tf
 
     left, right = (tf.constant(normal(size, size, seed=seed)) for seed in (0, 1))
@@ -14,7 +14,7 @@ def on_tensorflow(size: int) -> Step:
 
 
 def on_jax(size: int) -> Step:
-    """A bfloat16 product `(size, size) @ (size, size)` by JAX."""
+    """Times a bfloat16 product `(size, size) @ (size, size)` by JAX."""
     import jax
     import jax.numpy as jnp
 

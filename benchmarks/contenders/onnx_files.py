@@ -25,7 +25,7 @@ def classifier(
     num_heads: int,
     hidden_dim: int,
 ) -> Step:
-    """A run on ids `(B, T)`, the last fifth of every row padding.
+    """Times a run on ids `(B, T)`, of which the last fifth of each row is padding.
 
     Args:
         layers: `"keras_mha"` or `"keras"`: the library of the model's blocks.

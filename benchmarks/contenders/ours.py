@@ -22,7 +22,7 @@ def attention(
     sliding_window: int | None = None,
     implementation: Literal["auto", "blockwise"] = "auto",
 ) -> Step:
-    """`keras_mha.dot_product_attention`."""
+    """Times `keras_mha.dot_product_attention`."""
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return keras_mha.dot_product_attention(
@@ -47,7 +47,7 @@ def layer(
     compiled: bool,
     jit_compile: bool | Literal["auto"] = "auto",
 ) -> Step:
-    """`keras_mha.MultiHeadSelfAttention`; `compiled` puts the whole step in XLA."""
+    """Times `MultiHeadSelfAttention`; `compiled` puts the whole step in XLA."""
     ours = keras_mha.MultiHeadSelfAttention(num_heads, jit_compile=jit_compile)
     return graph.of_layer(ours, shape, backward=backward, compiled=compiled)
 
@@ -59,7 +59,7 @@ def encoder_block(
     *,
     jit_compile: bool | Literal["auto"],
 ) -> Step:
-    """A training step of `keras_mha.TransformerEncoderBlock`."""
+    """Times a training step of `keras_mha.TransformerEncoderBlock`."""
     block = keras_mha.TransformerEncoderBlock(num_heads, hidden_dim, activation="relu")
     return graph.of_training(block, shape, jit_compile=jit_compile)
 
@@ -71,7 +71,7 @@ def decoding_layer(
     compiled: bool,
     position: int | None,
 ) -> Step:
-    """One more position by `keras_mha.MultiHeadSelfAttention`; see `_decoding`."""
+    """Times one more position by `MultiHeadSelfAttention`; see `_decoding`."""
     ours = keras_mha.MultiHeadSelfAttention(num_heads)
     return _decoding(
         ours,
@@ -90,7 +90,7 @@ def decoder_block(
     compiled: bool,
     position: int | None,
 ) -> Step:
-    """One more position by `keras_mha.TransformerDecoderBlock`; see `_decoding`."""
+    """Times one more position by `TransformerDecoderBlock`; see `_decoding`."""
     block = keras_mha.TransformerDecoderBlock(num_heads, hidden_dim, activation="relu")
     return _decoding(block, block, shape, compiled=compiled, position=position)
 
@@ -103,7 +103,7 @@ def _decoding(
     compiled: bool,
     position: int | None,
 ) -> Step:
-    """The outputs of one more position, with a cache for T positions or without.
+    """Times one more position, with a cache for T positions or without.
 
     Args:
         layer: Called with `cache=`.

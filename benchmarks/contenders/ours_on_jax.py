@@ -16,7 +16,7 @@ def attention(
     backward: bool,
     is_causal: bool = False,
 ) -> Step:
-    """`keras_mha.dot_product_attention`, with the implementation it chooses."""
+    """Times `dot_product_attention`, with the implementation it chooses."""
 
     def attend(query: Any, key: Any, value: Any) -> Any:
         return keras_mha.dot_product_attention(query, key, value, is_causal=is_causal)
@@ -30,7 +30,7 @@ def attention(
 def layer(
     shape: tuple[int, int, int], num_heads: int, *, dtype: str, backward: bool
 ) -> Step:
-    """`keras_mha.MultiHeadSelfAttention`."""
+    """Times `keras_mha.MultiHeadSelfAttention`."""
     ours = keras_mha.MultiHeadSelfAttention(num_heads, dtype=dtype)
     ours.build(shape)
     fixed = [variable.value for variable in ours.non_trainable_variables]

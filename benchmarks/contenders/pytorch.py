@@ -24,7 +24,7 @@ def attention(
     sliding_window: int | None = None,
     device: str = "cpu",
 ) -> Step:
-    """`scaled_dot_product_attention` in PyTorch's layout `(B, N, T, H)`.
+    """Times `scaled_dot_product_attention` in PyTorch's layout `(B, N, T, H)`.
 
     A window is a boolean mask `(T, T)`: the function has no argument for one.
     """
@@ -52,7 +52,7 @@ def attention(
 
 
 def layer(shape: tuple[int, int, int], num_heads: int, *, backward: bool) -> Step:
-    """`torch.nn.MultiheadAttention` of a sequence to itself."""
+    """Times `torch.nn.MultiheadAttention` of a sequence to itself."""
     module = torch.nn.MultiheadAttention(shape[-1], num_heads, batch_first=True)
     inputs = torch.from_numpy(normal(*shape))
 
@@ -74,7 +74,7 @@ def projected(
     backward: bool,
     device: str,
 ) -> Step:
-    """`scaled_dot_product_attention` between the projections of a layer."""
+    """Times `scaled_dot_product_attention` between the projections of a layer."""
     B, T, D = shape
     inputs, upstream = (
         torch.from_numpy(normal(*shape, seed=seed)).to(device, getattr(torch, dtype))
@@ -97,7 +97,7 @@ def projected(
 
 
 def encoder_block(shape: tuple[int, int, int], num_heads: int, hidden_dim: int) -> Step:
-    """A training step of `torch.nn.TransformerEncoderLayer`."""
+    """Times a training step of `torch.nn.TransformerEncoderLayer`."""
     block = torch.nn.TransformerEncoderLayer(
         shape[-1], num_heads, hidden_dim, dropout=0.0, batch_first=True, norm_first=True
     )

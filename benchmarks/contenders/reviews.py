@@ -49,7 +49,7 @@ def training(
     num_heads: int,
     row: int,
 ) -> Step:
-    """Steps on the same reviews in batches of `batch_size`.
+    """Times steps on the same reviews in batches of `batch_size`.
 
     Args:
         how: `"padded"`, random batches padded to their longest review; `"bucketed"`,
@@ -67,7 +67,7 @@ def training(
 
 
 def draw_reviews(lengths: np.ndarray, count: int, longest: int) -> list[np.ndarray]:
-    """Random ids for `count` reviews drawn without return: their lengths are real.
+    """Draws `count` reviews without replacement, of random ids and real lengths.
 
     A review longer than `longest` is cut.
     """
@@ -79,7 +79,7 @@ def draw_reviews(lengths: np.ndarray, count: int, longest: int) -> list[np.ndarr
 def arrange(
     how: Batching, reviews: list[np.ndarray], batch_size: int, row: int
 ) -> list[tuple[np.ndarray, ...]]:
-    """The batches as `training` describes them: ids, and for packed ones segments."""
+    """Makes the batches of `training`: ids, and segments if packed."""
     if how == "bucketed":
         reviews = sorted(reviews, key=len)
     cut = [
@@ -92,7 +92,7 @@ def arrange(
 
 
 def _all_lengths() -> np.ndarray:
-    """The lengths of the sentiment example's reviews in words and punctuation."""
+    """Returns the lengths of the sentiment example's reviews, in words and signs."""
     texts = runpy.run_path(str(DATA))["load_reviews"]().texts
     return np.array([len(text.split()) for text in texts])
 

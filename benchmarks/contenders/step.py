@@ -9,7 +9,7 @@ import numpy as np
 
 
 def _at_once(_: Any) -> None:
-    """Nothing to wait for: the call returned when its result was there."""
+    """Waits for nothing: the call returned with its result."""
 
 
 class Step(NamedTuple):
@@ -27,11 +27,11 @@ class Step(NamedTuple):
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal float32 values, the same for every contender."""
+    """Draws standard normal float32 values, the same for every contender."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def heads(shape: tuple[int, int, int, int], count: int) -> list[np.ndarray]:
-    """`count` different arrays `(B, T, N, H)` for `shape` = `(B, N, T, H)`."""
+    """Draws `count` different arrays `(B, T, N, H)` for `shape` = `(B, N, T, H)`."""
     B, N, T, H = shape
     return [normal(B, T, N, H, seed=seed) for seed in range(count)]
