@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import keras
 import numpy as np
@@ -17,11 +17,13 @@ from keras_mha.attention.masks import Mask
 from keras_mha.layers import compiled
 from keras_mha.layers.arguments import (
     check_flag,
+    check_name,
     check_number,
     check_optional,
     check_output_shape,
     check_positive,
     check_seed,
+    constructor_options,
 )
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.observer import current_observer
@@ -40,33 +42,65 @@ from keras_mha.layers.residual_norm import clone_layer
 from keras_mha.layers.seeded_layer import SeededLayer, whole
 from keras_mha.typing import Shape, Tensor
 
+Position: TypeAlias = Literal["rotary", "alibi", "relative"]
+Norm: TypeAlias = Literal["layer", "rms"]
+
 _QK_NORMS = {
     "layer": keras.layers.LayerNormalization,
     "rms": keras.layers.RMSNormalization,
 }
-_POSITIONS = ("rotary", "alibi", "relative")
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Arguments that the attention layers add to Keras' own, by keyword.
+
+    The constructor of `AttentionLayer` gives their defaults, checks and keeps them.
+    """
+
+    jit_compile: compiled.JitCompile
+    num_key_value_heads: int | None
+    position: Position | keras.layers.Layer | None
+    qk_norm: Norm | None
+    logits_soft_cap: float | None
+    use_sinks: bool
+    # Those of `keras.layers.Layer`.
+    name: str | None
+    dtype: Any
+    trainable: bool
+    autocast: bool
 
 
 class AttentionLayer(SeededLayer):
-    """Base of the attention layers: arguments, projections, seeds and boundary."""
+    """Base of the attention layers: arguments, projections, seeds and boundary.
+
+    An option is named here, in `AttentionOptions` and in the constructor, and kept in
+    the attribute `_name`, from which `get_config` reads it.
+    """
 
     def __init__(
         self,
         *,
         num_heads: int,
-        num_key_value_heads: int | None,
         dropout: float,
+        use_bias: bool,
         output_shape: int | Sequence[int] | None,
-        projections: ProjectionOptions,
-        use_gate: bool,
         sliding_window: int | None,
-        position: str | keras.layers.Layer | None,
-        qk_norm: str | None,
-        logits_soft_cap: float | None,
-        use_sinks: bool,
         flash_attention: bool | None,
-        jit_compile: bool | str,
+        kernel_initializer: Any,
+        bias_initializer: Any,
+        kernel_regularizer: Any,
+        bias_regularizer: Any,
+        activity_regularizer: Any,
+        kernel_constraint: Any,
+        bias_constraint: Any,
+        use_gate: bool,
         seed: int | None,
+        jit_compile: compiled.JitCompile = "auto",
+        num_key_value_heads: int | None = None,
+        position: Position | keras.layers.Layer | None = None,
+        qk_norm: Norm | None = None,
+        logits_soft_cap: float | None = None,
+        use_sinks: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -75,35 +109,41 @@ class AttentionLayer(SeededLayer):
         self._num_key_value_heads = _check_groups(num_key_value_heads, self._num_heads)
         self._dropout = check_rate(dropout, "dropout")
         self._output_shape = check_output_shape(output_shape)
-        self._projections = projections
+        self._projections = ProjectionOptions(
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+        )
         self._use_gate = check_flag(use_gate, "use_gate")
         self._sliding_window = check_optional(sliding_window, "sliding_window")
-        if qk_norm is not None and qk_norm not in tuple(_QK_NORMS):
-            raise ValueError(
-                f"`qk_norm` must be None or one of {sorted(_QK_NORMS)}. "
-                f"Received: qk_norm={qk_norm!r}"
-            )
-        self._qk_norm = qk_norm
+        self._flash_attention = (
+            None
+            if flash_attention is None
+            else check_flag(flash_attention, "flash_attention")
+        )
+        self._qk_norm = (
+            None if qk_norm is None else check_name(qk_norm, "qk_norm", Norm)
+        )
         self._logits_soft_cap = (
             None
             if logits_soft_cap is None
             else check_number(logits_soft_cap, "logits_soft_cap")
         )
         self._use_sinks = check_flag(use_sinks, "use_sinks")
-        self._flash_attention = (
-            None
-            if flash_attention is None
-            else check_flag(flash_attention, "flash_attention")
-        )
-        self._jit_compile = compiled.check_jit_compile(jit_compile)
+        self._jit_compile: compiled.JitCompile = compiled.check_jit_compile(jit_compile)
         self.supports_jit = self._jit_compile is not False
         # Factor of the scores; `None` is `1 / sqrt(H)`. An exporter folds it into the
         # queries' kernel.
         self._score_scale: float | None = None
-        self.seed = check_seed(seed)
+        self.seed = self._seed = check_seed(seed)
         if self._dropout > 0:
             self._add_generator(self.seed)
-        self._named_position = position if isinstance(position, str) else None
+        self._position = position if isinstance(position, str) else None
         with whole():
             self.position_layer = self._own_position(position)
             self.query_norm, self.key_norm = (
@@ -140,32 +180,27 @@ class AttentionLayer(SeededLayer):
         return self._projections.use_bias
 
     @property
-    def jit_compile(self) -> bool | str:
+    def jit_compile(self) -> compiled.JitCompile:
         """Whether XLA compiles the attention: True, False or "auto"."""
         return self._jit_compile
 
     @override
     def get_config(self) -> dict[str, Any]:
-        position: Any = self._named_position
-        if position is None and self.position_layer is not None:
-            position = keras.saving.serialize_keras_object(self.position_layer)
+        projections = self._projections.get_config()
+        options = {
+            name: getattr(self, f"_{name}")
+            for name in constructor_options(AttentionLayer)
+            if name not in projections
+        }
+        if self._position is None and self.position_layer is not None:
+            options["position"] = keras.saving.serialize_keras_object(
+                self.position_layer
+            )
         return {
             **super().get_config(),
             **dtype_config(self),
-            "num_heads": self._num_heads,
-            "num_key_value_heads": self._num_key_value_heads,
-            "dropout": self._dropout,
-            "output_shape": self._output_shape,
-            **self._projections.get_config(),
-            "use_gate": self._use_gate,
-            "sliding_window": self._sliding_window,
-            "position": position,
-            "qk_norm": self._qk_norm,
-            "logits_soft_cap": self._logits_soft_cap,
-            "use_sinks": self._use_sinks,
-            "flash_attention": self._flash_attention,
-            "jit_compile": self._jit_compile,
-            "seed": self.seed,
+            **options,
+            **projections,
         }
 
     @classmethod
@@ -215,7 +250,7 @@ class AttentionLayer(SeededLayer):
             return made[position]()
         if not isinstance(position, RotaryEmbedding | DistanceBias):
             raise ValueError(
-                f"`position` must be None, one of {_POSITIONS}, or a "
+                f"`position` must be None, one of {get_args(Position)}, or a "
                 "`RotaryEmbedding`, `ALiBi` or `RelativePositionBias`. "
                 f"Received: position={position!r}"
             )

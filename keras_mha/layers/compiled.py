@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import keras
 import numpy as np
 
 from keras_mha.typing import Tensor
 
+JitCompile: TypeAlias = bool | Literal["auto"]
 
-def check_jit_compile(jit_compile: bool | str) -> bool | str:
+
+def check_jit_compile(jit_compile: JitCompile) -> JitCompile:
     """Returns `jit_compile` if it is True, False or "auto".
 
     Raises:
@@ -43,7 +45,7 @@ def check_jit_compile(jit_compile: bool | str) -> bool | str:
 def call(
     function: Callable[..., Any],
     *tensors: Tensor,
-    jit_compile: bool | str,
+    jit_compile: JitCompile,
     layout: Hashable = None,
     **options: Hashable,
 ) -> Any:

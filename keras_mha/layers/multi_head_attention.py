@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 from keras import ops
@@ -16,9 +16,8 @@ from keras_mha.attention.mask_arguments import as_padding, as_pair, as_segments
 from keras_mha.attention.masks import Mask, intersect, spell_padding, with_table
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import check_optional, check_positive
-from keras_mha.layers.attention_layer import AttentionLayer
+from keras_mha.layers.attention_layer import AttentionLayer, AttentionOptions
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
-from keras_mha.layers.projections import ProjectionOptions
 from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.typing import Shape, Tensor
 
@@ -161,40 +160,25 @@ class MultiHeadAttention(AttentionLayer):
         bias_constraint: Any = None,
         use_gate: bool = False,
         seed: int | None = None,
-        *,
-        jit_compile: bool | str = "auto",
-        num_key_value_heads: int | None = None,
-        position: str | keras.layers.Layer | None = None,
-        qk_norm: str | None = None,
-        logits_soft_cap: float | None = None,
-        use_sinks: bool = False,
-        **kwargs: Any,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(
             num_heads=num_heads,
-            num_key_value_heads=num_key_value_heads,
             dropout=dropout,
+            use_bias=use_bias,
             output_shape=output_shape,
-            projections=ProjectionOptions(
-                use_bias=use_bias,
-                kernel_initializer=kernel_initializer,
-                bias_initializer=bias_initializer,
-                kernel_regularizer=kernel_regularizer,
-                bias_regularizer=bias_regularizer,
-                activity_regularizer=activity_regularizer,
-                kernel_constraint=kernel_constraint,
-                bias_constraint=bias_constraint,
-            ),
-            use_gate=use_gate,
             sliding_window=sliding_window,
-            position=position,
-            qk_norm=qk_norm,
-            logits_soft_cap=logits_soft_cap,
-            use_sinks=use_sinks,
             flash_attention=flash_attention,
-            jit_compile=jit_compile,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            use_gate=use_gate,
             seed=seed,
-            **kwargs,
+            **options,
         )
         self._key_dim = check_positive(key_dim, "key_dim")
         self._value_dim = check_optional(value_dim, "value_dim")

@@ -20,6 +20,7 @@ from keras_mha import (
     TransformerDecoderBlock,
     TransformerEncoderBlock,
 )
+from keras_mha.layers.arguments import constructor_options
 from keras_mha.layers.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 
 SCORES = {
@@ -179,3 +180,59 @@ def test_low_rank_factors_take_numpys_scalars() -> None:
     layer.build((None, None, 6))
     layer.enable_lora(np.int64(2), lora_alpha=np.float32(3))
     assert layer.qkv_dense.lora_query_a.shape == (6, 2)
+
+
+def test_arguments_that_went_by_position_still_do() -> None:
+    """`MultiHeadSelfAttention` took fifteen by position in 0.1.0."""
+    with pytest.warns(DeprecationWarning, match="`kernel_initializer`, `bias_init"):
+        layer = MultiHeadSelfAttention(4, 2, 3, 0.0, False, (5,), "he_normal", "ones")
+    config = layer.get_config()
+    assert config["kernel_initializer"]["class_name"] == "HeNormal"
+    assert config["bias_initializer"]["class_name"] == "Ones"
+    assert (config["output_shape"], config["kernel_regularizer"]) == ((5,), None)
+    rest = ("he_normal", "ones", "l1", "l2", "l2", "non_neg", "unit_norm", False, 7)
+    with pytest.warns(DeprecationWarning, match="`jit_compile`, `seed` by keyword"):
+        config = MultiHeadSelfAttention(4, 2, 3, 0.0, False, (5,), *rest).get_config()
+    assert config["bias_constraint"]["class_name"] == "UnitNorm"
+    assert (config["jit_compile"], config["seed"]) == (False, 7)
+    with (
+        pytest.warns(DeprecationWarning, match="by keyword"),
+        pytest.raises(TypeError, match="positional arguments"),
+    ):
+        MultiHeadSelfAttention(4, 2, 3, 0.0, False, (5,), *rest, None)
+    with (
+        pytest.warns(DeprecationWarning, match="by keyword"),
+        pytest.raises(TypeError, match="multiple values .*kernel_initializer"),
+    ):
+        MultiHeadSelfAttention(
+            4, 2, 3, 0.0, False, (5,), "zeros", kernel_initializer="ones"
+        )
+
+
+def test_the_attention_layers_share_their_arguments_and_their_order() -> None:
+    ours = constructor_options(MultiHeadSelfAttention)
+    theirs = constructor_options(MultiHeadAttention)
+    assert set(theirs) - set(ours) == {"attention_axes"}
+    assert tuple(name for name in theirs if name != "attention_axes") == ours
+
+
+def test_options_of_a_subclass_are_those_of_its_bases() -> None:
+    class Closed(MultiHeadSelfAttention):
+        def __init__(self, num_heads: int, temperature: float = 1.0) -> None:
+            super().__init__(num_heads)
+            self.temperature = temperature
+
+    class Open(MultiHeadSelfAttention):
+        def __init__(self, temperature: float, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.temperature = temperature
+
+    class Same(Open):
+        pass
+
+    every = constructor_options(MultiHeadSelfAttention)
+    assert constructor_options(Closed) == ("num_heads", "temperature")
+    assert constructor_options(Open) == ("temperature", *every)
+    assert constructor_options(Same) == ("temperature", *every)
+    assert {"num_heads", "position", "jit_compile"} < set(every)
+    assert not {"self", "options", "kwargs", "name", "dtype"} & set(every)

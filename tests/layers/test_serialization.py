@@ -24,6 +24,8 @@ from keras_mha import (
     TransformerDecoderBlock,
     TransformerEncoderBlock,
 )
+from keras_mha.layers.arguments import constructor_options
+from keras_mha.layers.attention_layer import AttentionLayer
 from tests.support.layers import (
     PADDING,
     B,
@@ -190,13 +192,13 @@ each_case = pytest.mark.parametrize(
 )
 
 
-def arguments(layer_class: type) -> dict[str, Any]:
-    """The constructor's arguments and their defaults."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(layer_class).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
+def arguments(layer_class: type) -> tuple[str, ...]:
+    """The names of the constructor's arguments."""
+    if issubclass(layer_class, AttentionLayer):
+        return constructor_options(layer_class)
+    parameters = inspect.signature(layer_class).parameters.values()
+    kinds = inspect.Parameter
+    return tuple(each.name for each in parameters if each.kind != kinds.VAR_KEYWORD)
 
 
 def inputs_of(layer: keras.layers.Layer) -> list[np.ndarray]:
@@ -231,7 +233,10 @@ def test_every_public_layer_and_argument_has_a_case() -> None:
             name
             for case in CASES
             if case[0] is layer_class
-            for name in (*case[2], *list(arguments(layer_class))[: len(case[1])])
+            for name in (
+                *case[2],
+                *list(arguments(layer_class))[: len(case[1])],
+            )
         }
         assert covered == set(arguments(layer_class))
 
