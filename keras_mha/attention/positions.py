@@ -209,15 +209,27 @@ def rotate(
     )
     inputs = _as_tensor(inputs)
     positions = as_integers(positions, "positions")
-    size = check_rotary(inputs, positions, options)
+    check_rotary(inputs, positions, options)
+    return turn(inputs, positions, options)
+
+
+def turn(inputs: Tensor, positions: Tensor, options: RotaryOptions) -> Tensor:
+    """Does what `rotate` says, for arguments that were checked.
+
+    Args:
+        inputs: Floating `(B, T, N, H)`.
+        positions: int32 `(T,)`, `(1, T)` or `(B, T)`.
+        options: The options of `rotate`.
+    """
+    size, steps, remainders = _steps(options, inputs.shape[-1])
     dtype = backend.standardize_dtype(inputs.dtype)
     wide = "float32" if dtype in ("float16", "bfloat16") else dtype
-    angles = _angles(positions, options.frequencies(size), wide)
-    angles = ops.expand_dims(angles, axis=-2)  # one for all heads
+    # One angle for all heads.
+    angles = ops.expand_dims(_angles(positions, steps, remainders, wide), axis=-2)
     cos, sin = ops.cos(angles), ops.sin(angles)
 
     rotated = ops.cast(inputs[..., :size], wide)
-    if interleaved:
+    if options.interleaved:
         # On TensorFlow twice as fast as slices with a step of two.
         shape: Any = ops.shape(rotated)
         pairs = ops.reshape(rotated, (*shape[:-1], size // 2, 2))
@@ -226,7 +238,7 @@ def rotate(
     else:
         first, second = rotated[..., : size // 2], rotated[..., size // 2 :]
     turned = [first * cos - second * sin, second * cos + first * sin]
-    if interleaved:
+    if options.interleaved:
         rotated = ops.reshape(ops.stack(turned, axis=-1), ops.shape(rotated))
     else:
         rotated = ops.concatenate(turned, axis=-1)
@@ -399,16 +411,28 @@ def _agree(one: int | None, other: int | None) -> bool:
     return None in (one, other) or one == other
 
 
-def _angles(positions: Any, frequencies: np.ndarray, dtype: str) -> Tensor:
+@functools.cache
+def _steps(
+    options: RotaryOptions, head_size: int
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """R, and the angle a position adds as whole steps of `_angles` and remainders."""
+    size = options.size(head_size)
+    steps = options.frequencies(size) * (_TURN / (2 * math.pi))
+    whole = np.round(steps)
+    return size, whole.astype("int32"), steps - whole
+
+
+def _angles(
+    positions: Any, steps: np.ndarray, remainders: np.ndarray, dtype: str
+) -> Tensor:
     """Angles `(..., T, R / 2)` up to whole turns, from int32 positions `(..., T)`.
 
     With a turn cut into 2**32 steps, int32 products wrap around as angles do: the
     whole steps are exact at any position, and floats hold but the rest. The plain
     float32 product is off by hundredths of a radian at position 1e6.
     """
-    steps = frequencies * (_TURN / (2 * math.pi))
-    whole: Any = ops.convert_to_tensor(np.round(steps), dtype="int32")
-    below: Any = ops.convert_to_tensor(steps - np.round(steps), dtype=dtype)
+    whole: Any = ops.convert_to_tensor(steps)
+    below: Any = ops.convert_to_tensor(remainders, dtype=dtype)
     positions = ops.expand_dims(positions, axis=-1)
     turned = ops.cast(positions * whole, dtype) + ops.cast(positions, dtype) * below
     return turned * (2 * math.pi / _TURN)

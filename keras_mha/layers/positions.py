@@ -16,7 +16,7 @@ from keras_mha.attention.positions import (
     check_buckets,
     check_rotary,
     relative_position_bucket,
-    rotate,
+    turn,
 )
 from keras_mha.layers.arguments import check_flag, check_positive
 from keras_mha.layers.projections import clone_initializer
@@ -117,7 +117,9 @@ class RotaryEmbedding(keras.layers.Layer):
     def call(self, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
         if positions is None:
             positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
-        return rotate(inputs, positions, **dataclasses.asdict(self.options))
+        positions = as_integers(positions, "positions")
+        check_rotary(inputs, positions, self.options)
+        return turn(inputs, positions, self.options)
 
     @override
     def compute_output_shape(
