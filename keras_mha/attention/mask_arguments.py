@@ -58,6 +58,45 @@ def as_boolean(mask: Tensor, name: str) -> Tensor:
     return mask if dtype == "bool" else ops.not_equal(mask, 0)
 
 
+def known_booleans(mask: Any) -> Any:
+    """Returns a floating mask as booleans where it is known to be one.
+
+    Its values must be known, be zeros and ones, and hold at least one 1: zeros alone
+    hide nothing as an additive mask, and all as a boolean one. Everything else comes
+    back as it is.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.attention.mask_arguments import known_booleans
+    >>> known_booleans(np.array([1.0, 0.0])), known_booleans(np.array([0.0, -1e9]))
+    (array([ True, False]), array([ 0.e+00, -1.e+09]))
+    """
+    if isinstance(mask, KerasTensor) or not hasattr(mask, "dtype"):
+        return mask
+    if "float" not in backend.standardize_dtype(mask.dtype):
+        return mask
+    values = _known_values(mask)
+    if values is None:
+        return mask
+    ones = values == 1
+    return ones if ones.any() and np.all(ones | (values == 0)) else mask
+
+
+def _known_values(tensor: Tensor) -> np.ndarray | None:
+    """Returns what a tensor holds, or `None` where that is not known yet."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    if backend.backend() == "tensorflow":
+        from keras_mha.attention.values_tensorflow import known_values
+
+        return known_values(tensor)
+    try:
+        return np.asarray(ops.convert_to_numpy(tensor))
+    except (TypeError, RuntimeError):  # it is being traced
+        return None
+
+
 def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
     """Returns a padding mask as a boolean tensor, if it fits its inputs.
 

@@ -344,14 +344,11 @@ class AttentionLayer(SeededLayer):
             return_scores=return_scores,
             implementation=implementation,
         )
-        factors = [head_mask]
+        mixed = scale_heads(mixed, head_mask)
         if observer is not None:
             if observer.wants_scores:
                 observer.see_scores(self, scores)
-            factors.append(observer.head_mask(self, mixed))
-        for factor in factors:
-            if factor is not None:
-                mixed = mixed * _spread_heads(factor, mixed)
+            mixed = scale_heads(mixed, observer.head_mask(self, mixed))
         return mixed, scores
 
     def _bias(
@@ -405,10 +402,12 @@ def _check_head_mask(shape: Shape, B: int | None, num_heads: int) -> None:
         )
 
 
-def _spread_heads(head_mask: Tensor, mixed: Tensor) -> Tensor:
-    """Brings `(N,)` or `(B, N)` to the rank of the mixed values `(B, ..., N, V)`."""
+def scale_heads(mixed: Tensor, head_mask: Tensor | None) -> Tensor:
+    """Multiplies mixed values `(B, ..., N, V)` by factors `(N,)` or `(B, N)`."""
+    if head_mask is None:
+        return mixed
     head_mask = ops.cast(head_mask, mixed.dtype)
     inner = tuple(range(1, len(mixed.shape) - 2))
     if len(head_mask.shape) == 2:
         head_mask = ops.expand_dims(head_mask, inner)
-    return ops.expand_dims(head_mask, -1)
+    return mixed * ops.expand_dims(head_mask, -1)

@@ -9,15 +9,15 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.layers.arguments import check_number, check_positive
 from keras_mha.layers.projections import (
+    PARTS,
+    Part,
     Projection,
+    check_lora,
     clone_initializer,
     projection_arguments,
 )
 from keras_mha.typing import Shape, Tensor
-
-PARTS = ("query", "key", "value")
 
 
 class FusedProjection(Projection):
@@ -65,7 +65,8 @@ class FusedProjection(Projection):
             3, 1, (self._shared, sum(self._sizes)), use_bias=use_bias
         )
         super().__init__(**arguments, **kwargs)
-        self._adapted: tuple[str, ...] = ()
+        self._adapted: tuple[Part, ...] = ()
+        self._lora_options: tuple[Any, ...] | None = None
         self._scaling = 0.0
 
     @property
@@ -75,11 +76,14 @@ class FusedProjection(Projection):
 
     @override
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        return self._with_delta(super().call(inputs, training=training), inputs)
+        outputs = super().call(inputs, training=training)
+        return self._with_delta(outputs, inputs) if self._adapted else outputs
 
     @override
     def quantized_call(self, *args: Any, **kwargs: Any) -> Tensor:
         outputs = super().quantized_call(*args, **kwargs)
+        if not self._adapted:
+            return outputs
         return self._with_delta(outputs, args[0] if args else kwargs["inputs"])
 
     def split(self, projected: Tensor) -> Any:
@@ -95,10 +99,12 @@ class FusedProjection(Projection):
     def enable_lora(
         self,
         rank: int,
-        targets: Sequence[str] = ("query", "value"),
+        targets: Sequence[Part] = ("query", "value"),
         lora_alpha: float | None = None,
     ) -> None:
         """Freezes the kernel and adds low-rank factors to the parts in `targets`.
+
+        A second call with the same arguments changes nothing; see `Projection`.
 
         Args:
             rank: Columns of `A`, rows of `B`.
@@ -111,16 +117,9 @@ class FusedProjection(Projection):
                 built, has a kernel constraint, is adapted already, or is
                 quantized in another way than int8.
         """
-        rank = check_positive(rank, "rank")
-        if lora_alpha is not None:
-            lora_alpha = check_number(lora_alpha, "lora_alpha")
-        targets = (targets,) if isinstance(targets, str) else tuple(targets)
-        unknown = [target for target in targets if target not in PARTS]
-        if not targets or unknown or len(set(targets)) < len(targets):
-            raise ValueError(
-                f"`targets` must be different names out of {PARTS}, at least one. "
-                f"Received: targets={targets}"
-            )
+        options = rank, targets, lora_alpha = check_lora(rank, targets, lora_alpha)
+        if options == self._lora_options:
+            return
         if not self.built:
             raise ValueError("`enable_lora` needs a built layer: call it first.")
         if self._adapted:
@@ -158,6 +157,7 @@ class FusedProjection(Projection):
         self._kernel.trainable = False
         self._tracker.lock()
         self._adapted = targets
+        self._lora_options = options
         self._scaling = 1.0 if lora_alpha is None else lora_alpha / rank
 
     @override
@@ -217,8 +217,6 @@ class FusedProjection(Projection):
             up.assign(ops.zeros_like(up))
 
     def _with_delta(self, outputs: Tensor, inputs: Tensor) -> Tensor:
-        if not self._adapted:
-            return outputs
         dtype = outputs.dtype
         return outputs + self._spread(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -10,14 +11,36 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention.api import check_order, prepare_inputs
-from keras_mha.attention.axes import resolve_axes, score_shape
+from keras_mha.attention.axes import (
+    fold_padding,
+    fold_pairs,
+    resolve_axes,
+    score_shape,
+    unfold_scores,
+)
 from keras_mha.attention.cache import Cache
-from keras_mha.attention.mask_arguments import as_padding, as_pair, as_segments
-from keras_mha.attention.masks import Mask, intersect, spell_padding, with_table
+from keras_mha.attention.mask_arguments import (
+    as_padding,
+    as_pair,
+    as_segments,
+    known_booleans,
+)
+from keras_mha.attention.masks import (
+    Mask,
+    intersect,
+    materialize,
+    spell_padding,
+    with_table,
+)
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import check_optional, check_positive
-from keras_mha.layers.attention_layer import AttentionLayer, AttentionOptions
+from keras_mha.layers.attention_layer import (
+    AttentionLayer,
+    AttentionOptions,
+    scale_heads,
+)
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
+from keras_mha.layers.projections import PARTS, Part, check_lora
 from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.typing import Shape, Tensor
 
@@ -183,6 +206,8 @@ class MultiHeadAttention(AttentionLayer):
         self._key_dim = check_positive(key_dim, "key_dim")
         self._value_dim = check_optional(value_dim, "value_dim")
         self._attention_axes = _check_axes(attention_axes)
+        computes: Any = type(self)._compute_attention
+        self._is_overridden = computes is not MultiHeadAttention._compute_attention
 
     @property
     def key_dim(self) -> int:
@@ -302,16 +327,26 @@ class MultiHeadAttention(AttentionLayer):
             self._check_cached(mask)
             keys = cache["key"], cache["value"]
             mask &= Mask(key_padding=cache["mask"], keys_are_finite=True)
-        mixed, scores = self._attend(
-            self._turn(self._query_dense(query), self.query_norm),
-            *keys,
-            mask,
-            bias=attention_bias,
-            head_mask=head_mask,
-            axes=self._axes(query.shape),
-            training=training,
-            return_scores=return_attention_scores,
-        )
+        heads = (self._turn(self._query_dense(query), self.query_norm), *keys)
+        axes = self._axes(query.shape)
+        if self._is_overridden:
+            mixed, scores = self._compute_attention(
+                *heads,
+                _spell_out(mask, *heads[:2], axes),
+                training,
+                return_attention_scores,
+            )
+            mixed = scale_heads(mixed, head_mask)
+        else:
+            mixed, scores = self._attend(
+                *heads,
+                mask,
+                bias=attention_bias,
+                head_mask=head_mask,
+                axes=axes,
+                training=training,
+                return_scores=return_attention_scores,
+            )
         if self._use_gate:
             mixed = ops.multiply(mixed, self._gate_dense(query))
         outputs = self._output_dense(mixed)
@@ -376,6 +411,52 @@ class MultiHeadAttention(AttentionLayer):
             padding = ops.ones(ops.shape(keys)[:2], dtype="bool")
         return {"key": keys, "value": values, "mask": padding}
 
+    def enable_lora(
+        self,
+        rank: int,
+        targets: Sequence[Part] = ("query", "value"),
+        lora_alpha: float | None = None,
+    ) -> None:
+        """Freezes the kernels of queries, keys and values and adapts some of them.
+
+        Each projection in `targets` gets low-rank factors, which are merged into its
+        kernel when weights are saved. The output projection is adapted by
+        `layer.output_dense.enable_lora(rank)`. A model compiled before must be
+        compiled again. A second call with the same arguments changes nothing.
+
+        Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language
+        models".
+
+        Args:
+            rank: Rank of the factors.
+            targets: Names out of "query", "key" and "value".
+            lora_alpha: The factors' product is scaled by `lora_alpha / rank`.
+                Defaults to `rank`.
+
+        Raises:
+            ValueError: If an argument is out of its domain, the layer is not
+                built, was adapted before, or has a kernel constraint.
+
+        Example:
+
+        >>> import keras_mha
+        >>> layer = keras_mha.MultiHeadAttention(num_heads=2, key_dim=4)
+        >>> layer.build((None, None, 8), (None, None, 7))
+        >>> layer.enable_lora(3, targets=("query",))
+        >>> [tuple(v.shape) for v in layer.query_dense.trainable_variables]
+        [(2, 4), (8, 2, 3), (3, 4)]
+        """
+        rank, targets, lora_alpha = check_lora(rank, targets, lora_alpha)
+        if not self.built:
+            raise ValueError("`enable_lora` needs a built layer: call it first.")
+        dense = {name: getattr(self, f"_{name}_dense") for name in PARTS}
+        for target in targets:
+            dense[target].is_adapted(rank, lora_alpha)  # all raise before any changes
+        for target in targets:
+            dense[target].enable_lora(rank, lora_alpha)
+        for projection in dense.values():
+            projection._kernel.trainable = False
+
     @override
     def compute_output_shape(
         self,
@@ -429,6 +510,54 @@ class MultiHeadAttention(AttentionLayer):
         scores = self._score_shape(shapes[0], shapes[2])
         return outputs, keras.KerasTensor(scores, dtype=self.compute_dtype)
 
+    def _compute_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        training: bool | None = None,
+        return_attention_scores: bool = False,
+        use_causal_mask: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends with projected heads; a subclass may override it, as in Keras.
+
+        An override is called by position, without `use_causal_mask`, and gets all
+        masks as one. The layer's options of the scores (`position` biases, soft cap,
+        sinks, dropout) are in this method, not around it.
+
+        Args:
+            query: `(B, T, N, H)`, or with several axes for T.
+            key: `(B, S, K, H)`, likewise.
+            value: `(B, S, K, V)`, likewise.
+            attention_mask: Boolean `(B or 1, T, S)` or `(B or 1, N, T, S)`, or
+                `None`.
+            training: Whether dropout is active.
+            return_attention_scores: Whether the probabilities are wanted.
+            use_causal_mask: Whether query `i` attends to keys `j <= i` only.
+
+        Returns:
+            The mixed values `(B, T, N, V)`, and the probabilities before dropout
+            or `None`.
+        """
+        tensors: Any = map(ops.convert_to_tensor, (query, key, value))
+        query, key, value = tensors
+        axes = self._axes(query.shape[:-1])
+        shape = score_shape(query.shape[:-1], key.shape[:-1], self._num_heads, axes)
+        mask = with_table(
+            Mask(is_causal=use_causal_mask), attention_mask, shape, len(axes)
+        )
+        check_order(mask, axes)
+        return self._attend(
+            query,
+            key,
+            value,
+            mask,
+            axes=axes,
+            training=training,
+            return_scores=return_attention_scores,
+        )
+
     def _project_keys(
         self, value: Tensor, key: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -466,6 +595,12 @@ class MultiHeadAttention(AttentionLayer):
         """Brings all masks together, and checks them and all else that must fit."""
         query_shape, value_shape, key_shape = shapes
         _check_keys(*shapes)
+        if self._is_overridden and attention_bias is not None:
+            raise ValueError(
+                "`_compute_attention` takes no `attention_bias`, and "
+                f"{type(self).__name__} overrides it. "
+                f"Received: attention_bias of shape {_shape_of(attention_bias)}"
+            )
         axes = self._axes(query_shape)
         _check_single_axis(axes, segment_ids=segment_ids, attention_bias=attention_bias)
         pair = as_pair(segment_ids, "segment_ids")
@@ -483,7 +618,7 @@ class MultiHeadAttention(AttentionLayer):
         )
         scores = self._score_shape(query_shape, key_shape)
         self._check_factors(attention_bias, head_mask, scores)
-        mask = with_table(mask, attention_mask, scores, len(axes))
+        mask = with_table(mask, known_booleans(attention_mask), scores, len(axes))
         check_order(mask, axes)
         return mask
 
@@ -495,6 +630,29 @@ class MultiHeadAttention(AttentionLayer):
 
     def _axes(self, query_shape: Shape) -> tuple[int, ...]:
         return resolve_axes(self._attention_axes, len(query_shape))
+
+
+def _spell_out(
+    mask: Mask, query: Tensor, key: Tensor, axes: tuple[int, ...]
+) -> Tensor | None:
+    """Returns a mask as one boolean tensor, of rank 3 where all heads share it."""
+    rows, columns, pairs = mask.query_padding, mask.key_padding, mask.pairs
+    mask = mask._replace(
+        query_padding=None if rows is None else fold_padding(rows, query, axes),
+        key_padding=None if columns is None else fold_padding(columns, key, axes),
+        pairs=None if pairs is None else fold_pairs(pairs, query, key, axes),
+    )
+    queries: Any = ops.shape(query)
+    keys: Any = ops.shape(key)
+    T, S = (math.prod(shape[axis] for axis in axes) for shape in (queries, keys))
+    visible = materialize(mask, T, S)
+    if visible is None:
+        return None
+    if len(query.shape) == 4:
+        return visible if visible.shape[1] != 1 else ops.squeeze(visible, 1)
+    batch = math.prod(size for i, size in enumerate(queries[:-2]) if i not in axes)
+    visible = ops.broadcast_to(visible, (batch, queries[-2], T, S))
+    return unfold_scores(visible, query, key, axes)
 
 
 def _shapes(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import re
 import string
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.layers.arguments import check_flag
+from keras_mha.layers.arguments import check_flag, check_number, check_positive
 from keras_mha.typing import Shape, Tensor
+
+Part: TypeAlias = Literal["query", "key", "value"]
+PARTS = get_args(Part)
 
 
 class ProjectionOptions:
@@ -86,22 +90,71 @@ class Projection(keras.layers.EinsumDense):
         super().__init__(equation, **kwargs)
         # It maps each position by itself, so a mask means the same after it.
         self.supports_masking = True
+        inputs, _, outputs = re.split(",|->", equation)
+        # How many axes of the inputs stay; the kernel's first sum over the others.
+        self._free = sum(letter in outputs for letter in inputs)
+        self._summed = len(inputs) - self._free
 
     @override
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         del training  # nothing differs; Keras passes it to every `EinsumDense`
-        given, kernel, made = re.split(",|->", self.equation)
-        free = len(given) - sum(letter not in made for letter in given)
-        shape: Any = ops.shape(inputs)
+        kernel = self.kernel
+        summed: Any = kernel.shape[: self._summed]
+        size = math.prod(summed)
         # One product of two matrices: TensorFlow would multiply the kernel with each
         # row of the batch, and sum up a gradient for each.
-        columns: Any = self.kernel.shape[len(kernel) - (len(made) - free) :]
-        rows = ops.reshape(inputs, (-1, math.prod(shape[free:])))
-        outputs = ops.matmul(rows, ops.reshape(self.kernel, (-1, math.prod(columns))))
+        rows = ops.reshape(inputs, (-1, size))
+        outputs = ops.matmul(rows, ops.reshape(kernel, (size, -1)))
         if self.bias is not None:
             outputs = outputs + ops.reshape(self.bias, (-1,))
-        outputs = ops.reshape(outputs, (*shape[:free], *columns))
+        free: Any = inputs.shape[: self._free]
+        if None in free:
+            free = ops.shape(inputs)[: self._free]
+        outputs = ops.reshape(outputs, (*free, *kernel.shape[self._summed :]))
         return outputs if self.activation is None else self.activation(outputs)
+
+    @override
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: Any = "he_uniform",
+        b_initializer: Any = "zeros",
+    ) -> None:
+        """Freezes the kernel and adds low-rank factors; see `EinsumDense`.
+
+        A second call for the same rank and scaling changes nothing: a loop over all
+        layers of a model meets the layer that holds this one, too.
+
+        Raises:
+            ValueError: If the layer is not built, has a kernel constraint or is
+                adapted already in another way.
+        """
+        if not self.is_adapted(rank, lora_alpha):
+            super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
+
+    def is_adapted(self, rank: int, lora_alpha: float | None) -> bool:
+        """Returns whether the factors asked for are there already.
+
+        Raises:
+            ValueError: If they are not and cannot be added.
+        """
+        if not self.built:
+            raise ValueError("`enable_lora` needs a built layer: call it first.")
+        if self.kernel_constraint is not None:
+            raise ValueError(
+                "`enable_lora` and `kernel_constraint` exclude each other. "
+                f"Received: kernel_constraint={self.kernel_constraint}"
+            )
+        if not self.lora_enabled:
+            return False
+        if (self.lora_rank, self.lora_alpha) != (rank, lora_alpha or rank):
+            raise ValueError(
+                f"`enable_lora` works once a layer, and '{self.name}' has factors of "
+                f"rank {self.lora_rank} and lora_alpha={self.lora_alpha}. "
+                f"Received: rank={rank}, lora_alpha={lora_alpha}"
+            )
+        return True
 
     @override
     def quantize(
@@ -115,6 +168,27 @@ class Projection(keras.layers.EinsumDense):
                 f"'{self.name}' with a bias of shape {tuple(self.bias.shape)}"
             )
         super().quantize(mode, type_check=False, config=config)
+
+
+def check_lora(
+    rank: int, targets: Sequence[Part], lora_alpha: float | None
+) -> tuple[int, tuple[Part, ...], float | None]:
+    """Returns the arguments of `enable_lora`, checked.
+
+    Raises:
+        ValueError: If one is out of its domain.
+    """
+    rank = check_positive(rank, "rank")
+    if lora_alpha is not None:
+        lora_alpha = check_number(lora_alpha, "lora_alpha")
+    names: Any = (targets,) if isinstance(targets, str) else tuple(targets)
+    unknown = [name for name in names if name not in PARTS]
+    if not names or unknown or len(set(names)) < len(names):
+        raise ValueError(
+            f"`targets` must be different names out of {PARTS}, at least one. "
+            f"Received: targets={names}"
+        )
+    return rank, names, lora_alpha
 
 
 def clone_initializer(initializer: Any) -> Any:

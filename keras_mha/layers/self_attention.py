@@ -18,12 +18,13 @@ from keras_mha.attention.cache import (
     extend_cache,
     next_position,
 )
-from keras_mha.attention.mask_arguments import as_padding, as_segments
+from keras_mha.attention.mask_arguments import as_padding, as_segments, known_booleans
 from keras_mha.attention.masks import Mask, spell_padding, with_table
 from keras_mha.layers.arguments import check_optional, check_positive, keyword_only
 from keras_mha.layers.attention_layer import AttentionLayer, AttentionOptions
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.keras_mask import get_keras_mask
+from keras_mha.layers.projections import Part
 from keras_mha.layers.seeded_layer import keep_frozen, whole
 from keras_mha.typing import Shape, Tensor
 
@@ -416,7 +417,7 @@ class MultiHeadSelfAttention(AttentionLayer):
     def enable_lora(
         self,
         rank: int,
-        targets: Sequence[str] = ("query", "value"),
+        targets: Sequence[Part] = ("query", "value"),
         lora_alpha: float | None = None,
     ) -> None:
         """Freezes the fused kernel and adapts parts of it by low-rank factors.
@@ -424,7 +425,7 @@ class MultiHeadSelfAttention(AttentionLayer):
         Each part in `targets` gets factors of its own. They are merged into the
         kernel when weights are saved. The output projection is adapted by
         `layer.output_dense.enable_lora(rank)`. A model compiled before must be
-        compiled again.
+        compiled again. A second call with the same arguments changes nothing.
 
         Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language
         models".
@@ -476,7 +477,7 @@ class MultiHeadSelfAttention(AttentionLayer):
             segments,
             segments,
         )
-        return with_table(mask, attention_mask, scores, 1)
+        return with_table(mask, known_booleans(attention_mask), scores, 1)
 
     def _divide(self, width: int | None) -> int:
         if width is None or width % self._num_heads:

@@ -463,8 +463,9 @@ def test_a_projection_adapted_on_its_own_keeps_its_factors(tmp_path: Path) -> No
     loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
     inputs = normal(2, T, D)
     np.testing.assert_allclose(loaded(inputs), model(inputs), atol=1e-5)
+    layer.enable_lora(RANK)  # the same once more
     with pytest.raises(ValueError, match="works once a layer"):
-        layer.enable_lora(RANK)
+        layer.enable_lora(RANK + 1)
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), "x", True])
