@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 from keras.src.layers.attention import multi_head_attention_test as cases
 
 import keras_mha
 
 
+@pytest.mark.filterwarnings("default")  # some cases warn with Keras' layer, too
 class TestInPlaceOfKerasLayer(cases.MultiHeadAttentionTest):
     """The cases find the layer as `layers.MultiHeadAttention`."""
 
