@@ -230,6 +230,11 @@ class MultiHeadSelfAttention(AttentionLayer):
 
     @override
     def build(self, input_shape: Shape) -> None:
+        if len(input_shape) != 3:
+            raise ValueError(
+                "`inputs` must have the shape (B, T, D). "
+                f"Received: inputs of shape {tuple(input_shape)}"
+            )
         width = input_shape[-1]
         key_dim = self._key_dim or self._divide(width)
         value_dim = self._value_dim or key_dim
