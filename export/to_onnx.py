@@ -1,7 +1,9 @@
 r"""Writes a saved Keras model as an ONNX file with free sizes, and checks it.
 
+It is the same as `keras-mha export --to onnx`.
+
 Example:
-    python export/to_onnx.py dist/sentiment/classifier.keras dist/sentiment/model.onnx \
+    python export/to_onnx.py dist/sentiment/classifier.keras --out dist/sentiment \
         --samples ids.npy
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from keras_mha_cli import export_one
+from keras_mha_cli import main
 
 if __name__ == "__main__":
-    sys.exit(export_one("onnx", __doc__))
+    sys.exit(main(["export", "--to=onnx", *sys.argv[1:]]))

@@ -10,11 +10,40 @@ from typing import Any
 
 from keras_mha_cli import options
 from keras_mha_cli.console import INTERRUPTED_TEXT
+from keras_mha_cli.declared import FORMATS, options_of
 from keras_mha_cli.export import Request, export
 from keras_mha_cli.lint import add_lint
 from keras_mha_cli.verify import add_verify
 
-_EXIT_CODES = f"""\
+_WRITTEN = {
+    place: reader for one in FORMATS.values() for place, reader in one.writes.items()
+}
+_FORMATS = "\n".join(
+    f"  DIR/{place:<30} {reader}" for place, reader in _WRITTEN.items()
+)
+
+_DESCRIPTION = f"""\
+Writes a saved Keras model for other runtimes. Each file is loaded by its runtime in a
+fresh process that cannot import keras_mha, and its values are compared with the
+model's; only a file whose values are right appears, whole, under its name. A format
+that fails leaves nothing new and does not stop the others.
+
+{_FORMATS}
+"""
+
+_EPILOG = f"""\
+examples:
+  Everything, from a model that takes ids:
+    keras-mha export classifier.keras --to {" ".join(FORMATS)} --out dist \\
+        --samples ids.npy
+
+  Everything, from a model that takes texts:
+    keras-mha export model.keras --to {" ".join(FORMATS)} --out dist \\
+        --samples reviews.txt --tokens --report report.md
+
+{"".join(one.examples for one in FORMATS.values())}
+What to give as --samples: a few dozen inputs like those that the model will meet.
+
 exit codes:
   0  every file was written, and its values are the model's
   1  a value differs, or the model cannot be exported: the message says what to change
@@ -23,47 +52,12 @@ exit codes:
   {INTERRUPTED_TEXT}; what is unfinished was removed
 """
 
-_EXPORT = """\
-Writes a saved Keras model for other runtimes. Each file is loaded by its runtime in a
-fresh process that cannot import keras_mha, and its values are compared with the
-model's; only a file whose values are right appears, whole, under its name. A format
-that fails leaves nothing new and does not stop the others.
-
-  saved_model  DIR/saved_model/<version>/    TensorFlow Serving
-  tflite       DIR/tflite/model_<S>.tflite   LiteRT: phones, ARM, browsers
-               DIR/tflite/text_<S>.tflite    the same for strings, with --text
-               DIR/tflite/mediapipe_<S>.tflite  MediaPipe, with --metadata
-  onnx         DIR/onnx/model.onnx           ONNX Runtime
-"""
-
-_EXAMPLES = f"""\
-examples:
-  Everything, from a model that takes ids:
-    keras-mha export classifier.keras --to saved_model tflite onnx --out dist \\
-        --samples ids.npy --sequence-lengths 64 128
-
-  Everything, from a model that takes texts:
-    keras-mha export model.keras --to saved_model tflite onnx --out dist \\
-        --samples reviews.txt --tokens --report report.md
-
-  A quarter of the size for a phone:
-    keras-mha export classifier.keras --to tflite --out dist \\
-        --samples ids.npy --quantization dynamic_int8
-
-  Files that take texts, for LiteRT and for MediaPipe on a phone:
-    keras-mha export model.keras --to tflite --out dist --samples reviews.txt \\
-        --text --metadata labels.txt
-
-What to give as --samples: some dozen inputs like those that the model will meet.
-
-{_EXIT_CODES}"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `keras-mha`; returns its exit code."""
+    """Runs the command `keras-mha`; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="keras-mha",
-        description="Attention layers for Keras: what one does with saved models.",
+        description="Attention layers for Keras: exports and checks saved models.",
         epilog="`keras-mha COMMAND --help` tells more, with examples and exit codes.",
     )
     parser.add_argument("--version", action=_Version, help="print it and end")
@@ -78,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_export(commands: Any) -> None:
     command = commands.add_parser(
         "export",
-        help="write a model as SavedModel, TFLite and ONNX, checked by value",
-        description=_EXPORT,
-        epilog=_EXAMPLES,
+        help="write a model for other runtimes, checked by value",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", metavar="MODEL", type=Path, help="a .keras file")
@@ -88,45 +82,38 @@ def _add_export(commands: Any) -> None:
         "--to",
         nargs="+",
         required=True,
-        choices=tuple(options.FORMATS),
-        help="the formats",
+        choices=tuple(FORMATS),
+        help=f"the formats: {', '.join(FORMATS)}",
         metavar="FORMAT",
     )
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="made if absent"
+        "--out", type=Path, required=True, metavar="DIR", help="created if absent"
     )
-    _add_common(command)
-    options.add_options(command, tuple(options.FORMATS))
-
-    def run(parsed: argparse.Namespace) -> int:
-        formats = tuple(dict.fromkeys(parsed.to))
-        places = {name: parsed.out / options.FORMATS[name].place for name in formats}
-        return export(_request(command, parsed, places))
-
-    command.set_defaults(run=run)
-
-
-def export_one(name: str, description: str | None) -> int:
-    """A command that writes the format `name` alone, to a place given in full."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    destination = options.FORMATS[name].destination
-    parser.add_argument("model", type=Path, help="a .keras file")
-    parser.add_argument(
-        "place",
+    command.add_argument(
+        "--samples",
         type=Path,
-        metavar=destination,
-        help="the file to write" if destination == "path" else "made if absent",
+        required=True,
+        metavar="FILE",
+        help="inputs to check with: .npy (one array), .npz (arrays by input name) or "
+        ".txt (one text per line)",
     )
-    _add_common(parser)
-    options.add_options(parser, [name])
-    parsed = parser.parse_args()
-    if destination == "path" and parsed.place.suffix != f".{name}":
-        parser.error(f"the path to write must end in .{name}")
-    return export(_request(parser, parsed, {name: parsed.place}, in_full=True))
+    command.add_argument(
+        "--tokens",
+        action="store_true",
+        help="for a model of texts: formats that take no strings get the part after "
+        "its tokenizer, which takes ids; the others also get a signature for ids",
+    )
+    command.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="also write all results here, as .json or .md",
+    )
+    command.add_argument(
+        "--debug", action="store_true", help="show tracebacks of errors"
+    )
+    options.add_options(command)
+    command.set_defaults(run=lambda parsed: export(_request(command, parsed)))
 
 
 class _Version(argparse.Action):
@@ -143,53 +130,25 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="inputs to check with: .npy (one array), .npz (arrays by input name) or "
-        ".txt (one text in a line)",
-    )
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="also write all that was found out, as .json or .md",
-    )
-    parser.add_argument(
-        "--debug", action="store_true", help="show tracebacks of errors"
-    )
-
-
-def _request(
-    parser: argparse.ArgumentParser,
-    parsed: argparse.Namespace,
-    places: dict[str, Path],
-    *,
-    in_full: bool = False,
-) -> Request:
-    """What was asked for; ends the program where that cannot be done."""
-    values = options.given(parsed)
-    report: Path | None = parsed.report
-    wrong = options.misplaced(values, tuple(places))
-    if wrong is not None:
-        parser.error(wrong)
-    if report is not None:
-        options.check_report(parser, report, (".json", ".md"))
-    further = [values.get(name) for name in ("representative_data", "metadata")]
-    options.check_files(
-        parser,
-        [path for path in (parsed.model, parsed.samples, *further) if path is not None],
-    )
+def _request(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Request:
+    """Returns what was asked for; ends the program where that cannot be done."""
+    formats = tuple(dict.fromkeys(parsed.to))
+    values = options.chosen(parsed)
+    problem = options.find_problem(values, formats)
+    if problem is not None:
+        parser.error(problem)
+    if parsed.report is not None:
+        options.check_report(parser, parsed.report, (".json", ".md"))
+    known = options_of(list(formats))
+    read = [values[name] for name in values if name in known and known[name][0].read]
+    options.check_files(parser, [parsed.model, parsed.samples, *read])
     options.check_model(parser, parsed.model)
     return Request(
         model=parsed.model,
         samples=parsed.samples,
-        places=places,
+        places={name: parsed.out / FORMATS[name].place for name in formats},
         options=values,
-        report=report,
+        tokens=parsed.tokens,
+        report=parsed.report,
         debug=parsed.debug,
-        in_full=in_full,
     )

@@ -13,7 +13,8 @@ from keras_mha_cli.console import (
     Console,
     StepError,
 )
-from keras_mha_cli.options import check_files, seconds
+from keras_mha_cli.declared import seconds
+from keras_mha_cli.options import check_files
 
 _DESCRIPTION = """\
 Names the operators in TFLite files that a target refuses, or computes wrongly without

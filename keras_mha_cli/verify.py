@@ -14,44 +14,27 @@ from keras_mha_cli.console import (
     WRONG_USAGE,
     Console,
 )
-from keras_mha_cli.options import (
-    check_files,
-    check_model,
-    check_report,
-    number,
-    seconds,
-    whole,
-)
+from keras_mha_cli.declared import FORMATS, RUNTIMES, number, seconds, whole
+from keras_mha_cli.options import check_files, check_model, check_report
 
 if TYPE_CHECKING:
     from keras_mha.export import VerificationReport
 
-# As `keras_mha.export.verify` has them, which takes seconds to import.
-RUNTIMES = (
-    "saved_model",
-    "openvino",
-    "litert",
-    "litert_gpu",
-    "litert_arm",
-    "mediapipe",
-    "onnx_runtime",
-)
-_FILES = ("saved_model", "tflite", "onnx")
 _REPORTS = (".json", ".md", ".png")
 
-_DESCRIPTION = """\
+_EMULATED = [name for name, runtime in RUNTIMES.items() if runtime.emulated]
+_RUNTIMES = "\n".join(
+    f"  {name:<13} {runtime.label:<37} {', '.join(runtime.reads)}"
+    for name, runtime in RUNTIMES.items()
+)
+
+_DESCRIPTION = f"""\
 Runs the same samples through a saved Keras model and through its exported files, in
 every runtime at hand, and compares the values. Each file runs in a process of its own
 that cannot import keras_mha, so a file need not be trusted: what it does is a row of
 the table. A runtime that is not installed is "not run", never "ok".
 
-  saved_model   TensorFlow's C++ loader, XLA disabled    SavedModel
-  openvino      OpenVINO in float32                      SavedModel, ONNX
-  litert        LiteRT on the CPU                        TFLite
-  litert_gpu    LiteRT's GPU delegate, software Vulkan   TFLite
-  litert_arm    LiteRT on an emulated ARM processor      TFLite
-  mediapipe     MediaPipe's TextClassifier               TFLite with metadata
-  onnx_runtime  ONNX Runtime on the CPU                  ONNX
+{_RUNTIMES}
 """
 
 _EPILOG = f"""\
@@ -65,7 +48,7 @@ examples:
     keras-mha verify model.keras --tokens --samples reviews.txt --labels labels.npy \\
         --saved-model dist/saved_model --tflite dist/tflite/model_128.tflite
 
-  In the served form alone:
+  Only in the served form:
     keras-mha verify model.keras --samples reviews.txt \\
         --saved-model dist/saved_model --runtimes saved_model
 
@@ -77,16 +60,9 @@ exit codes:
   {INTERRUPTED_TEXT}
 """
 
-# The arguments of `verify` that are options; what is not given is left to its defaults.
+# The arguments of `verify`; what is absent on the command line has its defaults.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "saved_model": {
-        "type": Path,
-        "metavar": "DIR",
-        "help": "a SavedModel, or a directory of versions, of which the highest is "
-        "taken",
-    },
-    "tflite": {"type": Path, "nargs": "+", "metavar": "FILE", "help": "TFLite files"},
-    "onnx": {"type": Path, "metavar": "FILE", "help": "an ONNX file"},
+    **{name: one.file for name, one in FORMATS.items()},
     "labels": {
         "type": Path,
         "metavar": "FILE",
@@ -95,7 +71,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "runtimes": {
         "nargs": "+",
-        "choices": RUNTIMES,
+        "choices": tuple(RUNTIMES),
         "metavar": "NAME",
         "help": "only these of the runtimes above",
     },
@@ -111,7 +87,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "emulated_samples": {
         "type": whole(1),
         "metavar": "N",
-        "help": "number of samples for litert_gpu and litert_arm, which are slow "
+        "help": f"number of samples for {' and '.join(_EMULATED)}, which are slow "
         "(default: 200)",
     },
     "timed_calls": {
@@ -122,7 +98,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "output_names": {
         "nargs": "+",
         "metavar": "NAME",
-        "help": "names of the outputs, as they were given to the export",
+        "help": "names of the outputs, as the export had them",
     },
     "signature_name": {
         "metavar": "NAME",
@@ -158,8 +134,8 @@ def add_verify(commands: Any) -> None:
     parser.add_argument(
         "--tokens",
         action="store_true",
-        help="for a model of texts: the TFLite and ONNX files hold what follows its "
-        "tokenizer and take ids",
+        help="for a model of texts: files of formats that take no strings hold what "
+        "follows its tokenizer and take ids",
     )
     for name, settings in OPTIONS.items():
         parser.add_argument(
@@ -179,15 +155,22 @@ def add_verify(commands: Any) -> None:
 
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(parsed).items() if name in OPTIONS}
-    if not set(values) & set(_FILES):
-        parser.error("one of --saved-model, --tflite and --onnx must be given")
+    if not set(values) & set(FORMATS):
+        *most, last = (one.flag for one in FORMATS.values())
+        parser.error(f"one of {', '.join(most)} and {last} is required")
     for report in parsed.report:
         check_report(parser, report, _REPORTS)
-    given = [parsed.model, parsed.samples, *values.get("tflite", [])]
-    check_files(parser, given + [values[n] for n in ("onnx", "labels") if n in values])
-    served = values.get("saved_model")
-    if served is not None and not served.is_dir():
-        parser.error(f"{served} is no directory")
+    check_files(parser, [parsed.model, parsed.samples])
+    if "labels" in values:
+        check_files(parser, [values["labels"]])
+    for name in set(values) & set(FORMATS):
+        paths = values[name] if isinstance(values[name], list) else [values[name]]
+        if not FORMATS[name].is_directory:
+            check_files(parser, paths)
+            continue
+        for path in paths:
+            if not path.is_dir():
+                parser.error(f"{path} is not a directory")
     check_model(parser, parsed.model)
     console = Console(("tokens", *OPTIONS), debug=parsed.debug)
     return console.run(lambda: _verify(console, parsed, values))
@@ -221,18 +204,21 @@ def _verify(
 def _compare(
     model: Any, samples: Any, values: Mapping[str, Any], *, tokens: bool
 ) -> VerificationReport:
-    """The report; of a model that was cut, first what takes texts, then the rest."""
+    """Returns the report; for `tokens`, of the whole model and of the rest."""
     from keras_mha.export import verify, without_tokenizer
 
     if not tokens:
         return verify(model, samples=samples, **values)
     rest, ids = without_tokenizer(model, samples)
-    of_texts = {n: v for n, v in values.items() if n not in ("tflite", "onnx")}
-    of_ids = {n: v for n, v in values.items() if n != "saved_model"}
+    of_texts = {name for name in FORMATS if FORMATS[name].takes_texts({})}
     reports = []
-    if "saved_model" in of_texts:
-        reports.append(verify(model, samples=samples, **of_texts))
-    if set(of_ids) & set(_FILES):
-        reports.append(verify(rest, samples=ids, **of_ids))
+    for part, inputs, formats in (
+        (model, samples, of_texts),
+        (rest, ids, set(FORMATS) - of_texts),
+    ):
+        other = set(FORMATS) - formats
+        chosen = {name: value for name, value in values.items() if name not in other}
+        if set(chosen) & formats:
+            reports.append(verify(part, samples=inputs, **chosen))
     checks = [check for report in reports for check in report.checks]
     return replace(reports[0], model=model.name, checks=tuple(checks))

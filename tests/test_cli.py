@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 import keras_mha.export
+from keras_mha.export.declaration import Format
 from keras_mha.export.onnx import export as onnx_file
 from keras_mha.models import BertEncoder
 from keras_mha.text import WordpieceTokenizer
-from keras_mha_cli import main, options
+from keras_mha_cli import declared, main
 from tests.support import small_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -362,7 +363,7 @@ def test_layers_that_are_not_known_are_named(
         (["onnx"], ["--report", "absent/r.md"], "absent does not exist"),
         (["onnx"], ["--report", "r.txt"], "--report must end in .json or .md"),
         (["onnx"], ["--samples", "absent.npy"], "absent.npy does not exist"),
-        (["onnx"], ["--samples", "."], ". is no file"),
+        (["onnx"], ["--samples", "."], ". is not a file"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_the_work(
@@ -388,7 +389,7 @@ def test_a_file_that_is_no_model_is_named(
     arguments[1] = str(files / "ids.npy")
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert "ids.npy is no .keras file" in capsys.readouterr().err
+    assert "ids.npy is not a .keras file" in capsys.readouterr().err
     # A zip archive with something else in it.
     np.savez(tmp_path / "other.keras", x=1)
     (tmp_path / "other.keras.npz").rename(tmp_path / "other.keras")
@@ -430,19 +431,24 @@ def test_help_and_version_load_nothing_heavy() -> None:
 
 def test_help_names_every_option_and_exit_code() -> None:
     told = run("export", "--help").stdout
-    for option in options.OPTIONS:
+    for option, _ in declared.options_of(list(declared.FORMATS)).values():
         assert f"\n  {option.flag}" in told
     for code in (0, 1, 2, 3, 130):
         assert f"\n  {code}  " in told
 
 
-@pytest.mark.parametrize("one", options.FORMATS.values(), ids=lambda one: one.name)
-def test_every_argument_of_an_exporter_is_an_option(one: options.Format) -> None:
-    parameters = inspect.signature(getattr(keras_mha.export, one.exporter)).parameters
-    takes = {o.argument for o in options.OPTIONS if one.name in o.formats}
-    # For those that take no texts, the command cuts the model.
-    cut = set() if one.takes_texts else {"tokens"}
-    assert set(parameters) - {"model", one.destination, "samples"} == takes - cut
+@pytest.mark.parametrize("one", declared.FORMATS.values(), ids=lambda one: one.name)
+def test_every_exporter_is_called_in_one_way(one: Format) -> None:
+    exporter = getattr(keras_mha.export, f"export_{one.name}")
+    model, place, *options = inspect.signature(exporter).parameters.values()
+    assert model.name == "model"
+    assert place.name in ("path", "directory")
+    assert {p.kind for p in options} == {inspect.Parameter.KEYWORD_ONLY}
+    assert [p.name for p in options if p.default is p.empty] == ["samples"]
+    # The command asks for the signature of tokens with an option for all formats.
+    tokens = {"tokens"} if one.signature_of_tokens else set()
+    declares = {"samples", *one.arguments} | tokens
+    assert {p.name for p in options} == declares
 
 
 def test_the_installed_script_is_main() -> None:

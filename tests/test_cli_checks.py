@@ -20,7 +20,7 @@ from keras_mha.export import (
     export_tflite,
     without_tokenizer,
 )
-from keras_mha.export.verification.runtime_table import RUNTIMES
+from keras_mha.export.formats import FORMATS
 from keras_mha_cli import main
 from keras_mha_cli import verify as verify_command
 from tests.support import small_models, tflite_files
@@ -100,7 +100,7 @@ def test_lint_reads_all_files_though_one_is_none(
     ("arguments", "message"),
     [
         (["absent.tflite"], "error: absent.tflite does not exist"),
-        (["."], "error: . is no file"),
+        (["."], "error: . is not a file"),
         ([], "the following arguments are required: FILE"),
         (["x.tflite", "--target", "npu"], "invalid choice: 'npu'"),
         (["x.tflite", "--timeout", "0"], "must be above 0, not 0"),
@@ -193,9 +193,9 @@ def test_verify_ends_with_1_where_a_value_is_wrong(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of --saved-model, --tflite and --onnx must be given"),
+        ([], "one of --saved-model, --tflite and --onnx is required"),
         (["--onnx", "absent.onnx"], "absent.onnx does not exist"),
-        (["--saved-model", "absent"], "absent is no directory"),
+        (["--saved-model", "absent"], "absent is not a directory"),
         (["--onnx", "model.onnx", "--runtimes", "tvm"], "invalid choice: 'tvm'"),
         (["--onnx", "model.onnx", "--report", "r.txt"], ".json, .md or .png"),
         (["--onnx", "model.onnx", "--report", "no/r.md"], "no does not exist"),
@@ -247,8 +247,8 @@ def test_verify_ends_with_3_where_the_model_needs_a_package(
 
 def test_verify_has_every_argument_of_the_function() -> None:
     parameters = inspect.signature(keras_mha.export.verify).parameters
-    assert set(parameters) - {"model", "samples"} == set(verify_command.OPTIONS)
-    assert tuple(RUNTIMES) == verify_command.RUNTIMES
+    named = set(parameters) - {"model", "samples", "files"}
+    assert named | set(FORMATS) == set(verify_command.OPTIONS)
 
 
 def test_a_merged_report_fails_where_a_part_does(

@@ -56,15 +56,36 @@ class Endpoint:
             further: More signatures, by name: functions of the same weights.
         """
         archive: Any = keras.export.ExportArchive()
-        # Tables and other resources of the model. The weights are found through the
-        # function; tracking the model itself would write each of them twice.
+        # The weights are found through the function. The model itself is not tracked:
+        # Keras takes `train_function` and others off it while its children are listed.
         resources: Any = tf.Module()
-        resources.model = self.model
+        resources.of_model = _resources(self.model)
         archive.track(resources)
         archive.add_endpoint(signature_name, self.function, [_named(specs)])
         for name, other in (further or {}).items():
             archive.add_endpoint(name, other.function, [_named(other.inputs)])
         archive.write_out(str(path), verbose=False)
+
+
+def _resources(model: keras.Model) -> list[Any]:
+    """Finds the tables, and other resources of TensorFlow's, that a model holds."""
+    resources = []
+    seen: set[int] = set()
+    left: list[Any] = [model]
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, tf.saved_model.experimental.TrackableResource):
+            resources.append(item)
+        elif isinstance(item, Mapping):
+            left += item.values()
+        elif isinstance(item, list | tuple | set):
+            left += item
+        elif isinstance(item, tf.__internal__.tracking.Trackable):
+            left += vars(item).values()
+    return resources
 
 
 def describe(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from keras_mha.export import RuntimeCheck
-from keras_mha.export.verification.runtime_table import RUNTIMES
+from keras_mha.export.runtimes.table import RUNTIMES
 
 MODULES = ("data", "model", "report", "deploy_check")
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_mha.export.runtimes import litert, litert_gpu
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
-
-BLOCKED = ("keras_mha", "keras", "tensorflow")
 
 
 class Answers(NamedTuple):
@@ -24,18 +24,10 @@ class Answers(NamedTuple):
         return float(np.max(np.abs(self.gpu - cpu)) / max(np.max(np.abs(cpu)), 1.0))
 
 
-def run_on_both(path: Path, driver: str, **case: np.ndarray) -> Answers:
-    def run(runtime: str, **options: str) -> tuple[np.ndarray, dict[str, Any]]:
-        (answer,), facts = run_in_fresh_process(
-            runtime,
-            path,
-            [case],
-            blocked=BLOCKED,
-            options={"signature_name": "serving_default", **options},
-            timeout=120.0,
-        )
-        return answer["y"], facts
-
-    cpu, _ = run("litert")
-    gpu, facts = run("litert_gpu", driver=driver)
-    return Answers(cpu, gpu, facts)
+def run_on_both(path: Path, **case: np.ndarray) -> Answers:
+    file = File(path, "tflite")
+    (on_cpu,), _ = run_in_fresh_process(litert.RUNTIME, file, [case], timeout=120.0)
+    (on_gpu,), facts = run_in_fresh_process(
+        litert_gpu.RUNTIME, file, [case], timeout=120.0
+    )
+    return Answers(on_cpu["y"], on_gpu["y"], facts)

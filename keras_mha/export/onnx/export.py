@@ -15,12 +15,14 @@ import tensorflow as tf
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import size_of, staging
 from keras_mha.export.onnx.conversion import convert
+from keras_mha.export.onnx.report import ONNXReport
 from keras_mha.export.onnx.rewrites import rewrite
 from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
-from keras_mha.export.report import ONNXReport, TensorInfo
+from keras_mha.export.report import TensorInfo
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+from keras_mha.export.runtimes.onnx_runtime import RUNTIME as ONNX_RUNTIME
 
-_BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text", "tf2onnx")
 _OPSETS = range(13, 19)  # what tf2onnx writes; before 13, axes are no inputs
 _GREATEST_SIZE = 2**31 - 1  # of any protocol buffer, and so of an ONNX file
 
@@ -124,12 +126,7 @@ def export_onnx(
         written.write_bytes(proto.SerializeToString(deterministic=True))
         cases, wanted = _cases(endpoint, arrays)
         answers, facts = run_in_fresh_process(
-            "onnx_runtime",
-            written,
-            cases,
-            blocked=_BLOCKED,
-            options={},
-            timeout=timeout,
+            ONNX_RUNTIME, File(written, "onnx"), cases, timeout=timeout
         )
         parity = check_parity(
             wanted,

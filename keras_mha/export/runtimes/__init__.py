@@ -1,5 +1,6 @@
-"""Stand-alone scripts that run or read exported files in a process of their own.
+"""Starts a runtime in a process of its own, which cannot import this package.
 
-`child.py` is started by path and imports nothing of this package: it reads the
-files beside it by path too. `keras_mha.export.runtimes.fresh_process` starts it.
+A runtime is one file here and one line in `table`. The file has a `RUNTIME`, which
+describes it, and a function `load`, which that process calls. `child` loads the files
+by path, so they import only each other, and heavy packages only inside functions.
 """

@@ -2,18 +2,23 @@
 
     python child.py DIRECTORY
 
-`DIRECTORY` holds `request.json` and `case_<i>.npz`; the answers are written
-beside them as `answer_<i>.npz` and, last, `result.json`.
+`DIRECTORY` holds `request.json` and `case_<i>.npz`. The answers are written next to
+them as `answer_<i>.npz` and, last, `result.json`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
+import socket
+import struct
 import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+
+_SECONDS = struct.Struct("=d")  # what `fresh_process` reads
 
 
 class _Blocker:
@@ -31,41 +36,53 @@ def _block(names: list[str]) -> None:
     sys.meta_path.insert(0, _Blocker(names))
     for name in names:
         try:
-            importlib.import_module(name)
+            import_module(name)
         except ModuleNotFoundError:
             continue
         raise RuntimeError(f"{name} could be imported in spite of the blocker")
 
 
-def _load_sibling(name: str) -> ModuleType:
-    path = Path(__file__).resolve().with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _import_sibling(name: str) -> ModuleType:
+    """Imports a file of this folder as one of a package that has no `__init__`."""
+    package = ModuleType("keras_mha_runtimes")
+    package.__path__ = [str(Path(__file__).resolve().parent)]
+    sys.modules.setdefault(package.__name__, package)
+    return import_module(f"{package.__name__}.{name}")
+
+
+def _take_turns(call: Callable[[], object], channel: int) -> None:
+    """Times a call each time that the parent asks; no other process has its turn then.
+
+    Args:
+        call: What to time.
+        channel: The number of the open socket to the parent.
+    """
+    with socket.socket(fileno=channel) as parent:
+        parent.sendall(_SECONDS.pack(0.0))  # the answers are written
+        while parent.recv(1):  # until the parent closes its end
+            start = time.perf_counter()
+            call()
+            parent.sendall(_SECONDS.pack(time.perf_counter() - start))
 
 
 def main(directory: Path) -> None:
     """Answers the request in `directory`."""
     request = json.loads((directory / "request.json").read_text("utf-8"))
     _block(request["blocked"])
-    exchange = _load_sibling("exchange")
-    runtime = _load_sibling(request["runtime"])
-    cases = [
-        exchange.read_arrays(directory / f"case_{i}.npz")
-        for i in range(request["cases"])
-    ]
+    exchange = _import_sibling("exchange")
+    runtime = _import_sibling(request["module"])
+    answer, facts = runtime.load(request["path"], **request["options"])
+    case = {}
+    for i in range(request["cases"]):
+        case = exchange.read_arrays(directory / f"case_{i}.npz")
+        exchange.write_arrays(directory / f"answer_{i}.npz", answer(case))
+    told = facts()
     if request["channel"] is not None:
-        cases = _load_sibling("turns").Turns(cases, request["channel"])
-    answers, facts = runtime.run(request["path"], cases, **request["options"])
-    for i, answer in enumerate(answers[: len(cases)]):  # not those of later turns
-        exchange.write_arrays(directory / f"answer_{i}.npz", answer)
+        _take_turns(lambda: answer(case), request["channel"])
     imported = sorted(set(request["blocked"]) & set(sys.modules))
     if imported:
         raise RuntimeError(f"{imported} were imported in spite of the blocker")
-    (directory / "result.json").write_text(json.dumps(facts), "utf-8")
+    (directory / "result.json").write_text(json.dumps(told), "utf-8")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,16 @@ Source: tensorflow/c/c_api.h, tensorflow/c/tf_tstring.h.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from .descriptor import Arrays, File, Loaded, Runtime
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _STRING = 7
 _BFLOAT16 = 14
@@ -169,6 +174,8 @@ def _register(
 
 
 def _to_tensor(tf: Any, array: np.ndarray) -> int:
+    import numpy as np
+
     shape = (ctypes.c_int64 * array.ndim)(*array.shape)
     if array.dtype.kind == "O":
         size = _STRING_SIZE * array.size
@@ -186,6 +193,8 @@ def _to_tensor(tf: Any, array: np.ndarray) -> int:
 
 
 def _to_array(tf: Any, tensor: int) -> np.ndarray:
+    import numpy as np
+
     shape = [tf.TF_Dim(tensor, axis) for axis in range(tf.TF_NumDims(tensor))]
     kind, data = tf.TF_TensorType(tensor), tf.TF_TensorData(tensor)
     if kind == _STRING:
@@ -203,21 +212,19 @@ def _to_array(tf: Any, tensor: int) -> np.ndarray:
     return np.frombuffer(raw, _NAMES[kind]).reshape(shape)
 
 
-def run(
+def load(
     path: str,
-    cases: Sequence[Mapping[str, np.ndarray]],
     *,
     inputs: Mapping[str, str],
     outputs: Mapping[str, str],
     operations: Sequence[str],
     tensorflow_libraries: Sequence[str],
     operation_libraries: Sequence[str],
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Runs every case on the SavedModel at `path`.
+) -> Loaded:
+    """Loads the SavedModel at `path`.
 
     Args:
         path: The SavedModel's directory.
-        cases: For each run, the arrays by input name.
         inputs: Graph tensor (`"operation:index"`) by input name.
         outputs: Graph tensor by output name.
         operations: Names of all operations in the file.
@@ -225,7 +232,8 @@ def run(
         operation_libraries: Shared libraries that may hold custom operations.
 
     Returns:
-        The arrays by output name for each case, and facts about the runtime.
+        As every runtime. The facts hold `custom_operations`, the operations that were
+        not registered before.
     """
     tf = _load_tensorflow(tensorflow_libraries)
     custom = _register(tf, operations, operation_libraries)
@@ -238,23 +246,23 @@ def run(
 
     def locate(tensor: str) -> _Output:
         operation, _, index = tensor.partition(":")
-        found = tf.TF_GraphOperationByName(graph, operation.encode())
-        if not found:
+        address = tf.TF_GraphOperationByName(graph, operation.encode())
+        if not address:
             raise RuntimeError(f"The graph has no operation {operation!r}")
-        return _Output(found, int(index))
+        return _Output(address, int(index))
 
     fed = (_Output * len(inputs))(*map(locate, inputs.values()))
     fetched = (_Output * len(outputs))(*map(locate, outputs.values()))
-    answers = []
-    for case in cases:
-        given = [_to_tensor(tf, case[name]) for name in inputs]
+
+    def answer(case: Arrays) -> Arrays:
+        tensors = [_to_tensor(tf, case[name]) for name in inputs]
         results = (ctypes.c_void_p * len(outputs))()
         tf.TF_SessionRun(
             session,
             None,
             fed,
-            (ctypes.c_void_p * len(given))(*given),
-            len(given),
+            (ctypes.c_void_p * len(tensors))(*tensors),
+            len(tensors),
             fetched,
             results,
             len(outputs),
@@ -265,12 +273,55 @@ def run(
         )
         _check(tf)
         arrays = [_to_array(tf, tensor) for tensor in results]
-        answers.append(dict(zip(outputs, arrays, strict=True)))
-        for tensor in [*given, *results]:
+        for tensor in [*tensors, *results]:
             tf.TF_DeleteTensor(tensor)
-    facts = {
-        "runtime": "TensorFlow C++ loader, XLA disabled",
-        "version": tf.TF_Version().decode(),
-        "custom_operations": custom,
+        return dict(zip(outputs, arrays, strict=True))
+
+    def facts() -> dict[str, Any]:
+        return {"version": tf.TF_Version().decode(), "custom_operations": custom}
+
+    return answer, facts
+
+
+def _folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _tensorflow_libraries() -> list[str]:
+    """Finds the shared libraries with the C API, in loading order."""
+    folder = _folder("tensorflow") or Path("tensorflow")
+    names = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"This TensorFlow for Linux lacks {folder / name}")
+    return [str(folder / name) for name in names]
+
+
+def _operation_libraries() -> list[str]:
+    """Finds the shared libraries of tensorflow-text without importing it."""
+    folder = _folder("tensorflow_text")
+    if folder is None:
+        return []
+    return sorted(str(path) for path in (folder / "python" / "ops").glob("*.so"))
+
+
+def _options(file: File) -> Mapping[str, Any]:
+    return {
+        "inputs": dict(file.inputs),
+        "outputs": dict(file.outputs),
+        "operations": list(file.operations),
+        "tensorflow_libraries": _tensorflow_libraries(),
+        "operation_libraries": _operation_libraries(),
     }
-    return answers, facts
+
+
+RUNTIME = Runtime(
+    "cpp_loader",
+    "TensorFlow C++ loader, XLA disabled",
+    ("saved_model",),
+    find=_tensorflow_libraries,
+    options=_options,
+    blocked=("keras_mha", "keras", "tensorflow"),
+    takes_text=True,
+)

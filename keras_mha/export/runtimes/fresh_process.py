@@ -5,54 +5,42 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from keras_mha.export.parity import VerificationError
-from keras_mha.export.runtimes import exchange, turns
+from keras_mha.export.runtimes import exchange
+from keras_mha.export.runtimes.descriptor import Arrays, File, Runtime
 
 _CHILD = Path(exchange.__file__).with_name("child.py")
-# -P: neither the script's nor the current directory becomes importable.
-_PYTHON = (sys.executable, "-P")
+_SECONDS = struct.Struct("=d")  # what the child sends
 
 
 def run_in_fresh_process(
-    runtime: str,
-    path: Path,
-    cases: Sequence[Mapping[str, np.ndarray]],
-    *,
-    blocked: Sequence[str],
-    options: Mapping[str, Any],
-    timeout: float,
-    python: Sequence[str] = _PYTHON,
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Runs every case on the file at `path`.
+    runtime: Runtime, file: File, cases: Sequence[Arrays], *, timeout: float
+) -> tuple[list[Arrays], dict[str, Any]]:
+    """Runs every case on a file.
 
     Args:
-        runtime: Name of the module in `keras_mha.export.runtimes` that runs it.
-        path: The exported file or directory.
+        runtime: What runs it.
+        file: The exported file or directory.
         cases: Arrays by input name, for each run.
-        blocked: Top-level packages that the process must be unable to import.
-        options: Further arguments of the runtime's `run`.
         timeout: Seconds that the process may take.
-        python: The command that starts Python, without a script.
 
     Returns:
-        The arrays by output name for each run, and facts about the runtime.
+        The arrays by output name for each run, and facts about the run: those that
+        the runtime tells, `runtime` and `blocked`.
 
     Raises:
+        AbsentError: If something that the file needs is missing.
         VerificationError: If the process fails, is killed or takes too long.
     """
-    with FreshProcess(
-        runtime, path, cases, blocked=blocked, options=options, python=python
-    ) as process:
+    with FreshProcess(runtime, file, cases) as process:
         return process.finish(timeout)
 
 
@@ -60,37 +48,36 @@ class FreshProcess:
     """A process that runs every case on a file; it ends with the `with` block.
 
     Args:
+        runtime: What runs it.
+        file: The exported file or directory.
+        cases: Arrays by input name, for each run.
         in_turns: Whether it afterwards runs the last case again whenever asked, so
             that it can be timed in turns with others.
-
-    The other arguments are those of `run_in_fresh_process`.
     """
 
     def __init__(
         self,
-        runtime: str,
-        path: Path,
-        cases: Sequence[Mapping[str, np.ndarray]],
+        runtime: Runtime,
+        file: File,
+        cases: Sequence[Arrays],
         *,
-        blocked: Sequence[str],
-        options: Mapping[str, Any],
-        python: Sequence[str] = _PYTHON,
         in_turns: bool = False,
     ) -> None:
-        self._what = f"{runtime} on {path.name}"
+        self._what = f"{runtime.module} on {file.path.name}"
         self._cases = len(cases)
-        self._blocked = tuple(blocked)
+        self._known = {"runtime": runtime.label, "blocked": runtime.blocked}
         self._channel: socket.socket | None = None
+        options = runtime.options_for(file)
         with ExitStack() as stack:
             self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             channel = None
             if in_turns:
                 self._channel, channel = map(stack.enter_context, socket.socketpair())
             request = {
-                "runtime": runtime,
-                "path": str(path.resolve()),
+                "module": runtime.module,
+                "path": str(file.path.resolve()),
                 "cases": len(cases),
-                "blocked": list(blocked),
+                "blocked": runtime.blocked,
                 "options": dict(options),
                 "channel": channel and channel.fileno(),
             }
@@ -100,7 +87,7 @@ class FreshProcess:
             # A file: nobody need empty it while others have their turns.
             stderr = stack.enter_context((self._directory / "stderr").open("wb"))
             self._process = subprocess.Popen(
-                [*python, str(_CHILD), str(self._directory)],
+                [*runtime.python(), str(_CHILD), str(self._directory)],
                 env=os.environ | _settings(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -136,9 +123,7 @@ class FreshProcess:
         """
         return self._hear(timeout, asked=b"?")
 
-    def finish(
-        self, timeout: float
-    ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    def finish(self, timeout: float) -> tuple[list[Arrays], dict[str, Any]]:
         """Waits for the end, and reads what `run_in_fresh_process` returns.
 
         Raises:
@@ -158,20 +143,20 @@ class FreshProcess:
             )
             raise VerificationError(f"{self._what} {end}.{self._tail()}")
         facts = json.loads((self._directory / "result.json").read_text("utf-8"))
-        answers = [
+        answers: list[Arrays] = [
             exchange.read_arrays(self._directory / f"answer_{i}.npz")
             for i in range(self._cases)
         ]
-        return answers, facts | {"blocked": self._blocked}
+        return answers, facts | self._known
 
     def _hear(self, timeout: float, asked: bytes = b"") -> float:
-        """What the process tells of its turn."""
+        """Returns the seconds that the process tells."""
         if self._channel is None:
             raise RuntimeError("the process was not started with `in_turns`")
         self._channel.settimeout(timeout)
         try:
             self._channel.sendall(asked)
-            told = self._channel.recv(turns.SECONDS.size)
+            told = self._channel.recv(_SECONDS.size)
         except TimeoutError:
             raise self._took_too_long(timeout) from None
         except ConnectionError:
@@ -179,7 +164,7 @@ class FreshProcess:
         if not told:
             self.finish(timeout)  # says why
             raise VerificationError(f"{self._what} ended too early.{self._tail()}")
-        return turns.SECONDS.unpack(told)[0]
+        return _SECONDS.unpack(told)[0]
 
     def _took_too_long(self, timeout: float) -> VerificationError:
         return VerificationError(

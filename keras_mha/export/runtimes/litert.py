@@ -14,41 +14,68 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .descriptor import Arrays, File, Loaded, Runtime
 
 
-def run(
-    path: str,
-    cases: Sequence[Mapping[str, np.ndarray]],
-    *,
-    signature_name: str,
-    registrar: Sequence[str] = (),
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Runs every case on the signature `signature_name` of the file at `path`.
+def load(path: str, *, signature_name: str, registrar: Sequence[str] = ()) -> Loaded:
+    """Loads the signature `signature_name` of the file at `path`.
 
     Args:
         path: The file.
-        cases: Arrays by input name, for each run.
         signature_name: The signature's name.
-        registrar: The shared library that registers tensorflow-text's operations,
-            after those that it needs; none for a file of builtin operations.
-
-    Returns:
-        The arrays by output name for each case, and facts about the runtime.
+        registrar: What `registrar` returns; empty for a file of builtin operations.
     """
+    import numpy as np
+
     interpreter = _interpreter(path, registrar)
     endpoint = interpreter.get_signature_runner(signature_name)
-    answers = [
-        {name: np.array(array) for name, array in endpoint(**case).items()}
-        for case in cases
-    ]
-    facts = {
-        "runtime": "LiteRT interpreter, CPU",
-        "version": version("ai-edge-litert"),
-        "machine": platform.machine(),
-        "delegate_partitions": _count_partitions(interpreter),
+
+    def answer(case: Arrays) -> Arrays:
+        return {name: np.array(array) for name, array in endpoint(**case).items()}
+
+    def facts() -> dict[str, Any]:
+        return {
+            "version": version("ai-edge-litert"),
+            "machine": platform.machine(),
+            "delegate_partitions": _count_partitions(interpreter),
+        }
+
+    return answer, facts
+
+
+def registrar() -> tuple[str, ...]:
+    """Finds the libraries that register tensorflow-text's operations.
+
+    Returns:
+        Their paths in loading order; the last is the one that registers.
+
+    Raises:
+        FileNotFoundError: If tensorflow-text is not installed, or without them.
+    """
+    paths = (
+        _folder("tensorflow") / "libtensorflow_framework.so.2",
+        _folder("tensorflow_text") / "core" / "pybinds" / "tflite_registrar.so",
+    )
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                "A file that takes strings needs tensorflow-text for Linux, of which "
+                f"{path.name} is missing: pip install 'keras-mha[text]'"
+            )
+    return tuple(map(str, paths))
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else Path(package)
+
+
+def options(file: File) -> Mapping[str, Any]:
+    """Returns the keyword arguments of `load` for a file."""
+    return {
+        "signature_name": file.signature_name,
+        "registrar": registrar() if file.kind == "tflite/text" else (),
     }
-    return answers, facts
 
 
 def _interpreter(path: str, registrar: Sequence[str]) -> Any:
@@ -61,7 +88,7 @@ def _interpreter(path: str, registrar: Sequence[str]) -> Any:
         ctypes.CDLL(other, mode=ctypes.RTLD_GLOBAL)
     spec = importlib.util.spec_from_file_location(Path(library).stem, library)
     if spec is None or spec.loader is None:
-        raise RuntimeError(f"{library} is no Python module")
+        raise RuntimeError(f"{library} is not a Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     # `tensorflow_text` calls the list of all of them SELECT_TFTEXT_OPS.
@@ -77,3 +104,13 @@ def _count_partitions(interpreter: Any) -> int | None:
     if details is None:
         return None
     return sum(op["op_name"] == "DELEGATE" for op in details())
+
+
+RUNTIME = Runtime(
+    "litert",
+    "LiteRT interpreter, CPU",
+    ("tflite", "tflite/text"),
+    {"ai_edge_litert": "tflite"},
+    options=options,
+    takes_text=True,
+)

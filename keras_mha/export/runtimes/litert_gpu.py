@@ -13,9 +13,12 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from .descriptor import Arrays, File, Loaded, Runtime
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Vulkan's own variable, and where distributions put Chromium's driver.
 _VARIABLE = "VK_ICD_FILENAMES"
@@ -52,41 +55,35 @@ def find_software_driver() -> Path:
     return found
 
 
-def run(
-    path: str,
-    cases: Sequence[Mapping[str, np.ndarray]],
-    *,
-    signature_name: str,
-    driver: str,
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Runs every case on the signature `signature_name` of the file at `path`.
+def load(path: str, *, signature_name: str, driver: str) -> Loaded:
+    """Loads the signature `signature_name` of the file at `path`.
 
     Args:
         path: The file.
-        cases: Arrays by input name, for each run.
         signature_name: The signature's name.
-        driver: The manifest that `find_software_driver` found.
+        driver: The manifest that `find_software_driver` returns.
 
     Returns:
-        The arrays by output name for each case, and facts about the runtime: among
-        them `fully_accelerated`, whether the delegate took the whole graph. Where it
-        did not, the CPU ran the rest.
-
-    Raises:
-        RuntimeError: If the driver was not used.
+        As every runtime. The facts hold `fully_accelerated`, whether the delegate took
+        the whole graph; where it did not, the CPU ran the rest. They raise a
+        RuntimeError if the driver was not used.
     """
     os.environ[_VARIABLE] = driver
     model, complete = _compile(path)
-    answers = [_answer(model, signature_name, case) for case in cases]
-    if _LIBRARY not in Path("/proc/self/maps").read_text("utf-8"):
-        raise RuntimeError(f"The GPU delegate did not load the driver of {driver}")
-    facts = {
-        "runtime": "LiteRT GPU delegate, software Vulkan",
-        "version": version("ai-edge-litert"),
-        "driver": driver,
-        "fully_accelerated": complete,
-    }
-    return answers, facts
+
+    def answer(case: Arrays) -> Arrays:
+        return _answer(model, signature_name, case)
+
+    def facts() -> dict[str, Any]:
+        if _LIBRARY not in Path("/proc/self/maps").read_text("utf-8"):
+            raise RuntimeError(f"The GPU delegate did not load the driver of {driver}")
+        return {
+            "version": version("ai-edge-litert"),
+            "driver": driver,
+            "fully_accelerated": complete,
+        }
+
+    return answer, facts
 
 
 def _compile(path: str) -> tuple[Any, bool]:
@@ -116,9 +113,9 @@ def _compile(path: str) -> tuple[Any, bool]:
     return model, model.is_fully_accelerated()
 
 
-def _answer(
-    model: Any, signature: str, case: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _answer(model: Any, signature: str, case: Arrays) -> Arrays:
+    import numpy as np
+
     given = model.get_input_tensor_details(signature)
     if set(given) != set(case):
         raise ValueError(f"The file takes {sorted(given)}. Received: {sorted(case)}")
@@ -144,5 +141,24 @@ def _answer(
 
 
 def _read(buffer: Any, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    import numpy as np
+
     kind = np.dtype(dtype).type
     return np.array(buffer.read(int(np.prod(shape)), kind)).reshape(shape)
+
+
+def _options(file: File) -> Mapping[str, Any]:
+    driver = str(find_software_driver())
+    return {"signature_name": file.signature_name, "driver": driver}
+
+
+RUNTIME = Runtime(
+    "litert_gpu",
+    "LiteRT GPU delegate, software Vulkan",
+    ("tflite",),
+    {"ai_edge_litert": "tflite"},
+    find=find_software_driver,
+    options=_options,
+    takes_text=True,
+    emulated=True,
+)

@@ -5,35 +5,30 @@ Stand-alone: mediapipe, ai_edge_litert's schema and NumPy, no import of tensorfl
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .descriptor import Arrays, Loaded, Runtime
 
 
-def run(
-    path: str, cases: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Classifies the text of every case.
+def load(path: str) -> Loaded:
+    """Loads the file at `path` to classify one text in each case.
+
+    A case is one array of one text as bytes. Its answer has the `scores` `(1, C)` in
+    the order of the labels, and the `ids` `(1, S)` into which the text is cut; NaN and
+    -1 for bytes that are not UTF-8, which MediaPipe refuses. The facts hold the
+    `labels`.
 
     MediaPipe does not tell into which ids it cuts a text. So that these can be
     compared too, its TextEmbedder runs the same metadata with a graph that gives back
     the ids.
-
-    Args:
-        path: The file.
-        cases: One array each, of one text as bytes. MediaPipe takes UTF-8 alone: bytes
-            that are none are refused.
-
-    Returns:
-        For each case the `scores` `(1, C)` in the order of the labels, and the `ids`
-        `(1, S)`; NaN and -1 for a text that was refused. And facts about the runtime,
-        among them the `labels`.
     """
     import mediapipe
+    import numpy as np
     from mediapipe.tasks.python.core.base_options import BaseOptions
     from mediapipe.tasks.python.text.text_classifier import TextClassifier
     from mediapipe.tasks.python.text.text_embedder import (
@@ -43,34 +38,36 @@ def run(
 
     content = Path(path).read_bytes()
     probe = TextEmbedderOptions(BaseOptions(model_asset_buffer=_giving_ids(content)))
-    answers, labels = [], []
-    with (
-        TextClassifier.create_from_model_path(path) as classifier,
-        TextEmbedder.create_from_options(probe) as embedder,
-    ):
-        for number, case in enumerate(cases):
-            text = _decoded(case)
-            # Classified even where it is refused: that tells the shapes.
-            (found,) = classifier.classify(text or "").classifications
-            categories = sorted(found.categories, key=lambda one: one.index)
-            scores = np.array([[one.score for one in categories]], np.float32)
-            if number >= len(cases):  # run again to be timed
-                continue
-            (embedding,) = embedder.embed(text or "").embeddings
-            ids = np.array([embedding.embedding]).astype(np.int32)
-            if text is None:
-                scores, ids = scores * np.nan, 0 * ids - 1
-            answers.append({"scores": scores, "ids": ids})
-            labels = [one.category_name for one in categories]
-    facts = {
-        "runtime": "MediaPipe TextClassifier",
-        "version": mediapipe.__version__,
-        "labels": labels,
-    }
-    return answers, facts
+    classifier = TextClassifier.create_from_model_path(path)
+    atexit.register(classifier.close)
+    embedder = TextEmbedder.create_from_options(probe)
+    atexit.register(embedder.close)
+    labels: list[str] = []
+
+    @functools.cache  # a case that is run again to be timed is only classified
+    def cut(text: str) -> Any:
+        (embedding,) = embedder.embed(text).embeddings
+        return np.array([embedding.embedding]).astype(np.int32)
+
+    def answer(case: Arrays) -> Arrays:
+        text = _decoded(case)
+        # Classified even where it is refused: that tells the shapes.
+        (result,) = classifier.classify(text or "").classifications
+        categories = sorted(result.categories, key=lambda one: one.index)
+        labels[:] = [str(one.category_name) for one in categories]
+        scores = np.array([[one.score for one in categories]], np.float32)
+        ids = cut(text or "")
+        if text is None:
+            return {"scores": scores * np.nan, "ids": 0 * ids - 1}
+        return {"scores": scores, "ids": ids}
+
+    def facts() -> dict[str, Any]:
+        return {"version": mediapipe.__version__, "labels": labels}
+
+    return answer, facts
 
 
-def _decoded(case: Mapping[str, np.ndarray]) -> str | None:
+def _decoded(case: Arrays) -> str | None:
     (texts,) = case.values()
     try:
         return texts.ravel()[0].decode()
@@ -122,3 +119,13 @@ def _giving_ids(content: bytes) -> bytes:
         for name in own.namelist():
             archive.writestr(name, own.read(name))
     return probe.getvalue()
+
+
+RUNTIME = Runtime(
+    "mediapipe_text",
+    "MediaPipe TextClassifier",
+    ("tflite/mediapipe",),
+    {"mediapipe": "mediapipe", "ai_edge_litert": "tflite"},
+    takes_text=True,
+    cuts_texts=True,
+)

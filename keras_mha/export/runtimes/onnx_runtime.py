@@ -1,24 +1,17 @@
 """Runs an ONNX file in ONNX Runtime on the CPU.
 
-Stand-alone: onnxruntime and NumPy, no import of tensorflow.
+Stand-alone: onnxruntime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from .descriptor import Arrays, Loaded, Runtime
 
 
-def run(
-    path: str, cases: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Runs every case on the file at `path`.
-
-    Returns:
-        The arrays by output name for each case, and facts about the runtime.
-    """
+def load(path: str) -> Loaded:
+    """Loads the file at `path`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -26,13 +19,25 @@ def run(
     session: Any = onnxruntime.InferenceSession(
         path, options, providers=["CPUExecutionProvider"]
     )
-    names = [output.name for output in session.get_outputs()]
-    answers = [
-        dict(zip(names, session.run(names, dict(case)), strict=True)) for case in cases
-    ]
-    facts = {
-        "runtime": "ONNX Runtime, CPU",
-        "version": onnxruntime.__version__,
-        "outputs": [[o.name, o.shape] for o in session.get_outputs()],
-    }
-    return answers, facts
+    outputs = session.get_outputs()
+    names = [output.name for output in outputs]
+
+    def answer(case: Arrays) -> Arrays:
+        return dict(zip(names, session.run(names, dict(case)), strict=True))
+
+    def facts() -> dict[str, Any]:
+        return {
+            "version": onnxruntime.__version__,
+            "outputs": [[output.name, output.shape] for output in outputs],
+        }
+
+    return answer, facts
+
+
+RUNTIME = Runtime(
+    "onnx_runtime",
+    "ONNX Runtime, CPU",
+    ("onnx",),
+    {"onnxruntime": "onnx"},
+    blocked=("keras_mha", "keras", "tensorflow", "tensorflow_text", "tf2onnx"),
+)

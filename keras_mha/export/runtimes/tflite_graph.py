@@ -8,13 +8,14 @@ Source: the schema of TensorFlow Lite, version 3, as ai-edge-litert ships it.
 
 from __future__ import annotations
 
+import functools
 import resource
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from .descriptor import Arrays, Loaded, Runtime
 
 _IDENTIFIER = b"TFL3"
 _FOREIGN = {
@@ -34,34 +35,34 @@ class BrokenFileError(ValueError):
     """The content is no TFLite file, or one that contradicts itself."""
 
 
-def run(
-    path: str, cases: Sequence[Mapping[str, np.ndarray]]
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+def load(path: str) -> Loaded:
     """Reads the file at `path`.
 
-    Args:
-        path: The file.
-        cases: Must be empty: nothing is run.
-
     Returns:
-        No answers, and either its `graphs`, in the form that `read_graphs` gives, and
-        whether it `has_metadata` for MediaPipe, or what is wrong with it, under
-        `broken`.
+        As every runtime, without answers: nothing is run. The facts hold either the
+        `graphs`, in the form that `read_graphs` gives, and whether the file
+        `has_metadata` for MediaPipe, or what is wrong with it, under `broken`.
     """
-    if cases:
-        raise ValueError(f"`cases` must be empty. Received: {len(cases)}")
     content = Path(path).read_bytes()
     _limit_memory(2 * len(content) + _MEMORY)
+    return _answer, functools.partial(_read, content)
+
+
+def _answer(_: Arrays) -> Arrays:
+    raise ValueError("a file is only read here, so there must be no cases")
+
+
+def _read(content: bytes) -> dict[str, Any]:
     try:
         graphs = read_graphs(content)
-        return [], {"graphs": graphs, "has_metadata": _has_metadata(content)}
+        return {"graphs": graphs, "has_metadata": _has_metadata(content)}
     except BrokenFileError as error:
-        return [], {"broken": str(error)}
+        return {"broken": str(error)}
     except MemoryError:
         # The error's traceback holds what fills the memory, until this block is left:
         # nothing more can be made in it.
         pass
-    return [], {"broken": "its graph takes more memory than any real one"}
+    return {"broken": "its graph takes more memory than any real one"}
 
 
 def read_graphs(content: bytes) -> list[dict[str, Any]]:
@@ -242,3 +243,12 @@ def _numbers(
     if any(not first <= number < tensors for number in numbers):
         raise BrokenFileError(f"{where} names tensors {numbers} of {tensors}")
     return numbers
+
+
+# It reads files for others and runs none, so it is not in the table.
+RUNTIME = Runtime(
+    "tflite_graph",
+    "ai-edge-litert's schema",
+    ("tflite",),
+    blocked=("keras_mha", "keras", "tensorflow"),
+)

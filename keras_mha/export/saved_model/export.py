@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+from tensorflow.core.protobuf import meta_graph_pb2
 
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import (
@@ -21,11 +20,15 @@ from keras_mha.export.files import (
     staging,
 )
 from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
-from keras_mha.export.report import SavedModelReport, SignatureReport, TensorInfo
+from keras_mha.export.report import TensorInfo
+from keras_mha.export.runtimes.cpp_loader import RUNTIME as CPP_LOADER
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.saved_model.batching import check_batching, padded
 from keras_mha.export.saved_model.compiled_marks import strip_compiled_marks
 from keras_mha.export.saved_model.placement import gpu_note
+from keras_mha.export.saved_model.reader import describe_file, read_meta_graph
+from keras_mha.export.saved_model.report import SavedModelReport, SignatureReport
 from keras_mha.export.saved_model.served_tflite import (
     check_served_tflite,
     write_served_tflite,
@@ -62,10 +65,10 @@ def export_saved_model(
 
     What was written is loaded in a fresh process that cannot import `keras_mha`, and
     its values are compared with the model's, for all samples at once and row by row
-    for those of the warm-up. On Linux the loader is TensorFlow's C++ one with XLA
-    disabled, which TF Serving is built on; elsewhere Python's. A server may batch
-    requests: that an answer does not depend on the other rows is checked too, also for
-    a batch filled up with copies of its first row.
+    for those of the warm-up. The loader is TensorFlow's C++ one with XLA disabled,
+    which TF Serving is built on. A server may batch requests: that an answer does not
+    depend on the other rows is checked too, also for a batch filled up with copies of
+    its first row.
 
     With `with_tflite=True` the version also holds `model.tflite`: the same signature in
     TFLite's builtin operations, with free sizes. TF Serving runs it in place of
@@ -169,9 +172,12 @@ def export_saved_model(
             singles = read_warmup(path)
         cases = [arrays, *singles]
         wanted = [endpoint.answer(case) for case in cases]
-        signature, operations = read_graph(path)
-        (filled, *answers), facts = _run(
-            path, [padded(arrays), *cases], signature, operations, timeout
+        meta_graph = read_meta_graph(path)
+        (filled, *answers), facts = run_in_fresh_process(
+            CPP_LOADER,
+            describe_file(path, meta_graph),
+            [padded(arrays), *cases],
+            timeout=timeout,
         )
         batch_difference = check_batching(
             answers[0], filled, answers[1:], rows=rows, tolerance=tolerance
@@ -186,7 +192,11 @@ def export_saved_model(
         )
         signatures = []
         if cut is not None:
-            signatures = [_check_tokens(path, *cut, wanted[0], tolerance, timeout)]
+            file = describe_file(path, meta_graph, _TOKENS)
+            outputs = _outputs(meta_graph, _TOKENS)
+            signatures = [
+                _check_tokens(file, *cut, wanted[0], outputs, tolerance, timeout)
+            ]
         tflite = None
         if with_tflite:
             write_served_tflite(path)
@@ -195,12 +205,12 @@ def export_saved_model(
                 cases,
                 wanted,
                 tensor_infos(endpoint.inputs),
-                _outputs(signature),
+                _outputs(meta_graph, _DEFAULT),
                 tolerance=tolerance,
                 timeout=timeout,
             )
         size = size_of(path)
-        note = gpu_note(_meta_graph(path), _DEFAULT)
+        note = gpu_note(meta_graph, _DEFAULT)
         publish_directory(path, final, overwrite=overwrite)
 
     return SavedModelReport(
@@ -213,7 +223,7 @@ def export_saved_model(
         version=int(final.name),
         size_bytes=size,
         inputs=tensor_infos(endpoint.inputs),
-        outputs=_outputs(signature),
+        outputs=_outputs(meta_graph, _DEFAULT),
         warmup_records=len(singles) if warmup else 0,
         compiled_marks_removed=marks,
         custom_operations=tuple(facts["custom_operations"]),
@@ -226,16 +236,16 @@ def export_saved_model(
 
 
 def _check_tokens(
-    path: Path,
+    file: File,
     endpoint: Endpoint,
     arrays: Mapping[str, np.ndarray],
     wanted: Mapping[str, np.ndarray],
+    outputs: tuple[TensorInfo, ...],
     tolerance: float,
     timeout: float,
 ) -> SignatureReport:
     """Compares the signature `tokens` with the answers of the whole model."""
-    signature, operations = read_graph(path, _TOKENS)
-    answers, facts = _run(path, [arrays], signature, operations, timeout, _TOKENS)
+    answers, facts = run_in_fresh_process(CPP_LOADER, file, [arrays], timeout=timeout)
     parity = check_parity(
         [wanted],
         answers,
@@ -244,9 +254,7 @@ def _check_tokens(
         runtime=facts["runtime"],
         runtime_version=facts["version"],
     )
-    return SignatureReport(
-        _TOKENS, tensor_infos(endpoint.inputs), _outputs(signature), parity
-    )
+    return SignatureReport(_TOKENS, tensor_infos(endpoint.inputs), outputs, parity)
 
 
 def _check_warmup(warmup: int) -> None:
@@ -288,81 +296,13 @@ def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
     return {name: array[i : i + 1] for name, array in arrays.items()}
 
 
-def read_graph(
-    path: Path, signature_name: str = _DEFAULT
-) -> tuple[meta_graph_pb2.SignatureDef, list[str]]:
-    """A signature, empty if there is none, and the names of all operations."""
-    meta_graph = _meta_graph(path)
-    graph = meta_graph.graph_def
-    functions = {function.signature.name for function in graph.library.function}
-    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-    operations = sorted({node.op for node in nodes} - functions)
-    return meta_graph.signature_def[signature_name], operations
-
-
-def _meta_graph(path: Path) -> meta_graph_pb2.MetaGraphDef:
-    content = (path / "saved_model.pb").read_bytes()
-    return saved_model_pb2.SavedModel.FromString(content).meta_graphs[0]
-
-
-def _outputs(signature: meta_graph_pb2.SignatureDef) -> tuple[TensorInfo, ...]:
+def _outputs(
+    meta_graph: meta_graph_pb2.MetaGraphDef, signature_name: str
+) -> tuple[TensorInfo, ...]:
     specs: dict[str, Any] = {
         name: tf.TensorSpec(info.tensor_shape, info.dtype)  # pyright: ignore[reportArgumentType]
-        for name, info in sorted(signature.outputs.items())
+        for name, info in sorted(
+            meta_graph.signature_def[signature_name].outputs.items()
+        )
     }
     return tensor_infos(specs)
-
-
-def _run(
-    path: Path,
-    cases: Sequence[Mapping[str, np.ndarray]],
-    signature: meta_graph_pb2.SignatureDef,
-    operations: list[str],
-    timeout: float,
-    signature_name: str = _DEFAULT,
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    runtime, arguments = loader(signature, operations, signature_name)
-    return run_in_fresh_process(runtime, path, cases, timeout=timeout, **arguments)
-
-
-def loader(
-    signature: meta_graph_pb2.SignatureDef,
-    operations: list[str],
-    signature_name: str = _DEFAULT,
-) -> tuple[str, dict[str, Any]]:
-    """The runtime for a SavedModel, and further arguments of `run_in_fresh_process`."""
-    options: dict[str, Any] = {
-        "operations": operations,
-        "operation_libraries": _operation_libraries(),
-    }
-    libraries = _tensorflow_libraries()
-    if libraries:
-        options |= {
-            "inputs": {n: info.name for n, info in signature.inputs.items()},
-            "outputs": {n: info.name for n, info in signature.outputs.items()},
-            "tensorflow_libraries": libraries,
-        }
-        blocked = ("keras_mha", "keras", "tensorflow")
-        return "cpp_loader", {"blocked": blocked, "options": options}
-    options |= {"outputs": list(signature.outputs), "signature_name": signature_name}
-    # tensorflow itself looks for keras
-    return "python_loader", {"blocked": ("keras_mha",), "options": options}
-
-
-def _tensorflow_libraries() -> list[str]:
-    """The shared libraries with the C API, in loading order; none but on Linux."""
-    if sys.platform != "linux":
-        return []
-    folder = Path(tf.sysconfig.get_lib())
-    names = ("libtensorflow_framework.so.2", "libtensorflow_cc.so.2")
-    paths = [folder / name for name in names]
-    return [str(path) for path in paths] if all(p.exists() for p in paths) else []
-
-
-def _operation_libraries() -> list[str]:
-    """The shared libraries of tensorflow-text, found without importing it."""
-    spec = importlib.util.find_spec("tensorflow_text")
-    if spec is None or spec.origin is None:
-        return []
-    folder = Path(spec.origin).parent / "python" / "ops"
-    return sorted(str(path) for path in folder.glob("*.so"))

@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from keras_mha.export.parity import Arrays, check_parity
-from keras_mha.export.report import SignatureReport, TensorInfo
+from keras_mha.export.report import TensorInfo
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+from keras_mha.export.runtimes.litert import RUNTIME as LITERT
+from keras_mha.export.saved_model.report import ServedTFLite
 from keras_mha.export.tflite.file import convert
 from keras_mha.export.tflite.model_object import read_model, write_model
 
 FILE = "model.tflite"
 _SIGNATURE = "serving_default"
-_BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text")
 
 
 def write_served_tflite(saved_model: Path) -> None:
@@ -69,21 +71,15 @@ def check_served_tflite(
     *,
     tolerance: float,
     timeout: float,
-) -> SignatureReport:
+) -> ServedTFLite:
     """Compares the file's values with the model's, in batches of the cases' sizes.
 
     Raises:
         ParityError: If a name or a value differs.
         VerificationError: If the file does not run in the fresh process.
     """
-    answers, facts = run_in_fresh_process(
-        "litert",
-        saved_model / FILE,
-        cases,
-        blocked=_BLOCKED,
-        options={"signature_name": _SIGNATURE},
-        timeout=timeout,
-    )
+    file = File(saved_model / FILE, "tflite", _SIGNATURE)
+    answers, facts = run_in_fresh_process(LITERT, file, cases, timeout=timeout)
     parity = check_parity(
         wanted,
         answers,
@@ -92,7 +88,7 @@ def check_served_tflite(
         runtime=facts["runtime"],
         runtime_version=facts["version"],
     )
-    return SignatureReport(_SIGNATURE, inputs, outputs, parity)
+    return ServedTFLite(_SIGNATURE, inputs, outputs, parity)
 
 
 def _rows(case: Mapping[str, np.ndarray]) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from keras_mha.export.report import TFLiteFile
 from keras_mha.export.tflite.metadata import LABELS, VOCABULARY, lines
+from keras_mha.export.tflite.report import TFLiteFile
 
 MANIFEST = "manifest.json"
 # The oldest GPU delegate that is right on a mask that is added (LiteRT#8593).

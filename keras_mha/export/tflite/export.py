@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from keras_mha.export.files import staging
 from keras_mha.export.parity import check_timeout, check_tolerance
-from keras_mha.export.report import TFLiteFile, TFLiteReport
 from keras_mha.export.tflite.arguments import (
     check_precision,
     check_size,
@@ -24,10 +23,11 @@ from keras_mha.export.tflite.arguments import (
     tolerance_of_rounded,
 )
 from keras_mha.export.tflite.companions import write_companions
-from keras_mha.export.tflite.file import BLOCKED, Settings, write_ids_file
+from keras_mha.export.tflite.file import LITERT, Settings, write_ids_file
 from keras_mha.export.tflite.mediapipe_file import complete, write_mediapipe_file
 from keras_mha.export.tflite.metadata import BertMetadata, Metadata, RegexMetadata
 from keras_mha.export.tflite.quantization import check_quantization
+from keras_mha.export.tflite.report import TFLiteFile, TFLiteReport
 from keras_mha.export.tflite.source import TextModel, read_source
 from keras_mha.export.tflite.text import check_text, write_text_file
 from keras_mha.layers.arguments import check_flag
@@ -238,7 +238,7 @@ def export_tflite(
         parameters=model.count_params(),
         keras=keras.__version__,
         tensorflow=tf.__version__,
-        blocked=BLOCKED,
+        blocked=LITERT.blocked,
         signature_name=signature_name,
         quantization=quantization,
         target=target,

@@ -16,8 +16,10 @@ from keras_mha.export.device.form import device_form, reads_padded_queries
 from keras_mha.export.endpoint import Endpoint, Specs, tensor_infos
 from keras_mha.export.files import size_of
 from keras_mha.export.parity import check_parity
-from keras_mha.export.report import MediaPipeCheck, Parity, TensorInfo, TFLiteFile
+from keras_mha.export.report import Parity, TensorInfo
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+from keras_mha.export.runtimes.litert import RUNTIME as LITERT
 from keras_mha.export.runtimes.tflite_graph import read_graphs
 from keras_mha.export.tflite.counts import read_contents
 from keras_mha.export.tflite.edit import min_runtime_version
@@ -25,9 +27,9 @@ from keras_mha.export.tflite.graph import operators_of
 from keras_mha.export.tflite.lint import Target, findings
 from keras_mha.export.tflite.narrow_tables import with_one_scale_for_narrow_tables
 from keras_mha.export.tflite.quantization import ask_converter, quantize_dense
+from keras_mha.export.tflite.report import MediaPipeCheck, TFLiteFile
 
 Arrays = Mapping[str, np.ndarray]
-BLOCKED = ("keras_mha", "keras", "tensorflow", "tensorflow_text")
 
 
 @dataclass(frozen=True)
@@ -186,23 +188,11 @@ def _check_operators(content: bytes, target: str) -> None:
 
 
 def run_litert(
-    path: Path,
-    cases: Sequence[Arrays],
-    settings: Settings,
-    registrar: Sequence[str] = (),
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+    path: Path, cases: Sequence[Arrays], settings: Settings, kind: str = "tflite"
+) -> tuple[list[Arrays], dict[str, Any]]:
     """Runs the file in LiteRT, in a fresh process; see `keras_mha.export.runtimes`."""
-    return run_in_fresh_process(
-        "litert",
-        path,
-        cases,
-        blocked=BLOCKED,
-        options={
-            "signature_name": settings.signature_name,
-            "registrar": list(registrar),
-        },
-        timeout=settings.timeout,
-    )
+    file = File(path, kind, settings.signature_name)
+    return run_in_fresh_process(LITERT, file, cases, timeout=settings.timeout)
 
 
 def compare_runs(

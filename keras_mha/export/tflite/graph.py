@@ -10,7 +10,8 @@ from typing import Any
 
 from keras_mha.export.parity import VerificationError
 from keras_mha.export.report import TensorInfo
-from keras_mha.export.runtimes import fresh_process
+from keras_mha.export.runtimes import fresh_process, tflite_graph
+from keras_mha.export.runtimes.descriptor import File
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,7 @@ def read_file(path: Path, *, timeout: float) -> dict[str, Any]:
         raise ValueError(f"{path} must be a file, which it is not")
     try:
         _, facts = fresh_process.run_in_fresh_process(
-            "tflite_graph",
-            path,
-            [],
-            blocked=("keras_mha", "keras", "tensorflow"),
-            options={},
-            timeout=timeout,
+            tflite_graph.RUNTIME, File(path, "tflite"), [], timeout=timeout
         )
     except VerificationError as error:
         raise ValueError(f"{path} cannot be read as a TFLite file: {error}") from error

@@ -17,12 +17,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mha.export.endpoint import Endpoint
-from keras_mha.export.parity import ParityError, check_parity
-from keras_mha.export.report import MediaPipeCheck, Parity, TFLiteFile
+from keras_mha.export.parity import Arrays, ParityError, check_parity
+from keras_mha.export.report import Parity
+from keras_mha.export.runtimes import mediapipe_text
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.tflite.arguments import pad
 from keras_mha.export.tflite.file import (
-    BLOCKED,
     Settings,
     compare_runs,
     describe_file,
@@ -35,6 +36,7 @@ from keras_mha.export.tflite.metadata import (
     add_metadata,
     further_inputs,
 )
+from keras_mha.export.tflite.report import MediaPipeCheck, TFLiteFile
 from keras_mha.export.tflite.source import Source
 
 INSTALL = "pip install 'keras-mha[mediapipe]'"
@@ -202,7 +204,7 @@ def _check(
 
 def run_mediapipe(
     path: Path, texts: Sequence[str], *, timeout: float
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+) -> tuple[list[Arrays], dict[str, Any]]:
     """Runs every text; see `keras_mha.export.runtimes.mediapipe_text`."""
     cases = []
     for text in texts:
@@ -210,7 +212,7 @@ def run_mediapipe(
         array[0] = text.encode("utf-8", "surrogateescape")
         cases.append({"text": array})
     return run_in_fresh_process(
-        "mediapipe_text", path, cases, blocked=BLOCKED, options={}, timeout=timeout
+        mediapipe_text.RUNTIME, File(path, "tflite/mediapipe"), cases, timeout=timeout
     )
 
 

@@ -9,14 +9,13 @@ weight, and LiteRT's CPU delegate takes it over as it does there.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_mha.export.report import TFLiteFile
+from keras_mha.export.runtimes.litert import registrar
 from keras_mha.export.tflite.counts import read_contents
 from keras_mha.export.tflite.edit import join
 from keras_mha.export.tflite.file import (
@@ -28,6 +27,7 @@ from keras_mha.export.tflite.file import (
     run_litert,
     trace,
 )
+from keras_mha.export.tflite.report import TFLiteFile
 from keras_mha.export.tflite.source import TextModel
 from keras_mha.export.tokens import INPUT
 
@@ -54,29 +54,6 @@ def check_text(target: str) -> None:
         registrar()
     except FileNotFoundError as error:
         raise ImportError(str(error)) from error
-
-
-def registrar() -> tuple[str, ...]:
-    """The libraries that register tensorflow-text's operations, in loading order.
-
-    Raises:
-        FileNotFoundError: If tensorflow-text is not installed, or without them.
-    """
-    spec = importlib.util.find_spec("tensorflow_text")
-    found = (
-        Path(spec.origin).parent if spec and spec.origin else Path("tensorflow_text")
-    )
-    paths = (
-        Path(tf.sysconfig.get_lib(), "libtensorflow_framework.so.2"),
-        found / "core" / "pybinds" / "tflite_registrar.so",
-    )
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(
-                "A file that takes strings needs tensorflow-text for Linux, of which "
-                f"{path.name} is missing: pip install 'keras-mha[text]'"
-            )
-    return tuple(map(str, paths))
 
 
 def write_text_file(
@@ -115,7 +92,7 @@ def write_text_file(
 
     runs = batches(model.texts, settings.batch_size)
     answers, facts = run_litert(
-        path, [{name: texts} for texts in runs], settings, registrar()
+        path, [{name: texts} for texts in runs], settings, "tflite/text"
     )
     parity = compare_runs(
         model.endpoint.answer({name: np.concatenate(runs)}),

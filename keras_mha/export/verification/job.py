@@ -11,22 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.cases import Cases, Opened, Samples, labels_of
 from keras_mha.export.files import size_of
 from keras_mha.export.parity import ParityError, VerificationError, check_parity
 from keras_mha.export.report import Parity
+from keras_mha.export.runtimes.descriptor import AbsentError, File, Runtime
 from keras_mha.export.runtimes.fresh_process import FreshProcess
-from keras_mha.export.verification.cases import Cases, labels_of
 from keras_mha.export.verification.report import RuntimeCheck, Status
-from keras_mha.export.verification.runtime_table import (
-    UNREAD,
-    AbsentError,
-    Opened,
-    Runtime,
-    Start,
-)
 
 Answers = Sequence[Mapping[str, np.ndarray]]
 UNCOUNTED = 3  # turns before those that are timed
@@ -52,8 +44,7 @@ class Job:
         )
         self._runtime = runtime
         self._right = right
-        self._found: Any = None
-        self._ready: tuple[Path, Start, Cases, float] | None = None
+        self._ready: tuple[File, Cases, float] | None = None
         self._process: FreshProcess | None = None
         self._seconds: list[float] = []
 
@@ -61,13 +52,12 @@ class Job:
         """Settles the row: the runtime gave no values."""
         self._settle(status="failed", reason=reason)
 
-    def find(self, endpoint: Endpoint) -> bool:
-        """Whether the runtime is here and takes the model's inputs."""
-        text = any(spec.dtype == tf.string for spec in endpoint.inputs.values())
+    def find(self, samples: Samples) -> bool:
+        """Returns whether the runtime is here and takes the model's inputs."""
         try:
-            if text and not self._runtime.takes_text:
+            if samples.are_texts and not self._runtime.takes_text:
                 raise AbsentError("it takes ids, and no strings")
-            self._found = self._runtime.find()
+            self._runtime.check_present()
         except AbsentError as error:
             self.skip(str(error))
             return False
@@ -79,26 +69,23 @@ class Job:
 
     def open(self, opened: Opened, tolerance: float, emulated_samples: int) -> None:
         """Says what to run."""
-        if opened.kind not in self._runtime.reads:
-            self.skip(UNREAD[opened.kind])
+        if opened.file.kind not in self._runtime.reads:
+            self.skip(opened.unread)
             return
         cases = opened.cases
         if self._runtime.emulated:
             cases = cases.first(emulated_samples)
-        start = self._runtime.start(opened, self._found)
-        self._ready = opened.path, start, cases, tolerance
+        self._ready = opened.file, cases, tolerance
 
     def start(self, stack: ExitStack, *, in_turns: bool, timeout: float) -> None:
         """Starts the process, which ends with `stack`, and waits for its values."""
         if self._ready is None:
             return
-        path, start, cases, _ = self._ready
+        file, cases, _ = self._ready
         timed = in_turns and not self._runtime.emulated
         with self._failing():
             process = stack.enter_context(
-                FreshProcess(
-                    start.module, path, cases.given, in_turns=timed, **start.arguments
-                )
+                FreshProcess(self._runtime, file, cases.inputs, in_turns=timed)
             )
             if timed:
                 process.wait_for_values(timeout)
@@ -116,7 +103,7 @@ class Job:
         """Compares the values of a process that took turns."""
         if self._process is None or self._ready is None or reference_seconds is None:
             return
-        process, cases = self._process, self._ready[2]
+        process, cases = self._process, self._ready[1]
         with self._failing():
             self._compare(*process.finish(timeout))
             seconds = statistics.median(self._seconds[UNCOUNTED:]) / cases.timed_rows
@@ -126,7 +113,7 @@ class Job:
         """Settles the row by the values."""
         if self._ready is None:
             return
-        _, _, cases, tolerance = self._ready
+        _, cases, tolerance = self._ready
         self.check = replace(
             self.check,
             version=facts["version"],
@@ -135,16 +122,14 @@ class Job:
             delegate_partitions=facts.get("delegate_partitions"),
             fully_accelerated=facts.get("fully_accelerated"),
         )
-        if not self._runtime.emulated:
-            self.check = replace(self.check, runtime=facts["runtime"])
-        wanted = cases.wanted
-        same = np.full(len(wanted), True)
+        expected = cases.expected
+        same = np.full(len(expected), True)
         if self._runtime.cuts_texts:
-            pairs = zip(wanted, answers, strict=True)
-            same = np.array([np.array_equal(w["ids"], a["ids"]) for w, a in pairs])
-            wanted, answers = (
+            pairs = zip(expected, answers, strict=True)
+            same = np.array([np.array_equal(e["ids"], a["ids"]) for e, a in pairs])
+            expected, answers = (
                 [{"scores": one["scores"]} for one in several]
-                for several in (wanted, answers)
+                for several in (expected, answers)
             )
             self.check = replace(
                 self.check, samples=int(np.sum(same)), same_ids=float(np.mean(same))
@@ -154,7 +139,7 @@ class Job:
             return
         try:
             parity = check_parity(
-                list(itertools.compress(wanted, same)),
+                list(itertools.compress(expected, same)),
                 list(itertools.compress(answers, same)),
                 tolerance=np.inf,
                 samples=cases.rows,
@@ -165,10 +150,10 @@ class Job:
             self._settle(status="wrong", reason=str(error))
             return
         labels = labels_of(answers, cases.rows)
-        right = None if self._right is None else self._right[cases.kept]
+        right = None if self._right is None else self._right[cases.samples]
         self.check = replace(
             self.check,
-            label_agreement=share(labels, labels_of(wanted, cases.rows)),
+            label_agreement=share(labels, labels_of(expected, cases.rows)),
             accuracy=share(labels, right),
             max_absolute_difference=_finite(parity.max_absolute_difference),
             max_relative_difference=_finite(parity.max_relative_difference),
@@ -195,6 +180,8 @@ class Job:
         """Makes the process' failure the row's."""
         try:
             yield
+        except AbsentError as error:
+            self.skip(str(error))
         except VerificationError as error:
             self.fail(str(error))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_mha.export.cases import Cases, Opened, Samples, labels_of
 from keras_mha.export.endpoint import Endpoint, describe
+from keras_mha.export.formats import FORMATS
 from keras_mha.export.parity import check_timeout, check_tolerance
-from keras_mha.export.verification.cases import Cases, free_cases, labels_of
+from keras_mha.export.runtimes.descriptor import AbsentError
+from keras_mha.export.runtimes.table import RUNTIMES
 from keras_mha.export.verification.job import UNCOUNTED, Job, share
 from keras_mha.export.verification.report import RuntimeCheck, VerificationReport
-from keras_mha.export.verification.runtime_table import (
-    RUNTIMES,
-    AbsentError,
-    Kind,
-    open_file,
-)
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -32,9 +30,6 @@ def verify(
     model: keras.Model,
     *,
     samples: Any,
-    saved_model: str | Path | None = None,
-    tflite: Paths | None = None,
-    onnx: str | Path | None = None,
     labels: Any = None,
     runtimes: Sequence[str] | None = None,
     tolerance: float = 1e-5,
@@ -44,6 +39,7 @@ def verify(
     output_names: Sequence[str] | None = None,
     signature_name: str = "serving_default",
     timeout: float = 600.0,
+    **files: Paths | None,
 ) -> VerificationReport:
     """Runs the same inputs through every runtime at hand, and compares the values.
 
@@ -72,11 +68,6 @@ def verify(
         model: A built Keras model on the TensorFlow backend.
         samples: What one would hand to `model.predict`: an array, a list of strings,
             a dictionary by input name. Hundreds of rows from the real data are best.
-        saved_model: A SavedModel, or a directory of numbered versions, of which the
-            highest is taken.
-        tflite: One or more TFLite files; the model must then have one input, of ids or
-            of strings.
-        onnx: An ONNX file.
         labels: The right class of each sample, whole numbers `(n,)`, for accuracies.
         runtimes: Names from the table above. Default: all.
         tolerance: Largest absolute difference allowed in any output.
@@ -88,6 +79,10 @@ def verify(
         output_names: Names of the outputs, as they were given to the exporters.
         signature_name: Name of the signature in SavedModel and TFLite files.
         timeout: Seconds that one runtime may take for one file.
+        **files: One or more files for each format, by its name: `saved_model`, a
+            SavedModel or a directory of numbered versions, of which the highest is
+            taken; `tflite`, whose model must have one input, of ids or of strings;
+            `onnx`.
 
     Returns:
         The report; `passed` sums it up. A runtime that is not installed gives a row
@@ -124,36 +119,33 @@ def verify(
     _check_count("emulated_samples", emulated_samples, 1)
     _check_count("timed_calls", timed_calls, 0)
     names = _check_runtimes(runtimes)
-    files = _list_files(saved_model, tflite, onnx)
+    paths = _list_files(files)
     endpoint, arrays = describe(model, samples, output_names)
-    if tflite is not None and len(arrays) != 1:
-        raise ValueError(
-            "`tflite` files must be of a model with one input. Received: a model with "
-            f"the inputs {sorted(arrays)}"
-        )
-    free = free_cases(endpoint, arrays)
+    for name, _ in paths:
+        if FORMATS[name].one_input and len(arrays) != 1:
+            raise ValueError(
+                f"`{name}` files must be of a model with one input. Received: a model "
+                f"with the inputs {sorted(arrays)}"
+            )
+    inputs = Samples(endpoint, arrays)
+    free = inputs.in_batches
     right = _check_labels(labels, free)
 
     jobs: list[Job] = []
-    for kind, path in files:
+    for name, path in paths:
         of_file = [
-            Job(path, RUNTIMES[name], right)
-            for name in names
-            if any(read.startswith(kind) for read in RUNTIMES[name].reads)
+            Job(path, RUNTIMES[runtime], right)
+            for runtime in names
+            if any(_format_of(kind) == name for kind in RUNTIMES[runtime].reads)
         ]
         jobs += of_file
-        ready = [job for job in of_file if job.find(endpoint)]
+        ready = [job for job in of_file if job.find(inputs)]
         if not ready:
             continue
+        reader = importlib.import_module(f"keras_mha.export.{name}.reader")
         try:
-            opened = open_file(
-                kind,
-                path,
-                endpoint,
-                arrays,
-                free,
-                signature_name=signature_name,
-                timeout=timeout,
+            opened: Opened = reader.open_file(
+                path, inputs, signature_name=signature_name, timeout=timeout
             )
         except AbsentError as error:
             for job in ready:
@@ -170,16 +162,16 @@ def verify(
     with ExitStack() as stack:
         for job in jobs:
             job.start(stack, in_turns=timed_calls > 0, timeout=timeout)
-        own_time = _take_turns(endpoint, free, jobs, timed_calls, timeout)
+        model_time = _take_turns(endpoint, free, jobs, timed_calls, timeout)
         for job in jobs:
-            job.finish(own_time, timeout)
+            job.finish(model_time, timeout)
     return VerificationReport(
         model=model.name,
         parameters=model.count_params(),
         keras=keras.__version__,
         tensorflow=tf.__version__,
         blocked=("keras_mha",),  # in every process; most block more
-        checks=(_reference(free, right, own_time), *(job.check for job in jobs)),
+        checks=(_reference(free, right, model_time), *(job.check for job in jobs)),
     )
 
 
@@ -201,22 +193,31 @@ def _check_runtimes(names: Sequence[str] | None) -> list[str]:
     return list(names)
 
 
-def _list_files(
-    saved_model: str | Path | None, tflite: Paths | None, onnx: str | Path | None
-) -> list[tuple[Kind, Path]]:
-    several = [tflite] if isinstance(tflite, str | Path) else tflite or ()
-    files: list[tuple[Kind, Path]] = []
-    if saved_model is not None:
-        files.append(("saved_model", Path(saved_model)))
-    files.extend(("tflite", Path(path)) for path in several)
-    if onnx is not None:
-        files.append(("onnx", Path(onnx)))
-    if not files:
-        raise ValueError("One of `saved_model`, `tflite` and `onnx` must be given")
-    for kind, path in files:
+def _list_files(files: Mapping[str, Paths | None]) -> list[tuple[str, Path]]:
+    """Returns the files, each with the name of its format, in the table's order."""
+    unknown = [name for name in files if name not in FORMATS]
+    if unknown:
+        raise TypeError(
+            f"`verify` takes files of the formats {list(FORMATS)}. Received: {unknown}"
+        )
+    paths = [
+        (name, Path(path)) for name in FORMATS for path in _several(files.get(name))
+    ]
+    if not paths:
+        *most, last = (f"`{name}`" for name in FORMATS)
+        raise ValueError(f"One of {', '.join(most)} and {last} must be given")
+    for name, path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"`{kind}`: {path} does not exist")
-    return files
+            raise FileNotFoundError(f"`{name}`: {path} does not exist")
+    return paths
+
+
+def _several(paths: Paths | None) -> Sequence[str | Path]:
+    return [paths] if isinstance(paths, str | Path) else paths or ()
+
+
+def _format_of(kind: str) -> str:
+    return kind.partition("/")[0]
 
 
 def _check_labels(labels: Any, cases: Cases) -> np.ndarray | None:
@@ -228,10 +229,10 @@ def _check_labels(labels: Any, cases: Cases) -> np.ndarray | None:
             f"`labels` must be {cases.rows} whole numbers, one for each sample. "
             f"Received: {right.dtype} of shape {right.shape}"
         )
-    if labels_of(cases.wanted, cases.rows) is None:
+    if labels_of(cases.expected, cases.rows) is None:
         raise ValueError(
             "`labels` need a model with one output of shape (B, C). Received: "
-            f"{ {name: a.shape for name, a in cases.wanted[0].items()} }"
+            f"{ {name: a.shape for name, a in cases.expected[0].items()} }"
         )
     return right
 
@@ -239,7 +240,7 @@ def _check_labels(labels: Any, cases: Cases) -> np.ndarray | None:
 def _reference(
     cases: Cases, right: np.ndarray | None, seconds: float | None
 ) -> RuntimeCheck:
-    labels = labels_of(cases.wanted, cases.rows)
+    labels = labels_of(cases.expected, cases.rows)
     return RuntimeCheck(
         file="",
         runtime="Keras",
@@ -258,11 +259,11 @@ def _take_turns(
     if not calls:
         return None
     function = tf.function(endpoint.function, autograph=False)
-    given = {name: tf.constant(array) for name, array in cases.given[-1].items()}
+    inputs = {name: tf.constant(array) for name, array in cases.inputs[-1].items()}
     seconds = []
     for _ in range(UNCOUNTED + calls):
         start = time.perf_counter()
-        for answer in function(given).values():
+        for answer in function(inputs).values():
             answer.numpy()
         seconds.append(time.perf_counter() - start)
         for job in jobs:

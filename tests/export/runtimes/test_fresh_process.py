@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,27 @@ import pytest
 
 from keras_mha.export import VerificationError
 from keras_mha.export.runtimes import exchange, fresh_process
+from keras_mha.export.runtimes.descriptor import File, Runtime
 
 CASES = [{"x": np.array([[1.5]], "float32")}, {"x": np.array([[2.5]], "float32")}]
+
+
+def probe(
+    runtime: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blocked: tuple[str, ...] = ("keras_mha",),
+) -> tuple[Runtime, File]:
+    """Puts a runtime written for the test next to the real child."""
+    source = Path(exchange.__file__).parent
+    for name in ("child.py", "exchange.py", "descriptor.py"):
+        shutil.copy(source / name, tmp_path / name)
+    (tmp_path / "probe.py").write_text(runtime, "utf-8")
+    monkeypatch.setattr(fresh_process, "_CHILD", tmp_path / "child.py")
+    described = Runtime(
+        "probe", "Probe", ("any",), options=lambda _: {"factor": 3}, blocked=blocked
+    )
+    return described, File(tmp_path / "model", "any")
 
 
 def run(
@@ -22,34 +42,24 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     blocked: tuple[str, ...] = ("keras_mha",),
     timeout: float = 60.0,
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    """Runs a runtime written for the test in the real child."""
-    source = Path(exchange.__file__).parent
-    for name in ("child.py", "exchange.py"):
-        shutil.copy(source / name, tmp_path / name)
-    (tmp_path / "probe.py").write_text(runtime, "utf-8")
-    monkeypatch.setattr(fresh_process, "_CHILD", tmp_path / "child.py")
-    return fresh_process.run_in_fresh_process(
-        "probe",
-        tmp_path / "model",
-        CASES,
-        blocked=blocked,
-        options={"factor": 3},
-        timeout=timeout,
-    )
+) -> tuple[list[Mapping[str, np.ndarray]], dict[str, Any]]:
+    described, file = probe(runtime, tmp_path, monkeypatch, blocked)
+    return fresh_process.run_in_fresh_process(described, file, CASES, timeout=timeout)
 
 
 DOUBLE = """
-def run(path, cases, *, factor):
+from .descriptor import Loaded
+
+def load(path: str, *, factor: int) -> Loaded:
     assert path.endswith("model")
-    return [{"y": case["x"] * factor} for case in cases], {"runtime": "probe"}
+    return lambda case: {"y": case["x"] * factor}, lambda: {"version": "7"}
 """
 
 
 def test_arrays_go_in_and_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, facts = run(DOUBLE, tmp_path, monkeypatch)
     assert [answer["y"].tolist() for answer in answers] == [[[4.5]], [[7.5]]]
-    assert facts == {"runtime": "probe", "blocked": ("keras_mha",)}
+    assert facts == {"version": "7", "runtime": "Probe", "blocked": ("keras_mha",)}
 
 
 @pytest.mark.parametrize("name", ["keras_mha", "keras_mha.export", "json.tool"])
@@ -97,7 +107,7 @@ def test_an_end_of_the_child_is_an_error(
     text: str,
     timeout: float,
 ) -> None:
-    failing = f"def run(path, cases, *, factor):\n    {body}\n"
+    failing = f"def load(path, *, factor):\n    {body}\n"
     with pytest.raises(VerificationError, match=f"probe on model .*{text}"):
         run(failing, tmp_path, monkeypatch, timeout=timeout)
 
@@ -105,40 +115,38 @@ def test_an_end_of_the_child_is_an_error(
 SLOW_AT_TWO = """
 import time
 
-def run(path, cases, *, factor):
-    answers = []
-    for case in cases:
+def load(path, *, factor):
+    calls = []
+
+    def answer(case):
+        calls.append(case)
         if case["x"][0, 0] == 2.5:
             time.sleep(0.2)
-        answers.append({"y": case["x"] * (factor + len(answers))})
-    return answers, {"runtime": "probe"}
+        return {"y": case["x"] * (factor + len(calls) - 1)}
+
+    return answer, lambda: {"calls": len(calls)}
 """
 DIES_AT_THREE = """
 import os
 
-def run(path, cases, *, factor):
-    for i, case in enumerate(cases):
-        if i == 3:
+def load(path, *, factor):
+    calls = []
+
+    def answer(case):
+        if len(calls) == 3:
             os._exit(5)
+        calls.append(case)
+        return {}
+
+    return answer, lambda: {}
 """
 
 
 def in_turns(
     runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> fresh_process.FreshProcess:
-    source = Path(exchange.__file__).parent
-    for name in ("child.py", "exchange.py", "turns.py"):
-        shutil.copy(source / name, tmp_path / name)
-    (tmp_path / "probe.py").write_text(runtime, "utf-8")
-    monkeypatch.setattr(fresh_process, "_CHILD", tmp_path / "child.py")
-    return fresh_process.FreshProcess(
-        "probe",
-        tmp_path / "model",
-        CASES,
-        blocked=("keras_mha",),
-        options={"factor": 3},
-        in_turns=True,
-    )
+    described, file = probe(runtime, tmp_path, monkeypatch)
+    return fresh_process.FreshProcess(described, file, CASES, in_turns=True)
 
 
 def test_the_last_case_is_timed_in_turns(
@@ -148,9 +156,9 @@ def test_the_last_case_is_timed_in_turns(
         process.wait_for_values(60.0)
         assert all(process.time_call(60.0) >= 0.2 for _ in range(2))
         answers, facts = process.finish(60.0)
-    # The answers are those of the first time.
+    # The answers and facts are those of the first time.
     assert [answer["y"].tolist() for answer in answers] == [[[4.5]], [[10.0]]]
-    assert facts["blocked"] == ("keras_mha",)
+    assert (facts["calls"], facts["blocked"]) == (2, ("keras_mha",))
 
 
 def test_an_end_in_a_turn_is_an_error(

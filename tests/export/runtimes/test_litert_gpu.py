@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import tensorflow as tf
 
 from keras_mha.export import VerificationError
 from keras_mha.export.runtimes import litert_gpu
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.tflite.lint import lint_tflite
 from keras_mha.export.tflite.narrow_tables import with_one_scale_for_narrow_tables
 from tests.export.tflite.test_lint import SPLITS
 from tests.support import tflite_files
-from tests.support.gpu_runs import BLOCKED, Answers, run_on_both
+from tests.support.gpu_runs import Answers, run_on_both
 from tests.support.tflite_files import D, S, convert, on, values
 
 # Without a driver.
@@ -63,7 +65,7 @@ def test_a_good_file_is_taken_whole_and_answered_rightly(
     several = []
     for row in ([3, 1, 4, 1, 5, 9, 2], [5, 10, 0, 0, 0, 0, 0]):
         ids = np.array([row], "int32")
-        cpu, gpu, facts = run_on_both(path, driver, ids=ids)
+        cpu, gpu, facts = run_on_both(path, ids=ids)
         wanted = tflite_files.classify(tf.constant(ids)).numpy()
         np.testing.assert_allclose(gpu, wanted, atol=1e-5)
         np.testing.assert_allclose(gpu, cpu, atol=1e-5)
@@ -88,8 +90,14 @@ def test_another_driver_is_not_taken_for_it(tmp_path: Path, driver: str) -> None
     path = tmp_path / "model.tflite"
     path.write_bytes(convert(tf.exp, on((1, S, D))))
     assert driver
+    other = {"driver": str(tmp_path / "none.json")}
+    runtime = replace(
+        litert_gpu.RUNTIME,
+        options=lambda file: {"signature_name": file.signature_name, **other},
+    )
+    case = {"x": values(1, S, D)}
     with pytest.raises(VerificationError, match="(?i)driver|accelerat|gpu"):
-        run_on_both(path, str(tmp_path / "none.json"), x=values(1, S, D))
+        run_in_fresh_process(runtime, File(path, "tflite"), [case], timeout=120.0)
 
 
 @pytest.mark.gpu_software
@@ -101,19 +109,15 @@ def test_another_driver_is_not_taken_for_it(tmp_path: Path, driver: str) -> None
         ({"x": values(1, S, D).astype("int32")}, "Input 'x' must be"),
     ],
 )
+@pytest.mark.usefixtures("driver")
 def test_wrong_inputs_are_refused(
-    tmp_path: Path, driver: str, case: dict[str, np.ndarray], text: str
+    tmp_path: Path, case: dict[str, np.ndarray], text: str
 ) -> None:
     path = tmp_path / "model.tflite"
     path.write_bytes(convert(tf.exp, on((1, S, D))))
     with pytest.raises(VerificationError, match=text):
         run_in_fresh_process(
-            "litert_gpu",
-            path,
-            [case],
-            blocked=BLOCKED,
-            options={"signature_name": "serving_default", "driver": driver},
-            timeout=120.0,
+            litert_gpu.RUNTIME, File(path, "tflite"), [case], timeout=120.0
         )
 
 
@@ -121,14 +125,13 @@ def test_wrong_inputs_are_refused(
 
 
 @pytest.mark.gpu_software
-def test_a_table_of_one_scale_is_zeros_after_its_first_row(
-    tmp_path: Path, driver: str
-) -> None:
+@pytest.mark.usefixtures("driver")
+def test_a_table_of_one_scale_is_zeros_after_its_first_row(tmp_path: Path) -> None:
     by_row, by_one = tmp_path / "row.tflite", tmp_path / "one.tflite"
     by_row.write_bytes(tflite_files.lookup())
     by_one.write_bytes(with_one_scale_for_narrow_tables(by_row.read_bytes()))
     ids = np.arange(S, dtype="int32")[None]
-    good, bad = (run_on_both(path, driver, ids=ids) for path in (by_row, by_one))
+    good, bad = (run_on_both(path, ids=ids) for path in (by_row, by_one))
     for got in (good, bad):
         assert got.facts["fully_accelerated"] is True
     assert good.difference < 1e-5
@@ -194,9 +197,8 @@ def test_the_rule_on_splits_is_what_the_delegate_does(
 
 @pytest.mark.gpu_software
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-def test_full_int8_attention_is_taken_whole_and_wrong(
-    tmp_path: Path, driver: str
-) -> None:
+@pytest.mark.usefixtures("driver")
+def test_full_int8_attention_is_taken_whole_and_wrong(tmp_path: Path) -> None:
     x = values(1, S, D, seed=77)
     wanted = tflite_files.masked_attention(tf.constant(x)).numpy()
 
@@ -205,7 +207,7 @@ def test_full_int8_attention_is_taken_whole_and_wrong(
         path.write_bytes(
             convert(tflite_files.masked_attention, on((1, S, D)), **settings)
         )
-        _, gpu, facts = run_on_both(path, driver, x=x)
+        _, gpu, facts = run_on_both(path, x=x)
         assert facts["fully_accelerated"] is True
         return float(np.sqrt(np.mean((gpu - wanted) ** 2) / np.mean(wanted**2)))
 

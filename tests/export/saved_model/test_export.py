@@ -4,7 +4,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_saved_model
+from keras_mha.export.runtimes import cpp_loader
 from keras_mha.export.saved_model import export as module
 from keras_mha.export.saved_model.batching import padded
+from keras_mha.export.saved_model.reader import describe_file, read_meta_graph
 from tests.support import small_models
 from tests.support.small_models import dense_model, features
 
 ROOT = Path(__file__).resolve().parents[3]
-linux_only = pytest.mark.skipif(
-    sys.platform != "linux", reason="the C++ loader is reached on Linux alone"
-)
 
 
 def left_in(directory: Path) -> list[str]:
@@ -41,9 +40,9 @@ def served(report: Any, **inputs: Any) -> dict[str, np.ndarray]:
 
 def run_in_cpp_loader(
     path: str | Path, cases: Sequence[dict[str, np.ndarray]]
-) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-    signature, operations = module.read_graph(Path(path))
-    return module._run(Path(path), cases, signature, operations, 120.0)
+) -> tuple[list[Mapping[str, np.ndarray]], dict[str, Any]]:
+    file = describe_file(Path(path), read_meta_graph(Path(path)))
+    return module.run_in_fresh_process(cpp_loader.RUNTIME, file, cases, timeout=120.0)
 
 
 def marks(path: str | Path) -> int:
@@ -93,22 +92,10 @@ def test_each_weight_is_written_once(tmp_path: Path) -> None:
     assert shapes == sorted(tuple(weight.shape) for weight in model.weights)
 
 
-@linux_only
 def test_the_loader_is_the_cpp_one_with_xla_disabled(tmp_path: Path) -> None:
     report = export_saved_model(dense_model(), tmp_path, samples=features())
     assert report.parity.runtime == "TensorFlow C++ loader, XLA disabled"
     assert report.blocked == ("keras_mha", "keras", "tensorflow")
-
-
-def test_elsewhere_the_loader_is_python_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_tensorflow_libraries", list)
-    model = small_models.text_model()
-    report = export_saved_model(model, tmp_path, samples=small_models.TEXTS)
-    assert report.parity.runtime == "TensorFlow Python loader"
-    assert report.parity.max_absolute_difference <= 1e-6
-    assert "FastWordpieceTokenizeWithOffsets" in report.custom_operations
 
 
 @pytest.mark.parametrize("form", [list, np.array, tf.constant])
@@ -301,18 +288,6 @@ def test_tokens_beside_another_input(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_elsewhere_tokens_run_in_python_s_loader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_tensorflow_libraries", list)
-    report = export_saved_model(
-        small_models.text_model(), tmp_path, samples=small_models.TEXTS, tokens=True
-    )
-    (signature,) = report.further_signatures
-    assert signature.parity.runtime == "TensorFlow Python loader"
-
-
 def test_wrong_tokens_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,8 +434,8 @@ STEPS = [
     "strip_compiled_marks",
     "write_warmup",
     "read_warmup",
-    "read_graph",
-    "_run",
+    "read_meta_graph",
+    "run_in_fresh_process",
     "check_batching",
     "check_parity",
     "size_of",
@@ -481,7 +456,7 @@ def test_an_interruption_leaves_nothing(
         facts = {"runtime": "none", "version": "0"}
         batches = [padded({"": features()})[""], features(), features()[:1]]
         answers = [{"probabilities": dense_model()(x).numpy()} for x in batches]
-        monkeypatch.setattr(module, "_run", lambda *_: (answers, facts))
+        monkeypatch.setattr(module, "run_in_fresh_process", lambda *_: (answers, facts))
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "old").touch()
     with pytest.raises(KeyboardInterrupt):
@@ -614,7 +589,6 @@ def test_a_name_that_no_signature_can_carry_is_refused(tmp_path: Path) -> None:
 # XLA.
 
 
-@linux_only
 def test_compiled_marks_are_removed_and_matter(tmp_path: Path) -> None:
     model, x = small_models.compiled_model(), features()
     model.export(str(tmp_path / "plain"), verbose=False)
@@ -634,7 +608,6 @@ def test_compiled_marks_are_removed_and_matter(tmp_path: Path) -> None:
     )
 
 
-@linux_only
 def test_plain_export_of_a_model_without_compiled_functions_runs(
     tmp_path: Path,
 ) -> None:
@@ -658,7 +631,6 @@ def attention_model(jit_compile: bool | str) -> keras.Model:
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]], "int32")
 
 
-@linux_only
 def test_plain_export_runs_with_jit_compile_auto(tmp_path: Path) -> None:
     model = attention_model("auto")
     model.export(str(tmp_path / "plain"), verbose=False)
@@ -667,7 +639,6 @@ def test_plain_export_runs_with_jit_compile_auto(tmp_path: Path) -> None:
     np.testing.assert_allclose(values, model(IDS), atol=1e-6)
 
 
-@linux_only
 def test_our_export_runs_with_jit_compile_true(tmp_path: Path) -> None:
     model = attention_model(True)
     report = export_saved_model(model, tmp_path, samples=IDS)

@@ -199,8 +199,9 @@ REFUSED = {"gather-rank", "rank", "strided-slice-axes", "strided-slice-bool"}
         if rule in REFUSED and make is not with_new_axis
     ],
 )
+@pytest.mark.usefixtures("driver")
 def test_what_the_rules_refuse_the_delegate_refuses(
-    make: Callable[[], bytes], tmp_path: Path, driver: str
+    make: Callable[[], bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / "model.tflite"
     path.write_bytes(make())
@@ -211,16 +212,15 @@ def test_what_the_rules_refuse_the_delegate_refuses(
         if tensor.is_input
     }
     case = np.arange(np.prod(given[0])).reshape(given[0]).astype(given[1])
-    got = run_on_both(path, driver, x=case)
+    got = run_on_both(path, x=case)
     assert got.facts["fully_accelerated"] is False
     assert got.difference < 1e-5
 
 
 @pytest.mark.gpu_software
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-def test_dense_layers_in_int8_are_answered_as_on_the_cpu(
-    tmp_path: Path, driver: str
-) -> None:
+@pytest.mark.usefixtures("driver")
+def test_dense_layers_in_int8_are_answered_as_on_the_cpu(tmp_path: Path) -> None:
     path = tmp_path / "model.tflite"
     path.write_bytes(
         convert(
@@ -231,6 +231,6 @@ def test_dense_layers_in_int8_are_answered_as_on_the_cpu(
     )
     names = {operator.name for operator in read_operators(path, timeout=60.0)}
     assert names >= QUANTIZED
-    got = run_on_both(path, driver, x=values(1, S, D, seed=77))
+    got = run_on_both(path, x=values(1, S, D, seed=77))
     assert got.facts["fully_accelerated"] is True
     assert got.difference < 1e-5

@@ -219,7 +219,7 @@ def test_a_file_that_takes_all_memory_is_given_up(
     source = Path(tflite_graph.__file__).read_text("utf-8")
     assert "_MEMORY = 2 << 30" in source
     small = source.replace("_MEMORY = 2 << 30", f"_MEMORY = {limit}")
-    for name in ("child", "exchange"):
+    for name in ("child", "descriptor", "exchange"):
         script = Path(tflite_graph.__file__).with_name(f"{name}.py")
         (tmp_path / f"{name}.py").write_bytes(script.read_bytes())
     (tmp_path / "tflite_graph.py").write_text(small, "utf-8")

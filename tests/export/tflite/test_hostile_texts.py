@@ -24,8 +24,9 @@ from keras_mha.export import (
     verify,
     without_tokenizer,
 )
-from keras_mha.export.saved_model import export as saved_model_module
-from keras_mha.export.saved_model.export import read_graph
+from keras_mha.export.runtimes import cpp_loader
+from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
+from keras_mha.export.saved_model.reader import describe_file, read_meta_graph
 from keras_mha.text import WordpieceTokenizer
 from tests.support import small_models
 
@@ -131,8 +132,9 @@ def asked_in_the_cpp_loader(_: keras.Model, directory: Path) -> Ask:
     def ask(texts: list[Any]) -> np.ndarray:
         as_bytes = [t.encode() if isinstance(t, str) else t for t in texts]
         case = {"text": np.array(as_bytes, object)}
-        (answer,), facts = saved_model_module._run(
-            path, [case], *read_graph(path), 300.0
+        file = describe_file(path, read_meta_graph(path))
+        (answer,), facts = run_in_fresh_process(
+            cpp_loader.RUNTIME, file, [case], timeout=300.0
         )
         assert facts["runtime"] == "TensorFlow C++ loader, XLA disabled"
         return answer["probabilities"]

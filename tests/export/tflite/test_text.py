@@ -12,7 +12,8 @@ import tensorflow as tf
 
 import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_tflite
-from keras_mha.export.runtimes import fresh_process
+from keras_mha.export.runtimes import fresh_process, litert
+from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.tflite import text as tflite_text
 from keras_mha.export.tflite.counts import read_contents
 from keras_mha.export.tflite.edit import pack, unpack
@@ -34,14 +35,9 @@ def encoded(texts: list[Any]) -> np.ndarray:
 def answers(path: str, texts: list[Any]) -> np.ndarray:
     """What the file says to each text, in a process of its own."""
     found, _ = fresh_process.run_in_fresh_process(
-        "litert",
-        Path(path),
+        litert.RUNTIME,
+        File(Path(path), "tflite/text"),
         [{"text": encoded([text])} for text in texts],
-        blocked=("keras_mha", "keras", "tensorflow", "tensorflow_text"),
-        options={
-            "signature_name": "serving_default",
-            "registrar": tflite_text.registrar(),
-        },
         timeout=60,
     )
     return np.concatenate([answer["probabilities"] for answer in found])
@@ -132,11 +128,9 @@ def test_quantized(tmp_path: Path, quantization: str) -> None:
     ids = tokenizer(encoded(TEXTS)).numpy()
     ids = np.pad(ids, ((0, 0), (0, 7 - ids.shape[1])))
     found, _ = fresh_process.run_in_fresh_process(
-        "litert",
-        Path(of_ids.path),
+        litert.RUNTIME,
+        File(Path(of_ids.path), "tflite"),
         [{"ids": row[np.newaxis]} for row in ids],
-        blocked=("keras_mha",),
-        options={"signature_name": "serving_default"},
         timeout=60,
     )
     wanted = np.concatenate([answer["probabilities"] for answer in found])
@@ -164,14 +158,9 @@ def test_batches_and_lengths_unlike_the_tokenizers(tmp_path: Path) -> None:
     given = keras.Input((), dtype="string", name="text")
     shorter = keras.Model(given, model.layers[-1](model.layers[-2](tokenizer(given))))
     found, _ = fresh_process.run_in_fresh_process(
-        "litert",
-        Path(files[1].path),
+        litert.RUNTIME,
+        File(Path(files[1].path), "tflite/text"),
         [{"text": encoded(long)}],
-        blocked=("keras_mha",),
-        options={
-            "signature_name": "serving_default",
-            "registrar": tflite_text.registrar(),
-        },
         timeout=60,
     )
     wanted = shorter(encoded(long)).numpy()
@@ -209,11 +198,9 @@ def test_without_the_operations_the_file_does_not_run(tmp_path: Path) -> None:
     _, of_texts = ids_and_text(tmp_path)
     with pytest.raises(VerificationError, match="FastBertNormalize"):
         fresh_process.run_in_fresh_process(
-            "litert",
-            Path(of_texts.path),
+            litert.RUNTIME,
+            File(Path(of_texts.path), "tflite"),  # as if it held ids
             [{"text": encoded(["good"])}],
-            blocked=("keras_mha",),
-            options={"signature_name": "serving_default"},
             timeout=60,
         )
 

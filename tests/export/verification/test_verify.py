@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from keras_mha.export import (
     export_tflite,
     verify,
 )
-from keras_mha.export.runtimes import arm
-from keras_mha.export.verification import runtime_table
+from keras_mha.export.runtimes import descriptor, litert_arm
+from keras_mha.export.runtimes.table import RUNTIMES
 from tests.support import small_models
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 3, 0, 0, 0]], "int32")
@@ -165,7 +166,7 @@ def test_an_absent_runtime_is_never_ok(
 ) -> None:
     for name in ("a.onnx", "a.tflite"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(runtime_table.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(descriptor.importlib.util, "find_spec", lambda _: None)
     report = verify(
         small_models.ids_model(),
         samples=IDS,
@@ -189,8 +190,9 @@ def test_what_to_install_for_emulation(
     def absent() -> Path:
         raise FileNotFoundError("apt-get install chromium")
 
-    monkeypatch.setattr(runtime_table.litert_gpu, "find_software_driver", absent)
-    monkeypatch.setattr(arm.shutil, "which", lambda _: None)
+    there = replace(RUNTIMES["litert_gpu"], find=absent)
+    monkeypatch.setitem(RUNTIMES, "litert_gpu", there)
+    monkeypatch.setattr(litert_arm.shutil, "which", lambda _: None)
     report = verify(
         model, samples=IDS, tflite=tflite, runtimes=["litert_gpu", "litert_arm"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from keras_mha.export import BertMetadata, RuntimeCheck, export_tflite, verify
-from keras_mha.export.verification import runtime_table
+from keras_mha.export.runtimes import litert, table
 from keras_mha.text import WordpieceTokenizer
 from tests.support import small_models
 from tests.support.small_models import VOCABULARY
@@ -62,10 +63,8 @@ def checks(
 def test_strings(files: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     # Whether these could run is not what is asked.
     for name in ("litert_gpu", "litert_arm"):
-        there = {**vars(runtime_table.RUNTIMES[name]), "find": lambda: None}
-        monkeypatch.setitem(
-            runtime_table.RUNTIMES, name, runtime_table.Runtime(**there)
-        )
+        there = replace(table.RUNTIMES[name], find=lambda: None)
+        monkeypatch.setitem(table.RUNTIMES, name, there)
     (cpu, *others) = checks(
         text_model(), small_models.HOSTILE, files["text"], timed_calls=1
     )
@@ -93,7 +92,7 @@ def test_strings_without_the_operations_are_not_run(
     def missing() -> tuple[str, ...]:
         raise FileNotFoundError("pip install 'keras-mha[text]'")
 
-    monkeypatch.setattr(runtime_table, "registrar", missing)
+    monkeypatch.setattr(litert, "registrar", missing)
     (cpu,) = checks(text_model(), TEXTS, files["text"], runtimes=["litert"])
     assert (cpu.status, cpu.reason) == ("not run", "pip install 'keras-mha[text]'")
 

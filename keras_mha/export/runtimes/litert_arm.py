@@ -1,7 +1,7 @@
-"""How a runtime is started on an emulated ARM processor.
+"""Runs a TFLite file in LiteRT's interpreter on an emulated ARM processor.
 
-Stand-alone: the standard library. Under it `litert` runs the aarch64 build of
-ai-edge-litert, whose kernels are not those of x86; its speed says nothing.
+It is the aarch64 build of ai-edge-litert, whose kernels are not those of x86; its speed
+says nothing. Stand-alone: the standard library.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
+from . import litert
+from .descriptor import Runtime
+
 _EMULATOR = "qemu-aarch64-static"
 _VARIABLE = "KERAS_MHA_ARM_ROOT"
 # Has the dot products and half precision of today's phones.
@@ -17,7 +20,7 @@ _PROCESSOR = "cortex-a76"
 
 
 def find_arm_root() -> Path:
-    """The folder with an arm64 Python that `.ci/arm_root.sh` makes.
+    """Returns the folder with an arm64 Python that `.ci/arm_root.sh` makes.
 
     It is the environment's `KERAS_MHA_ARM_ROOT`, else `keras-mha/arm64` in the user's
     cache.
@@ -27,10 +30,9 @@ def find_arm_root() -> Path:
 
 
 def find_arm_python() -> tuple[str, ...]:
-    """The command that starts an arm64 Python under emulation.
+    """Returns the command that starts an arm64 Python under emulation.
 
-    It takes the place of this machine's in `run_in_fresh_process`, and sees none of
-    this machine's packages.
+    That Python sees none of this machine's packages.
 
     Raises:
         FileNotFoundError: If the emulator or the Python is missing; it says what to
@@ -51,3 +53,16 @@ def find_arm_python() -> tuple[str, ...]:
             f"`.ci/arm_root.sh`, or name its folder in {_VARIABLE}"
         )
     return (emulator, "-cpu", _PROCESSOR, "-L", str(root), str(python), "-I")
+
+
+RUNTIME = Runtime(
+    "litert",
+    "LiteRT interpreter, emulated ARM",
+    ("tflite",),
+    {"ai_edge_litert": "tflite"},  # it reads the file's shapes on this machine
+    find=find_arm_python,
+    options=litert.options,
+    python=find_arm_python,
+    takes_text=True,
+    emulated=True,
+)
