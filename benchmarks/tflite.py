@@ -120,6 +120,7 @@ def export_all(directory: Path, ids: np.ndarray) -> list[Contender]:
             directory,
             sequence_lengths=(LENGTH,),
             samples=ids,
+            overwrite=True,
             quantization=quantization,
             quantized_tolerance=1.0 if quantization else None,
             representative_data=ids if quantization == "int8_dense" else None,

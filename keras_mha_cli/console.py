@@ -50,6 +50,10 @@ class Console:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
         try:
             with warnings.catch_warnings():
+                # What the command's user is to change, Python would not show.
+                warnings.filterwarnings(
+                    "default", category=DeprecationWarning, module="keras_mha_cli"
+                )
                 warnings.showwarning = self._show_warning
                 return work()
         except StepError as error:

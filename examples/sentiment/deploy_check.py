@@ -86,7 +86,7 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
     few = ids[:EXPORT_SAMPLES]
     onnx = directory / "model.onnx"
     tell(f"export to {onnx}")
-    export_onnx(of_ids, onnx, samples=few)
+    export_onnx(of_ids, onnx, samples=few, overwrite=True)
     files = {}
     for name, (quantization, target) in FILES.items():
         tell(f"export to {directory / 'deployment' / name}")
@@ -95,6 +95,7 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
             directory / "deployment" / name,
             sequence_lengths=(length,),
             samples=few,
+            overwrite=True,
             quantization=quantization,
             target=target,
         )
@@ -106,6 +107,7 @@ def check(directory: Path, rows: int | None) -> dict[str, VerificationReport]:
         directory / "deployment" / "texts",
         sequence_lengths=(length,),
         samples=texts[:EXPORT_SAMPLES],
+        overwrite=True,
         text=True,
         metadata=BertMetadata(LABELS),
     )

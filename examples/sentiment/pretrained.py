@@ -224,6 +224,7 @@ def export(
         output,
         sequence_lengths=(MAX_LENGTH,),
         samples=ids[:EXPORT_SAMPLES],
+        overwrite=True,
         quantization=quantization,
         quantized_tolerance=tolerance,
     )

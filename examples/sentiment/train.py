@@ -323,6 +323,7 @@ def write_results(
             output,
             sequence_lengths=(recipe.max_length,),
             samples=[row.tolist() for row in rows[:EXPORT_SAMPLES]],
+            overwrite=True,
         )
         copy_file(Path(tflite.files[0].path), output / "model.tflite")
 

@@ -72,6 +72,14 @@ TOLERANCE = Option(
         "help": "largest absolute difference allowed in float files (default: 1e-5)",
     },
 )
+OVERWRITE = Option(
+    "--overwrite",
+    {
+        "action": "store_true",
+        "help": "replace what exists; without it a SavedModel's version is refused, "
+        "and other files are replaced with a warning",
+    },
+)
 TIMEOUT = Option(
     "--timeout",
     {

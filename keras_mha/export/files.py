@@ -1,14 +1,21 @@
-"""Written beside, then renamed: nothing half-written under its final name."""
+"""Writes under another name, then renames: nothing half-written has its final name.
+
+All exporters have one argument `overwrite`. True replaces what exists, each file or
+directory in one step; False refuses it before the work begins. ONNX and TFLite files
+were always replaced before there was the argument: without it they still are, with a
+DeprecationWarning.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,10 +28,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def staging(directory: Path) -> Iterator[Path]:
     """Lends an empty directory inside `directory`, and removes it at the end.
 
-    Being on the same file system, what is in it can be renamed into place. Its name
-    is no number, so TF Serving never takes it for a version, not even where a killed
+    It is on the same file system, so what is in it can be renamed into place. Its name
+    is not a number, so TF Serving never takes it for a version, not even where a killed
     process left it behind. What killed processes left is removed first. `directory`
-    and those above it that are made for this are removed if they stay empty.
+    and those above it that are created for this are removed if they stay empty.
     """
     created = [p for p in (directory, *directory.parents) if not p.exists()]
     staged, lock = None, None
@@ -44,7 +51,7 @@ def staging(directory: Path) -> Iterator[Path]:
 
 
 def _make_locked(directory: Path) -> tuple[Path, int | None]:
-    """A new directory, locked as long as this process lives."""
+    """Makes a new directory, locked as long as this process lives."""
     while True:
         staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
         lock = _lock(staged, wait=True)
@@ -74,10 +81,6 @@ def _remove_abandoned(directory: Path) -> None:
 
 def _lock(path: Path, *, wait: bool) -> int | None:
     """Locks a directory; `None` if it is locked, gone, or cannot be locked here."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -90,12 +93,39 @@ def _lock(path: Path, *, wait: bool) -> int | None:
     return descriptor
 
 
+def check_overwrite(paths: Iterable[Path], *, overwrite: bool | None) -> None:
+    """Refuses to replace what exists, unless `overwrite` is set.
+
+    Args:
+        paths: What is to be written.
+        overwrite: The exporter's argument; `None` where the caller left it out and the
+            exporter replaced files before it had the argument.
+
+    Raises:
+        FileExistsError: If one exists and `overwrite` is False.
+
+    Warns:
+        DeprecationWarning: If one exists and `overwrite` is `None`.
+    """
+    there = next((path for path in paths if path.exists()), None)
+    if there is None or overwrite:
+        return
+    if overwrite is not None:
+        raise FileExistsError(f"{there} exists; pass `overwrite=True` to replace it.")
+    warnings.warn(
+        f"{there} exists and is replaced. In a later version this will need "
+        "`overwrite=True`",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
 def publish_directory(staged: Path, final: Path, *, overwrite: bool) -> None:
     """Renames `staged` to `final`; an older `final` leaves in the same moment.
 
-    On Linux the two change places in one step. Elsewhere, and on file systems that
-    cannot do this, the older one is first renamed to `retired/` beside `staged`, and
-    comes back if the second rename fails.
+    The two change places in one step. On file systems that cannot do this, the older
+    one is first renamed to `retired/` next to `staged`, and comes back if the second
+    rename fails.
 
     Raises:
         FileExistsError: If `final` exists and `overwrite` is False.
@@ -103,10 +133,7 @@ def publish_directory(staged: Path, final: Path, *, overwrite: bool) -> None:
     if not final.exists():
         staged.rename(final)
         return
-    if not overwrite:
-        raise FileExistsError(
-            f"{final} exists; pass `overwrite=True` or another `version`."
-        )
+    check_overwrite([final], overwrite=overwrite)
     if _exchange(staged, final):
         return
     retired = staged.with_name(_RETIRED) / final.name
@@ -124,8 +151,6 @@ def _exchange(one: Path, other: Path) -> bool:
 
     Source: renameat2(2).
     """
-    if sys.platform != "linux":
-        return False
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -142,7 +167,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def highest_version(directory: Path) -> int:
-    """The highest number among the names in `directory`; 0 where there is none."""
+    """Returns the highest number among the names in `directory`, else 0."""
     if not directory.is_dir():
         return 0
     names = [path.name for path in directory.iterdir()]
@@ -154,7 +179,7 @@ def _is_version(name: str) -> bool:
 
 
 def size_of(path: Path) -> int:
-    """Bytes in a file, or in all files below a directory."""
+    """Returns the bytes in a file, or in all files below a directory."""
     if path.is_file():
         return path.stat().st_size
     return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())

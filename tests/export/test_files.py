@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_the_old_directory_comes_back_when_the_new_cannot_be_renamed(
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+@pytest.mark.parametrize("kind", [Path.touch, Path.mkdir])
+def test_overwrite_means_one_thing(
+    tmp_path: Path, kind: Callable[[Path], None]
+) -> None:
+    absent, there = tmp_path / "absent", tmp_path / "there"
+    kind(there)
+    for overwrite in (True, False, None):
+        files.check_overwrite([absent], overwrite=overwrite)
+    files.check_overwrite([absent, there], overwrite=True)
+    with pytest.raises(FileExistsError, match="there exists; pass `overwrite=True`"):
+        files.check_overwrite([absent, there], overwrite=False)
+    with pytest.warns(DeprecationWarning, match="there exists and is replaced"):
+        files.check_overwrite([absent, there], overwrite=None)
+
+
 @pytest.fixture
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a system that cannot swap two directories in one step."""
@@ -90,7 +106,6 @@ def test_without_an_exchange_the_old_directory_comes_back_too(tmp_path: Path) ->
     test_the_old_directory_comes_back_when_the_new_cannot_be_renamed(tmp_path)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux' own")
 def test_an_exchange_is_one_step(tmp_path: Path) -> None:
     new, final = make(tmp_path / "a", "new"), make(tmp_path / "1", "old")
     assert files._exchange(new, final)
@@ -102,6 +117,7 @@ def test_an_exchange_is_one_step(tmp_path: Path) -> None:
 
 LEAVE_STAGING = """
 import os, runpy, signal, sys
+from collections.abc import Callable
 from pathlib import Path
 staging = runpy.run_path(sys.argv[3])["staging"]
 with staging(Path(sys.argv[1])) as staged:
@@ -124,7 +140,6 @@ def start(directory: Path, fate: str) -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
 def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(
     tmp_path: Path,
 ) -> None:
@@ -140,7 +155,6 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays(
     assert (living.returncode, list(tmp_path.iterdir())) == (0, [])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
 def test_a_version_caught_between_two_renames_comes_back(tmp_path: Path) -> None:
     left = tmp_path / ".staging-of-a-killed-process"
     (left / "retired").mkdir(parents=True)

@@ -32,10 +32,15 @@ def export_to(exporter: str, target: Path, seed: int) -> None:
     """Writes version `seed` of the model to `target`."""
     model = small_models.randomize(small_models.ids_model(), seed)
     if exporter == "onnx":
-        export.export_onnx(model, target, samples=IDS)
+        export.export_onnx(model, target, samples=IDS, overwrite=True)
     elif exporter == "tflite":
         export.export_tflite(
-            model, target.parent, sequence_lengths=(5,), batch_size=2, samples=IDS
+            model,
+            target.parent,
+            sequence_lengths=(5,),
+            batch_size=2,
+            samples=IDS,
+            overwrite=True,
         )
     else:
         export.export_saved_model(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..declaration import (  # noqa: TID252  (the command line reads it by path)
     OUTPUT_NAMES,
+    OVERWRITE,
     TIMEOUT,
     TOLERANCE,
     Format,
@@ -24,6 +25,7 @@ FORMAT = Format(
     packages=("onnx", "onnxruntime", "tf2onnx"),
     extra="onnx",
     options=(
+        OVERWRITE,
         TOLERANCE,
         TIMEOUT,
         OUTPUT_NAMES,

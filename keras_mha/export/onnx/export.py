@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
-from keras_mha.export.files import size_of, staging
+from keras_mha.export.files import check_overwrite, size_of, staging
 from keras_mha.export.onnx.conversion import convert
 from keras_mha.export.onnx.report import ONNXReport
 from keras_mha.export.onnx.rewrites import rewrite
@@ -22,6 +22,7 @@ from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.runtimes.onnx_runtime import RUNTIME as ONNX_RUNTIME
+from keras_mha.layers.arguments import check_flag
 
 _OPSETS = range(13, 19)  # what tf2onnx writes; before 13, axes are no inputs
 _GREATEST_SIZE = 2**31 - 1  # of any protocol buffer, and so of an ONNX file
@@ -34,6 +35,7 @@ def export_onnx(
     path: str | Path,
     *,
     samples: Any,
+    overwrite: bool | None = None,
     opset: int = 18,
     tolerance: float = 1e-5,
     output_names: Sequence[str] | None = None,
@@ -52,8 +54,8 @@ def export_onnx(
     The file is loaded by ONNX Runtime in a fresh process that can import none of
     `keras_mha`, `keras` and `tensorflow`, and its values are compared with the
     model's: for all samples at once, for the first alone, and for half of them cut to
-    half of every free size. Only then is it renamed to `path`; a file of that name is
-    replaced. After an error nothing new is left.
+    half of every free size. Only then is it renamed to `path`. After an error nothing
+    new is left.
 
     Args:
         model: A built Keras model on the TensorFlow backend, without string inputs.
@@ -62,6 +64,8 @@ def export_onnx(
         path: Where the file goes, ending in `.onnx`; its directory is made if absent.
         samples: What one would hand to `model.predict`: an array, a tensor, a
             dictionary by input name.
+        overwrite: Whether an existing file is replaced, in one step. Left out, it is
+            replaced with a DeprecationWarning; a later version will refuse it.
         opset: Version of ONNX' operations, 13 to 18. Before 17 there is none for layer
             normalization.
         tolerance: Largest absolute difference allowed in any output. The default
@@ -75,6 +79,7 @@ def export_onnx(
         What was written, and how far its values are from the model's.
 
     Raises:
+        FileExistsError: If the file exists and `overwrite` is False.
         ImportError: If onnx, onnxruntime or tf2onnx is not installed.
         ParityError: If a value differs by more than `tolerance`.
         VerificationError: If the file does not run in the fresh process.
@@ -103,6 +108,8 @@ def export_onnx(
     """
     _check_installed()
     path = Path(path)
+    if overwrite is not None:
+        overwrite = check_flag(overwrite, "overwrite")
     if path.suffix != ".onnx":
         raise ValueError(f"`path` must end in .onnx. Received: {path}")
     if isinstance(opset, bool) or opset not in _OPSETS:
@@ -112,6 +119,7 @@ def export_onnx(
         )
     check_tolerance(tolerance)
     check_timeout(timeout)
+    check_overwrite([path], overwrite=overwrite)
     _check_model(model)
     endpoint, arrays = describe(model, samples, output_names)
     if tf.string in [spec.dtype for spec in endpoint.inputs.values()]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..declaration import (  # noqa: TID252  (the command line reads it by path)
     OUTPUT_NAMES,
+    OVERWRITE,
     TIMEOUT,
     TOLERANCE,
     Format,
@@ -30,6 +31,7 @@ FORMAT = Format(
     takes_texts=lambda _: True,
     signature_of_tokens=True,
     options=(
+        OVERWRITE,
         TOLERANCE,
         TIMEOUT,
         OUTPUT_NAMES,
@@ -49,10 +51,6 @@ FORMAT = Format(
                 "metavar": "N",
                 "help": "the version's number, at least 0 (default: highest + 1)",
             },
-        ),
-        Option(
-            "--overwrite",
-            {"action": "store_true", "help": "replace the version if it exists"},
         ),
         Option(
             "--warmup",

@@ -14,6 +14,7 @@ from tensorflow.core.protobuf import meta_graph_pb2
 
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import (
+    check_overwrite,
     highest_version,
     publish_directory,
     size_of,
@@ -95,8 +96,7 @@ def export_saved_model(
             a tensor, a dictionary by input name. Run as one batch: some dozen rows
             are enough.
         version: Number of the version; default one more than the highest there is.
-        overwrite: Whether an existing version may be replaced. The old one is
-            renamed away first: for an instant a server sees neither.
+        overwrite: Whether an existing version is replaced, in one step.
         tolerance: Largest absolute difference allowed in any output. The default
             suits float32 probabilities (measured: under 1e-6 in small models, 3e-6
             in one of 6 blocks of width 384); those of half precision need about 1e-2
@@ -150,10 +150,7 @@ def export_saved_model(
     check_tolerance(tolerance)
     check_timeout(timeout)
     final = directory / str(_check_version(version, directory))
-    if final.exists() and not overwrite:
-        raise FileExistsError(
-            f"{final} exists; pass `overwrite=True` or another `version`."
-        )
+    check_overwrite([final], overwrite=overwrite)
     endpoint, arrays = describe(model, samples, output_names)
     if with_tflite:
         _check_tflite(endpoint)

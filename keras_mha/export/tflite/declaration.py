@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..declaration import (  # noqa: TID252  (the command line reads it by path)
+    OVERWRITE,
     TIMEOUT,
     TOLERANCE,
     Format,
@@ -71,6 +72,7 @@ FORMAT = Format(
     takes_texts=_takes_texts,
     problem=_problem,
     options=(
+        OVERWRITE,
         TOLERANCE,
         TIMEOUT,
         Option(

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_mha.export.files import staging
+from keras_mha.export.files import check_overwrite, staging
 from keras_mha.export.parity import check_timeout, check_tolerance
 from keras_mha.export.tflite.arguments import (
     check_precision,
@@ -40,6 +40,7 @@ def export_tflite(
     sequence_lengths: Sequence[int] = (128,),
     batch_size: int = 1,
     samples: Any,
+    overwrite: bool | None = None,
     quantization: str | None = None,
     representative_data: Any = None,
     target: str = "cpu",
@@ -84,8 +85,8 @@ def export_tflite(
     Each file is loaded by ai-edge-litert in a fresh process that can import none of
     `keras_mha`, `keras` and `tensorflow`, and its values are compared with the model's
     on the padded samples; one with metadata also by MediaPipe, where that is installed.
-    Only when all are right are they renamed into place; files of the same names are
-    replaced. After an error nothing new is left.
+    Only when all are right are they renamed into place. After an error nothing new is
+    left.
 
     Args:
         model: A built Keras model on the TensorFlow backend with one integer input
@@ -99,6 +100,9 @@ def export_tflite(
         batch_size: The fixed number of rows.
         samples: Ids: an array `(n, T)`, or a list of rows that may differ in length.
             For a model of texts: texts.
+        overwrite: Whether existing files of the same names are replaced, each in one
+            step. Left out, they are replaced with a DeprecationWarning; a later version
+            will refuse them.
         quantization: How the file's numbers are made smaller. `"dynamic_int8"` keeps
             the weights of dense layers and embeddings in int8, a quarter of the size,
             and rounds what is multiplied by them row by row: the one to choose first.
@@ -127,6 +131,7 @@ def export_tflite(
         What was written, and how far its values are from the model's.
 
     Raises:
+        FileExistsError: If a file exists and `overwrite` is False.
         ImportError: If ai-edge-litert is not installed, or tensorflow-text with
             `text=True`.
         ParityError: If a value differs by more than `tolerance`, or MediaPipe cuts no
@@ -171,6 +176,16 @@ def export_tflite(
     batch_size = check_size("batch_size", batch_size)
     check_tolerance(tolerance)
     check_timeout(timeout)
+    if overwrite is not None:
+        overwrite = check_flag(overwrite, "overwrite")
+    directory = Path(directory)
+    names = [f"model_{length}.tflite" for length in lengths]
+    names += [f"text_{length}.tflite" for length in lengths if text]
+    if metadata is not None:
+        names += [f"mediapipe_{length}.tflite" for length in lengths]
+    check_overwrite(
+        [directory / name for name in [*names, "manifest.json"]], overwrite=overwrite
+    )
     check_quantization(quantization, representative_data)
     if check_flag(text, "text"):
         check_text(target)
@@ -195,7 +210,6 @@ def export_tflite(
         timeout=timeout,
         notes=check_target(source.model, target, quantization),
     )
-    directory = Path(directory)
     with staging(directory) as staged:
         files = []
         for length in lengths:
@@ -227,10 +241,13 @@ def export_tflite(
             signature_name=signature_name,
         )
         # Only now, when all are right; the manifest, with their hashes, comes last.
-        final = [
-            _publish(Path(path), staged, directory)
-            for path in [*(file.path for file in files), *beside]
-        ]
+        written = [Path(path) for path in [*(file.path for file in files), *beside]]
+        if overwrite is False:
+            check_overwrite(
+                [directory / path.relative_to(staged) for path in written],
+                overwrite=overwrite,
+            )
+        final = [_publish(path, staged, directory) for path in written]
     files = [replace(file, path=path) for file, path in zip(files, final, strict=False)]
     _warn(settings.notes, files)
     return TFLiteReport(

@@ -165,6 +165,7 @@ def test_the_device_form_is_small_and_one_partition(tmp_path: Path) -> None:
             sequence_lengths=(13,),
             samples=ROWS,
             target=target,
+            overwrite=True,
         ).files
         assert sum(file.operators.values()) <= 75
         assert file.delegate_partitions == 1
@@ -234,10 +235,13 @@ def test_a_part_of_a_model_that_shares_its_mask(tmp_path: Path) -> None:
 )
 def test_quantized_files(tmp_path: Path, quantization: str, share: float) -> None:
     model = wide()
-    data = {"representative_data": ROWS} if quantization == "int8_dense" else {}
+    data: dict[str, Any] = {}
+    if quantization == "int8_dense":
+        data["representative_data"] = ROWS
     lengths = {"sequence_lengths": (7,), "samples": ROWS}
     plain = export_tflite(model, tmp_path, **lengths)
-    small = export_tflite(model, tmp_path, quantization=quantization, **lengths, **data)
+    data |= {"quantization": quantization, "overwrite": True}
+    small = export_tflite(model, tmp_path, **lengths, **data)
     assert (plain.quantization, small.quantization) == (None, quantization)
     assert small.files[0].size_bytes < share * plain.files[0].size_bytes
     parity = small.files[0].parity
@@ -364,7 +368,7 @@ def test_a_layer_of_unknown_form_is_named(tmp_path: Path) -> None:
     assert re.fullmatch(note, report.notes[0])
     with pytest.raises(ValueError, match=f"`target='gpu'` needs every layer.*{note}"):
         export_tflite(
-            model, tmp_path, sequence_lengths=(7,), samples=ROWS, target="gpu"
+            model, tmp_path / "gpu", sequence_lengths=(7,), samples=ROWS, target="gpu"
         )
 
 
