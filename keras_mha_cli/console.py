@@ -1,9 +1,8 @@
-"""What a command says while it works, and how it ends."""
+"""Tells what a command does, and how it ends."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 import traceback
@@ -31,7 +30,7 @@ class StepError(Exception):
 
 @dataclass(frozen=True)
 class Console:
-    """Tells the error stream what is done; the results go to the output alone.
+    """Tells the error stream what is done; only the results go to the output.
 
     Attributes:
         options: The command's options by the names of the arguments they become.
@@ -43,14 +42,14 @@ class Console:
 
     def run(self, work: Callable[[], int]) -> int:
         """Does the work; returns its exit code, or that of how it ended early."""
-        # Read when TensorFlow is imported, whose notes on the machine hide what is
-        # said.
+        # TensorFlow reads this when it is imported; its notes on the machine would
+        # hide what is said here.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if self.debug else "3")
-        # What files answer is computed on the CPU, and compared.
+        # What is compared is computed on the CPU.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
         try:
             with warnings.catch_warnings():
-                # What the command's user is to change, Python would not show.
+                # Python hides these unless the program asks, and users are to know.
                 warnings.filterwarnings(
                     "default", category=DeprecationWarning, module="keras_mha_cli"
                 )
@@ -91,33 +90,32 @@ class Console:
         except (ImportError, *expected) as error:
             if self.debug:
                 traceback.print_exc()
-            message = self.as_options(f"{error}" or type(error).__name__)
+            message = self.with_options(f"{error}" or type(error).__name__)
             self.say(f"error: {message}")
             missing = isinstance(error, ImportError)
             raise StepError(message, MISSING_PACKAGE if missing else code) from error
         self.say(f"{label}: done in {time.perf_counter() - start:.1f} s")
 
-    def as_options(self, message: str) -> str:
-        """Calls arguments in `message` by the names that they have on a command line.
+    def with_options(self, message: str) -> str:
+        """Adds how arguments in a message are written on the command line.
 
         Example:
 
-        >>> console = Console(("overwrite", "version", "target"))
-        >>> console.as_options("pass `overwrite=True` or `version`, not `target='gpu'`")
-        'pass `--overwrite` or `--version`, not `--target gpu`'
+        >>> console = Console(("overwrite", "target"))
+        >>> console.with_options("pass `overwrite=True`")
+        'pass `overwrite=True` (On the command line: --overwrite)'
         """
         flags = {name: f"--{name.replace('_', '-')}" for name in self.options}
-        flags |= {"samples": "--samples", "model": "MODEL"}
-        flags |= {"without_tokenizer": "--tokens"}
-
-        def rename(found: re.Match[str]) -> str:
-            name, value = found.groups()
-            if name not in flags:
-                return found[0]
-            told = "" if value in (None, "True") else f" {value.strip(chr(39))}"
-            return f"`{flags[name]}{told}`"
-
-        return re.sub(r"`(\w+)(?:=([^`]*))?`", rename, message)
+        flags |= {"samples": "--samples", "without_tokenizer": "--tokens"}
+        ends = ("`", "=", "(")  # of a name in backticks, with a value, or called
+        here = [
+            flag
+            for name, flag in flags.items()
+            if any(f"`{name}{end}" in message for end in ends)
+        ]
+        return (
+            f"{message} (On the command line: {', '.join(here)})" if here else message
+        )
 
     def load_model(self, path: Path, *, code: int = FAILED) -> Any:
         """Loads a `.keras` file of layers of Keras and keras_mha, in a step.
@@ -129,7 +127,7 @@ class Console:
             return _load_model(path)
 
     def _show_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        self.say(f"warning: {self.as_options(str(message))}")
+        self.say(f"warning: {self.with_options(str(message))}")
 
 
 def _load_model(path: Path) -> Any:

@@ -155,7 +155,8 @@ def test_a_format_that_fails_does_not_stop_the_others(
     arguments = of_ids(files, tmp_path / "out", "tflite", "onnx")
     assert main([*arguments, "--sequence-lengths", "2", "--debug"]) == 1
     told = capsys.readouterr()
-    assert "`--samples` must not be longer than any of `--sequence-lengths`" in told.err
+    assert "`samples` must not be longer than any of `sequence_lengths`" in told.err
+    assert "(On the command line: --sequence-lengths, --samples)" in told.err
     assert "Traceback" in told.err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["onnx"]
     assert "| tflite | nothing: it failed |" in told.out
@@ -173,7 +174,8 @@ def test_texts_are_refused_by_what_to_change(
     )
     assert code == 1
     told = capsys.readouterr().err
-    assert "after its tokenizer: `--tokens` gives it; or pass `--text`" in told
+    assert "after its tokenizer: `without_tokenizer` gives it; or pass `text" in told
+    assert "(On the command line: --text, --tokens)" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -287,7 +289,8 @@ def test_samples_of_another_type_are_refused_in_one_line(
     arguments[1] = str(files / "texts.keras")
     assert main(arguments) == 1
     told = capsys.readouterr().err
-    assert "`--samples` for input 'text' must be of type string" in told
+    assert "`samples` for input 'text' must be of type string" in told
+    assert "(On the command line: --samples)" in told
     assert "Traceback" not in told
 
 

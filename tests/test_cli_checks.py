@@ -231,7 +231,8 @@ def test_verify_ends_with_2_for_what_cannot_be_read(
     np.save(tmp_path / "labels.npy", np.array([1, 0, 1]))
     assert verify(exported, *files, "--labels", tmp_path / "labels.npy") == 2
     told = capsys.readouterr().err
-    assert "`--labels` must be 5 whole numbers" in told
+    assert "`labels` must be 5 whole numbers" in told
+    assert "(On the command line: --labels)" in told
     assert "Traceback" not in told
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mha.attention.api import implementation_scope
+from keras_mha.export.compiled_marks import strip_compiled_marks
 from keras_mha.export.endpoint import Endpoint
-from keras_mha.export.saved_model.compiled_marks import strip_compiled_marks
 
 
 def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import meta_graph_pb2
 
+from keras_mha.export.compiled_marks import strip_compiled_marks
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import (
     check_overwrite,
@@ -26,7 +27,6 @@ from keras_mha.export.runtimes.cpp_loader import RUNTIME as CPP_LOADER
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.saved_model.batching import check_batching, padded
-from keras_mha.export.saved_model.compiled_marks import strip_compiled_marks
 from keras_mha.export.saved_model.placement import gpu_note
 from keras_mha.export.saved_model.reader import describe_file, read_meta_graph
 from keras_mha.export.saved_model.report import SavedModelReport, SignatureReport

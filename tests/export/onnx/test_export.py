@@ -255,8 +255,30 @@ def test_a_perturbed_weight_is_caught_and_the_old_file_stays(
 
     monkeypatch.setattr(module, "convert", convert_and_perturb)
     with pytest.raises(ParityError, match="Output 'probabilities' .* differs"):
-        export_onnx(model, path, samples=features())
+        export_onnx(model, path, samples=features(), overwrite=True)
     assert (left_in(tmp_path), path.read_bytes()) == (["model.onnx"], b"old")
+
+
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    model, path = dense_model(), tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    with pytest.raises(FileExistsError, match="onnx exists; pass `overwrite=True`"):
+        export_onnx(model, path, samples=features(), overwrite=False)
+    with pytest.raises(ValueError, match="`overwrite` must be True or False"):
+        export_onnx(
+            model,
+            path,
+            samples=features(),
+            overwrite="no",  # pyright: ignore[reportArgumentType]
+        )
+    assert path.read_bytes() == b"old"
+    with pytest.warns(DeprecationWarning, match="exists and is replaced") as caught:
+        export_onnx(model, path, samples=features())
+    assert {Path(warning.filename) for warning in caught} == {Path(__file__)}
+    (got,) = run(path, features=features()).values()
+    np.testing.assert_allclose(got, model(features()), atol=1e-5)
+    export_onnx(model, path, samples=features(), overwrite=True)
+    assert left_in(tmp_path) == ["model.onnx"]
 
 
 def test_a_wrong_rewrite_is_caught(

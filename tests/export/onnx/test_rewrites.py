@@ -50,13 +50,21 @@ def vectors(*shape: int) -> np.ndarray:
     return np.random.default_rng(11).normal(size=shape).astype("float32")
 
 
-def normalization(axis: int = -1, *, squared: str = "centered", width: int = 5) -> Any:
+def normalization(
+    axis: int = -1,
+    *,
+    squared: str = "centered",
+    width: int = 5,
+    rows: tuple[int | str, ...] = ("batch", "length"),
+    keepdims: int = 1,
+) -> Any:
+    kept = {"keepdims": keepdims}
     nodes = [
-        helper.make_node("ReduceMean", ["x", "axis"], ["mean"]),
+        helper.make_node("ReduceMean", ["x", "axis"], ["mean"], **kept),
         helper.make_node("Neg", ["mean"], ["minus"]),
         helper.make_node("Sub", ["x", "mean"], ["centered"]),
         helper.make_node("Mul", [squared, squared], ["square"]),
-        helper.make_node("ReduceMean", ["square", "axis"], ["variance"]),
+        helper.make_node("ReduceMean", ["square", "axis"], ["variance"], **kept),
         helper.make_node("Add", ["variance", "epsilon"], ["sum"]),
         helper.make_node("Sqrt", ["sum"], ["root"]),
         helper.make_node("Reciprocal", ["root"], ["inverse"]),
@@ -72,7 +80,7 @@ def normalization(axis: int = -1, *, squared: str = "centered", width: int = 5) 
         "gamma": vectors(1, 1, width),
         "beta": vectors(1, 1, width) + 1,
     }
-    return make(nodes, constants, shape=("batch", "length", width))
+    return make(nodes, constants, shape=(*rows, width))
 
 
 @pytest.mark.parametrize("axis", [-1, 2])
@@ -93,6 +101,13 @@ def test_a_wide_layer_normalization_keeps_its_weights() -> None:
 )
 def test_what_only_looks_like_it_stays(model: Any) -> None:
     counts = rewritten(model, vectors(2, 3, 5))
+    assert (counts["LayerNormalization"], counts["ReduceMean"]) == (0, 2)
+
+
+def test_means_without_their_axis_stay() -> None:
+    # Of a square, row i's mean is then taken from column i.
+    model = normalization(rows=(1, 5), keepdims=0)
+    counts = rewritten(model, vectors(1, 5, 5))
     assert (counts["LayerNormalization"], counts["ReduceMean"]) == (0, 2)
 
 
