@@ -135,13 +135,13 @@ def _load_model(path: Path) -> Any:
 
     try:
         return keras.saving.load_model(path)
-    except TypeError as error:  # a layer's class is unknown, or cannot be made
+    except TypeError as error:  # a layer's class is unknown, or cannot be built
         _raise_import_error(error)
         # Keras quotes the configuration of every layer around the one that failed.
         told = str(error).rsplit("Exception encountered: ")[-1]
         raise ValueError(
             f"{told.split(' Full object config')[0]}\nThis command loads layers of "
-            "Keras and of keras_mha. For layers of your own, import them and call "
+            "Keras and of keras_mha. For your own layers, import them and call "
             "`keras_mha.export` in Python."
         ) from error
     except UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""`keras-mha lint`: what a TFLite file's target refuses, or computes wrongly."""
+"""`keras-mha lint`: finds what a TFLite file's target refuses or computes wrongly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from keras_mha_cli.declared import seconds
 from keras_mha_cli.options import check_files
 
 _DESCRIPTION = """\
-Names the operators in TFLite files that a target refuses, or computes wrongly without
-a word. A file is read in a process of its own and not run, so it need not be trusted.
+Names the operators in TFLite files that a target refuses, or silently computes
+wrongly. A file is read in a process of its own and not run, so it need not be trusted.
 Each finding is one line: where it is, which rule is broken, and how to mend the model.
 No finding does not mean that the values are right: `keras-mha verify` compares those.
 """
@@ -33,8 +33,8 @@ examples:
 
 exit codes:
   0  no errors; there may be warnings
-  1  at least one error: the file does not run on the target, or not rightly
-  2  wrong usage, or a file is missing, or is no TFLite file
+  1  at least one error: the file does not run on the target, or computes wrongly
+  2  wrong usage, or a file is missing, or is not a TFLite file
   3  a package is missing: the message is the command that installs it
   {INTERRUPTED_TEXT}
 """
@@ -56,7 +56,7 @@ def add_lint(commands: Any) -> None:
         "--target",
         choices=("cpu", "gpu"),
         default="cpu",
-        help="what shall run it: LiteRT's interpreter, or its GPU delegate for the "
+        help="what will run it: LiteRT's interpreter, or its GPU delegate for the "
         "whole graph (default: cpu)",
     )
     parser.add_argument(
@@ -85,13 +85,13 @@ def _lint(console: Console, parsed: argparse.Namespace) -> int:
     for path in parsed.files:
         try:
             with console.step(f"read {path}", (ValueError, OSError), code=WRONG_USAGE):
-                found = lint_tflite(path, parsed.target, timeout=parsed.timeout)
+                findings = lint_tflite(path, parsed.target, timeout=parsed.timeout)
         except StepError as error:  # the other files are read all the same
             code = max(code, error.code)
             continue
-        for finding in found:
+        for finding in findings:
             print(f"{path}: {finding}")
-        count = Counter(finding.severity for finding in found)
+        count = Counter(finding.severity for finding in findings)
         print(
             f"{path}, target {parsed.target}: {count['error']} errors, "
             f"{count['warning']} warnings"

@@ -43,7 +43,7 @@ def check_report(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of all formats, one group for each set of formats.
 
-    What is not given on the command line is absent from the result, so that the
+    What the command line leaves out is absent from the result, so that the
     exporters' own defaults hold.
     """
     groups: dict[str, Any] = {}

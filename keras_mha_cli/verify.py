@@ -129,7 +129,7 @@ def add_verify(commands: Any) -> None:
         required=True,
         metavar="FILE",
         help="inputs to compare on: .npy (one array), .npz (arrays by input name) or "
-        ".txt (one text in a line); hundreds of real ones are best",
+        ".txt (one text per line); hundreds of real ones work best",
     )
     parser.add_argument(
         "--tokens",

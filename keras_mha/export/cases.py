@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_mha.export.endpoint import Endpoint
 from keras_mha.export.runtimes.descriptor import File
-from keras_mha.export.tokens import INPUT, after_tokenizer
+from keras_mha.export.tokens import INPUT, endpoint_of_tokens
 
 Arrays = Mapping[str, np.ndarray]
 _BATCH = 32
@@ -155,7 +155,7 @@ def text_cases(samples: Samples, length: int) -> Cases:
         ValueError: If it has no tokenizer, or several.
     """
     ((name, texts),) = samples.arrays.items()
-    ids = after_tokenizer(samples.endpoint, samples.arrays)[1][INPUT]
+    ids = endpoint_of_tokens(samples.endpoint, samples.arrays)[1][INPUT]
     # Where more ids than that are not padding, none that it can make are the same.
     too_long = np.any(ids[:, length:], axis=1)
     ids = np.pad(ids, ((0, 0), (0, max(0, length - ids.shape[1]))))[:, :length]

@@ -1,4 +1,4 @@
-"""A Keras model as a function from named tensors to named tensors.
+"""Describes a Keras model as a function from named tensors to named tensors.
 
 Exported files know their inputs and outputs by name; `model.predict` by structure.
 """
@@ -35,9 +35,9 @@ class Endpoint:
     function: Callable[[Mapping[str, Any]], dict[str, Any]]
 
     def answer(self, case: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The model's own values, in eager mode."""
-        given = {name: tf.constant(array) for name, array in case.items()}
-        return {n: _to_array(t) for n, t in self.function(given).items()}
+        """Returns the model's own values, in eager mode."""
+        tensors = {name: tf.constant(array) for name, array in case.items()}
+        return {n: _to_array(t) for n, t in self.function(tensors).items()}
 
     def write(
         self,
@@ -52,7 +52,7 @@ class Endpoint:
         Args:
             path: A directory that does not exist.
             specs: The inputs; their shapes and types may be narrower than `inputs`.
-            signature_name: Its name in the file, besides `serving_default`.
+            signature_name: Its name in the file, which also calls it `serving_default`.
             further: More signatures, by name: functions of the same weights.
         """
         archive: Any = keras.export.ExportArchive()
@@ -110,7 +110,7 @@ def describe(
         `bytes` in object arrays.
 
     Raises:
-        TypeError: If `model` is no Keras model, or samples have another type than
+        TypeError: If `model` is not a Keras model, or samples have another type than
             the input that they are for.
         ValueError: If names, ranks, sizes or numbers of rows do not fit.
     """
@@ -158,7 +158,7 @@ def _named(specs: Specs) -> dict[str, tf.TensorSpec]:
 
 
 def tensor_infos(specs: Specs) -> tuple[TensorInfo, ...]:
-    """Names, types and shapes, for a report."""
+    """Returns names, types and shapes, for a report."""
     return tuple(
         TensorInfo(
             name, spec.dtype.name, None if spec.shape.rank is None else (*spec.shape,)
@@ -170,7 +170,7 @@ def tensor_infos(specs: Specs) -> tuple[TensorInfo, ...]:
 def _read_inputs(
     model: keras.Model, samples: Any
 ) -> tuple[Any, dict[str, tf.TensorSpec], dict[str, np.ndarray]]:
-    """What `model` is called with, a tensor or a structure of them, by name."""
+    """Reads what `model` is called with, a tensor or a structure of them, by name."""
     inputs: list[keras.KerasTensor] | None = getattr(model, "inputs", None)
     if inputs is not None:
         specs = {
@@ -237,14 +237,14 @@ def _is_one_for_each(samples: Any, specs: Specs) -> bool:
 
 
 def _as_array(name: str, samples: Any) -> np.ndarray:
-    """The samples as NumPy sees them; strings as `bytes` in an object array."""
+    """Converts samples to an array; strings become `bytes` in an object array."""
     try:
         array = np.asarray(samples)
-    except UnicodeDecodeError:  # str beside bytes that are no ASCII
+    except UnicodeDecodeError:  # str mixed with bytes that are not ASCII
         array = np.array(samples, object)
     if array.dtype.kind in "biuf":
         return array
-    # Anew from the samples: NumPy's own bytes type drops trailing NULs.
+    # Again from the samples: NumPy's own bytes type drops trailing NULs.
     strings = np.array(samples, object)
     encoded = np.empty(strings.shape, object)
     for index, item in np.ndenumerate(strings):

@@ -46,7 +46,7 @@ def staging(directory: Path) -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
         for path in created:
-            with suppress(OSError):  # not made, or something was published
+            with suppress(OSError):  # not created, or something was published
                 path.rmdir()
 
 

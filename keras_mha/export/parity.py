@@ -1,4 +1,4 @@
-"""Comparison by value of what a model answers with what its exported file answers."""
+"""Compares by value what a model and its exported file answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_tolerance(tolerance: Any, name: str = "tolerance") -> None:
     """Refuses a tolerance that nothing could be compared with.
 
     Raises:
-        ValueError: If it is no number, negative or infinite.
+        ValueError: If it is not a number, negative or infinite.
     """
     number = plain_number(tolerance)
     if number is None or number < 0:
@@ -38,7 +38,7 @@ def check_timeout(timeout: Any) -> None:
     """Refuses a time in which nothing can be done.
 
     Raises:
-        ValueError: If it is no number, infinite, or not above 0.
+        ValueError: If it is not a number, infinite, or not above 0.
     """
     number = plain_number(timeout)
     if number is None or number <= 0:
@@ -124,7 +124,7 @@ def _rows(run: Arrays) -> int:
 
 
 def _difference(name: str, wanted: np.ndarray, got: np.ndarray) -> tuple[float, float]:
-    """The largest absolute and the largest relative difference of two arrays."""
+    """Returns the largest absolute and relative differences of two arrays."""
     if (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
         raise ParityError(
             f"Output {name!r} of the exported file is {got.dtype} {got.shape}; "

@@ -1,4 +1,4 @@
-"""Samples for an export, read from a file."""
+"""Reads samples for an export from a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def load_samples(path: str | Path) -> Any:
 
     Args:
         path: An `.npy` file with one array, an `.npz` file with one array for each
-            of the model's inputs, by name, or a UTF-8 `.txt` file with one text in a
+            of the model's inputs, by name, or a UTF-8 `.txt` file with one text per
             line.
 
     Returns:
@@ -21,7 +21,7 @@ def load_samples(path: str | Path) -> Any:
 
     Raises:
         ValueError: If the file has another extension, holds pickled objects, no text
-            or one that is no UTF-8.
+            or text that is not UTF-8.
 
     Example:
 

@@ -1,8 +1,8 @@
-"""The part of a model after its tokenizer."""
+"""Cuts a model after its tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -56,78 +56,101 @@ def without_tokenizer(model: keras.Model, samples: Any) -> tuple[keras.Model, An
 def after_tokenizer(
     endpoint: Endpoint, arrays: Mapping[str, np.ndarray]
 ) -> tuple[Endpoint, dict[str, np.ndarray]]:
-    """`without_tokenizer` for an endpoint, whose outputs keep their names."""
+    """Does as `without_tokenizer` for an endpoint, whose outputs keep their names."""
     rest, cut = _cut(endpoint.model, arrays)
-    first = {name: array[:1] for name, array in arrays.items()}
-    inner, _ = describe(rest, cut, output_names=list(endpoint.answer(first)))
+    inner, _ = describe(rest, cut, output_names=_output_names(endpoint, arrays))
     return inner, cut
 
 
+def endpoint_of_tokens(
+    endpoint: Endpoint, arrays: Mapping[str, np.ndarray]
+) -> tuple[Endpoint, dict[str, np.ndarray]]:
+    """Does as `after_tokenizer`, without another model: no layer gets a new call.
+
+    The endpoint's function takes `ids`; its model is still the whole one.
+    """
+    rest, inputs, cut = _part_after_tokenizer(endpoint.model, arrays)
+    names = _output_names(endpoint, arrays)
+    specs = {n: tf.TensorSpec((None, *x.shape[1:]), x.dtype) for n, x in inputs.items()}
+
+    def function(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        flat = [tf.cast(tensors[name], spec.dtype) for name, spec in specs.items()]
+        return dict(zip(names, keras.tree.flatten(rest.call(flat)), strict=True))
+
+    return Endpoint(endpoint.model, specs, function), cut
+
+
 def tokenizer_of(model: keras.Model) -> WordpieceTokenizer:
-    """The tokenizer that the model has and calls once.
+    """Returns the tokenizer that the model has and calls once.
 
     Raises:
         ValueError: If it has none, or more such calls than one.
     """
-    return _with_output_of_tokenizer(model)[1]
+    return _call_of_tokenizer(model)[0]
+
+
+def _output_names(
+    endpoint: Endpoint, arrays: Mapping[str, np.ndarray]
+) -> Sequence[str]:
+    return list(endpoint.answer({name: array[:1] for name, array in arrays.items()}))
 
 
 def _cut(
     model: keras.Model, arrays: Mapping[str, np.ndarray]
 ) -> tuple[keras.Model, dict[str, np.ndarray]]:
-    """The model after its tokenizer, and samples by the names of its inputs."""
-    traced, _, ids = _with_output_of_tokenizer(model)
-    kept = [tensor for tensor in traced.inputs if tensor.dtype != "string"]
-    cut = {tensor.name: arrays[tensor.name] for tensor in kept}
-    if INPUT in cut:
+    """Returns the model after its tokenizer, and samples by the names of its inputs."""
+    rest, tensors, cut = _part_after_tokenizer(model, arrays)
+    inputs = [
+        keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
+        for name, tensor in tensors.items()
+    ]
+    outputs = rest.call(inputs)
+    return keras.Model(inputs, outputs, name=f"{model.name}_tokens"), cut
+
+
+def _part_after_tokenizer(
+    model: keras.Model, arrays: Mapping[str, np.ndarray]
+) -> tuple[Any, dict[str, keras.KerasTensor], dict[str, np.ndarray]]:
+    """Returns the part as a function, its inputs by name, and samples for them."""
+    _, ids = _call_of_tokenizer(model)
+    others = {
+        tensor.name: tensor for tensor in model.inputs if tensor.dtype != "string"
+    }
+    if INPUT in others:
         raise ValueError(
             f"With `tokens` no input of the model may be called {INPUT!r}, the name "
             f"of what its tokenizer gives. Received: {sorted(arrays)}"
         )
-    tokenize = keras.Model(traced.inputs, ids)
-    given = [tf.constant(arrays[tensor.name]) for tensor in traced.inputs]
-    inputs = [
-        keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name)
-        for name, tensor in zip([INPUT, *cut], [ids, *kept], strict=True)
-    ]
-    # Keras names the inputs of a part after the tensors inside; these have their own.
-    rest = keras.models.clone_model(
-        keras.Model([ids, *kept], traced.outputs, name=f"{model.name}_tokens"),
-        input_tensors=inputs,
-        clone_function=_keep,
+    tokenize = keras.Function(model.inputs, ids)
+    texts = [tf.constant(arrays[tensor.name]) for tensor in model.inputs]
+    cut = {INPUT: np.asarray(tokenize.call(texts))}
+    inputs = {INPUT: ids, **others}
+    return (
+        keras.Function(list(inputs.values()), model.outputs),
+        inputs,
+        cut | {name: arrays[name] for name in others},
     )
-    return rest, {INPUT: np.asarray(tokenize(given)), **cut}
 
 
-def _keep(layer: Any) -> Any:
-    return layer
-
-
-def _with_output_of_tokenizer(
+def _call_of_tokenizer(
     model: keras.Model,
-) -> tuple[keras.Model, WordpieceTokenizer, Any]:
-    """The model traced anew, its tokenizer, and what that gives there."""
+) -> tuple[WordpieceTokenizer, keras.KerasTensor]:
+    """Returns the model's tokenizer, and what that gives in its graph."""
     from keras_mha.text import WordpieceTokenizer
 
-    found = []
-
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        output = layer(*args, **kwargs)
-        if isinstance(layer, WordpieceTokenizer):
-            found.append((layer, output))
-        return output
-
-    traced: Any = model
-    if getattr(model, "inputs", None) is not None:
-        # The layer's own `output` may be one that it gave in another model.
-        functional = keras.Model(model.inputs, model.outputs, name=model.name)
-        traced = keras.models.clone_model(
-            functional, clone_function=_keep, call_function=call
-        )
-    if len(found) != 1:
+    graph = getattr(model, "inputs", None) and keras.Function(
+        model.inputs, model.outputs
+    )
+    # The layer's own `output` may be one that it gave in another model.
+    calls = [
+        (node.operation, node.outputs[0])
+        for node in (graph._nodes if graph else ())
+        if isinstance(node.operation, WordpieceTokenizer)
+    ]
+    if len(calls) != 1:
         raise ValueError(
             "The model must be Functional or Sequential and call a "
             "`keras_mha.text.WordpieceTokenizer` of its own once. Received: "
-            f"{type(model).__name__} with {len(found)} such calls"
+            f"{type(model).__name__} with {len(calls)} such calls"
         )
-    return traced, *found[0]
+    return calls[0]

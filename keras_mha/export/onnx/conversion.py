@@ -1,4 +1,4 @@
-"""A model's function as an ONNX graph, through tf2onnx.
+"""Converts a model's function to an ONNX graph through tf2onnx.
 
 Three TensorFlow operations are converted here, because tf2onnx converts them wrongly,
 slowly or not at all:
@@ -37,7 +37,7 @@ def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
             function has no marks for XLA, which would keep it from being inlined.
 
     Raises:
-        ValueError: If the model needs operations that ONNX or tf2onnx have not.
+        ValueError: If the model needs operations that ONNX or tf2onnx lack.
     """
     import onnx
     import tf2onnx
@@ -72,7 +72,7 @@ def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
             for name, spec in endpoint.inputs.items()
         ],
         opset=opset,
-        custom_op_handlers={name: (made, []) for name, made in handlers.items()},
+        custom_op_handlers={name: (handler, []) for name, handler in handlers.items()},
     )
     unknown = {n.op_type for n in model.graph.node if not onnx.defs.has(n.op_type)}
     if unknown:
@@ -183,7 +183,7 @@ def _as_product(equation: str) -> tuple[int, int] | None:
     """Reads `xy,yz->xz`, each letter any number of axes and z at least one.
 
     Returns:
-        How many axes x and y are, or `None` if the equation is no such product.
+        How many axes x and y are, or `None` if the equation is not such a product.
     """
     left, right, result = _terms(equation)
     contracted = len([letter for letter in left if letter in right])
@@ -205,7 +205,7 @@ def _as_batched_product(equation: str) -> tuple[list[int], list[int], list[int]]
 
     Returns:
         The orders of axes that bring the operands to `(..., X, Y)` and `(..., Y, Z)`,
-        and `(..., X, Z)` to the result; `None` if the equation is no such product.
+        and `(..., X, Z)` to the result; `None` if the equation is not such a product.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Export to an ONNX file for ONNX Runtime and others, its sizes left free."""
+"""Exports a model to an ONNX file, its sizes left free."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def export_onnx(
 ) -> ONNXReport:
     """Writes `model` as the ONNX file `path`, and checks it.
 
-    The file takes every input and gives every output under the model's own names.
+    The file takes every input and gives every output under the model's names.
     The batch, and every other size that the model's inputs leave free, is free in the
-    file. It holds standard ONNX alone. The attention layers are traced in their
+    file. It holds only standard ONNX. The attention layers are traced in their
     portable form (`keras_mha.attention.portable`), whose values are the same for
     finite inputs, padding included, and scaled scores under 5e3 in size. What tf2onnx
     makes of the model is rewritten to fewer operations, among them one for each layer
@@ -53,15 +53,16 @@ def export_onnx(
 
     The file is loaded by ONNX Runtime in a fresh process that can import none of
     `keras_mha`, `keras` and `tensorflow`, and its values are compared with the
-    model's: for all samples at once, for the first alone, and for half of them cut to
+    model's: for all samples at once, for only the first, and for half of them cut to
     half of every free size. Only then is it renamed to `path`. After an error nothing
     new is left.
 
     Args:
         model: A built Keras model on the TensorFlow backend, without string inputs.
-            Inputs of a subclassed model are free in their batch dimension alone, and
+            Inputs of a subclassed model are free only in their batch dimension, and
             have the samples' shapes otherwise.
-        path: Where the file goes, ending in `.onnx`; its directory is made if absent.
+        path: Where the file goes, ending in `.onnx`; its directory is created if
+            absent.
         samples: What one would hand to `model.predict`: an array, a tensor, a
             dictionary by input name.
         overwrite: Whether an existing file is replaced, in one step. Left out, it is
@@ -177,7 +178,7 @@ def _check_installed() -> None:
 
 
 def _check_model(model: keras.Model) -> None:
-    """Refuses what no ONNX file can hold; what else is no model, `describe` says."""
+    """Refuses what no ONNX file can hold; `describe` refuses what is not a model."""
     if not isinstance(model, keras.Model) or not model.built:
         return
     for layer in model._flatten_layers(include_self=False):
@@ -185,7 +186,7 @@ def _check_model(model: keras.Model) -> None:
             raise ValueError(
                 "`model` must not compute in bfloat16, which ONNX Runtime's CPU "
                 f"operations lack. Received: layer {layer.name!r} with "
-                "compute_dtype='bfloat16'. Load the weights into a model made with "
+                "compute_dtype='bfloat16'. Load the weights into a model built with "
                 "the policy 'float32'."
             )
     size = sum(weight.numpy().nbytes for weight in model.weights)
@@ -204,7 +205,7 @@ def _described(endpoint: Endpoint) -> str:
 
 
 def _to_proto(endpoint: Endpoint, opset: int, directory: Path) -> Any:
-    """The checked `onnx.ModelProto`."""
+    """Returns the checked `onnx.ModelProto`."""
     import onnx
 
     proto = convert(endpoint, opset, directory)
@@ -229,7 +230,7 @@ def _size_name(tensor: str, axis: int) -> str:
 def _cases(
     endpoint: Endpoint, arrays: Case
 ) -> tuple[list[Case], list[dict[str, np.ndarray]]]:
-    """Runs of different free sizes, and the model's answers to them."""
+    """Returns runs of different free sizes, and the model's answers to them."""
     first = {name: array[:1] for name, array in arrays.items()}
     cases: list[Case] = [arrays, first]
     wanted = [endpoint.answer(case) for case in cases]
@@ -244,7 +245,7 @@ def _cases(
 
 
 def _cut(endpoint: Endpoint, arrays: Case) -> Case:
-    """Half of the rows, cut to half of every size that is free."""
+    """Takes half of the rows, cut to half of every size that is free."""
 
     def half(name: str) -> tuple[slice, ...]:
         shape = endpoint.inputs[name].shape
@@ -261,7 +262,7 @@ def _free_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
 
 
 def _sizes_run(endpoint: Endpoint, cases: Sequence[Case]) -> dict[str, tuple[int, ...]]:
-    """The sizes that each free one had in the runs, by its name in the file."""
+    """Returns the sizes that each free one had in the runs, by its name in the file."""
     free = {
         _size_name(name, axis): (name, axis)
         for name, spec in endpoint.inputs.items()

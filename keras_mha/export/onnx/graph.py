@@ -1,4 +1,4 @@
-"""An ONNX graph with its nodes at hand by name, and sizes followed as symbols."""
+"""Wraps an ONNX graph: nodes by name, and sizes followed as symbols."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Graph:
         self._made = itertools.count()
 
     def sizes(self, name: str) -> list[Size] | None:
-        """The shape of a tensor, if every size is a number or has a name."""
+        """Returns the shape of a tensor, if every size is a number or has a name."""
         if name in self.constants:
             return list(self.constants[name].dims)
         if name not in self._infos:
@@ -48,7 +48,7 @@ class Graph:
         return None if "" in sizes else sizes
 
     def value(self, name: str) -> np.ndarray | None:
-        """A small constant."""
+        """Returns a small constant."""
         from onnx import numpy_helper
 
         tensor = self.constants.get(name)
@@ -57,7 +57,7 @@ class Graph:
         return numpy_helper.to_array(tensor)
 
     def elements(self, name: str) -> list[Size] | None:
-        """The integers in a tensor of sizes, each a number or a free size's name."""
+        """Returns the integers in a tensor of sizes, or the names of free ones."""
         constant = self.value(name)
         if constant is not None:
             known = constant.dtype.kind == "i" and constant.ndim <= 1
@@ -79,7 +79,7 @@ class Graph:
         return name
 
     def flat_constant(self, name: str, size: int) -> str | None:
-        """A constant of `size` elements as a vector."""
+        """Returns a constant of `size` elements as a vector."""
         tensor = self.constants.get(name)
         if tensor is None or math.prod(tensor.dims) != size:
             return None
@@ -105,48 +105,48 @@ class Graph:
             )
         )
 
-    def match(self, pattern: Any, name: str, found: dict[str, str]) -> bool:
-        """Whether the tensor `name` is computed as `pattern` says.
+    def match(self, pattern: Any, name: str, tensors: dict[str, str]) -> bool:
+        """Returns whether the tensor `name` is computed as `pattern` says.
 
         Args:
             pattern: A variable, a string that stands for one tensor wherever it
                 occurs, or a tuple of an operation and the patterns of its inputs.
                 `"variable=Operation"` gives the operation's output a name too.
             name: The tensor.
-            found: Tensors by variable; filled where the pattern fits.
+            tensors: Tensors by variable; filled where the pattern fits.
         """
         if isinstance(pattern, str):
-            return found.setdefault(pattern, name) == name
+            return tensors.setdefault(pattern, name) == name
         variable, _, op_type = pattern[0].rpartition("=")
         operands = pattern[1:]
         node = self.producers.get(name)
         if node is None or node.op_type != op_type or len(node.input) < len(operands):
             return False
-        if variable and found.setdefault(variable, name) != name:
+        if variable and tensors.setdefault(variable, name) != name:
             return False
         inputs = list(node.input[: len(operands)])
         orders = [inputs, inputs[::-1]] if op_type in _COMMUTATIVE else [inputs]
         for order in orders:
-            trial = dict(found)
+            trial = dict(tensors)
             pairs = zip(operands, order, strict=True)
-            if all(self.match(operand, given, trial) for operand, given in pairs):
-                found.update(trial)
+            if all(self.match(operand, tensor, trial) for operand, tensor in pairs):
+                tensors.update(trial)
                 return True
         return False
 
     def drop_unused(self) -> None:
         """Removes nodes and constants that no output needs."""
         needed = {output.name for output in self.proto.output}
-        kept = []
+        nodes = []
         for node in reversed(self.proto.node):
             if needed.intersection(node.output):
-                kept.append(node)
+                nodes.append(node)
                 needed.update(node.input)
                 needed.update(_captured(node))
-        kept.reverse()
+        nodes.reverse()
         constants = [t for t in self.proto.initializer if t.name in needed]
         infos = [info for info in self.proto.value_info if info.name in needed]
-        _refill(self.proto.node, kept)
+        _refill(self.proto.node, nodes)
         _refill(self.proto.initializer, constants)
         _refill(self.proto.value_info, infos)
 
@@ -175,12 +175,12 @@ def _captured(node: Any) -> Iterator[str]:
 
 
 def attribute(node: Any, name: str, default: Any) -> Any:
-    """The value of an attribute of a node, or `default`."""
+    """Returns the value of an attribute of a node, or `default`."""
     from onnx import helper
 
-    for found in node.attribute:
-        if found.name == name:
-            return helper.get_attribute_value(found)
+    for entry in node.attribute:
+        if entry.name == name:
+            return helper.get_attribute_value(entry)
     return default
 
 

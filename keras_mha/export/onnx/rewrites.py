@@ -57,7 +57,7 @@ def _without_large_constants(model: Any) -> Iterator[Callable[[Any], Any]]:
 
 
 def _fix_reshapes(graph: Graph) -> bool:
-    """Makes targets of `Reshape` constant: 0 for a kept size, -1 for one other."""
+    """Makes targets of `Reshape` constant: 0 for the same size, -1 for one other."""
     changed = False
     for node in graph.proto.node:
         if node.op_type != "Reshape" or node.input[1] in graph.constants:
@@ -79,7 +79,7 @@ def _fix_reshapes(graph: Graph) -> bool:
 
 
 def _constant_target(before: list[Size], after: list[Size]) -> list[int] | None:
-    """A target without free sizes, if `after` is certain to have as many elements.
+    """Returns a target without free sizes, if the number of elements surely stays.
 
     Example:
 
@@ -110,7 +110,7 @@ def _constant_target(before: list[Size], after: list[Size]) -> list[int] | None:
 
 
 def _inserted_axes(before: list[Size], after: list[Size]) -> list[int]:
-    """Where `after` has sizes of one that `before` has not; none if more differs.
+    """Returns where `after` has sizes of one that `before` lacks; none if more differs.
 
     Example:
 
@@ -131,7 +131,7 @@ def _inserted_axes(before: list[Size], after: list[Size]) -> list[int]:
 
 
 def _quotient(before: list[Size], after: list[Size]) -> Size | None:
-    """The one size by which the product of `before` is larger than that of `after`."""
+    """Returns the one size by which `before` has a larger product than `after`."""
     names = [size for size in before if isinstance(size, str)]
     for size in after:
         if isinstance(size, str):
@@ -155,12 +155,12 @@ def _keep_rank_in_products(graph: Graph) -> bool:
     pattern = ("Reshape", ("MatMul", ("Reshape", "inputs", "flat"), "matrix"), "target")
     changed = False
     for node in graph.proto.node:
-        found = _match_any(graph, [pattern], node.output[0])
-        if found is None:
+        tensors = _match_any(graph, [pattern], node.output[0])
+        if tensors is None:
             continue
-        sizes = graph.sizes(found["inputs"])
-        matrix = graph.sizes(found["matrix"])
-        flat = graph.elements(found["flat"])
+        sizes = graph.sizes(tensors["inputs"])
+        matrix = graph.sizes(tensors["matrix"])
+        flat = graph.elements(tensors["flat"])
         after = graph.sizes(node.output[0])
         if (
             sizes is not None
@@ -169,13 +169,13 @@ def _keep_rank_in_products(graph: Graph) -> bool:
             and flat == [-1, sizes[-1]]
             and after == [*sizes[:-1], matrix[1]]
         ):
-            graph.become(node, "MatMul", [found["inputs"], found["matrix"]])
+            graph.become(node, "MatMul", [tensors["inputs"], tensors["matrix"]])
             changed = True
     return changed
 
 
 def _layer_normalization(mean_op: str) -> Any:
-    """What Keras' `LayerNormalization` over the last axis is converted to."""
+    """Returns what Keras' `LayerNormalization` over the last axis becomes."""
     mean = (f"mean={mean_op}", "x")
     centered = ("Sub", "x", mean)
     variance = (f"variance={mean_op}", ("Mul", centered, centered))
@@ -194,21 +194,21 @@ def _fuse_layer_normalization(graph: Graph) -> bool:
     """Makes one operation of what spells a layer normalization out."""
     changed = False
     for node in graph.proto.node:
-        found = _match_any(graph, _LAYER_NORMALIZATIONS, node.output[0])
-        if graph.opset < 17 or found is None:
+        tensors = _match_any(graph, _LAYER_NORMALIZATIONS, node.output[0])
+        if graph.opset < 17 or tensors is None:
             continue
-        sizes, epsilon = graph.sizes(found["x"]), graph.value(found["epsilon"])
+        sizes, epsilon = graph.sizes(tensors["x"]), graph.value(tensors["epsilon"])
         if sizes is None or not isinstance(sizes[-1], int) or epsilon is None:
             continue
-        means = [graph.producers[found[name]] for name in ("mean", "variance")]
-        gamma = graph.flat_constant(found["gamma"], sizes[-1])
-        beta = graph.flat_constant(found["beta"], sizes[-1])
+        means = [graph.producers[tensors[name]] for name in ("mean", "variance")]
+        gamma = graph.flat_constant(tensors["gamma"], sizes[-1])
+        beta = graph.flat_constant(tensors["beta"], sizes[-1])
         over_last = all(_is_over_last(graph, mean, len(sizes)) for mean in means)
         if over_last and gamma and beta and epsilon.size == 1:
             graph.become(
                 node,
                 "LayerNormalization",
-                [found["x"], gamma, beta],
+                [tensors["x"], gamma, beta],
                 axis=-1,
                 epsilon=epsilon.item(),
             )
@@ -218,9 +218,9 @@ def _fuse_layer_normalization(graph: Graph) -> bool:
 
 def _match_any(graph: Graph, patterns: list[Any], name: str) -> dict[str, str] | None:
     for pattern in patterns:
-        found: dict[str, str] = {}
-        if graph.match(pattern, name, found):
-            return found
+        tensors: dict[str, str] = {}
+        if graph.match(pattern, name, tensors):
+            return tensors
     return None
 
 
@@ -247,15 +247,15 @@ def _gather_directly(graph: Graph) -> bool:
     for node in graph.proto.node:
         if node.op_type != "Gather":
             continue
-        found = _match_any(graph, [_NEGATIVE_FROM_THE_END], node.input[1])
-        if found is None:
+        tensors = _match_any(graph, [_NEGATIVE_FROM_THE_END], node.input[1])
+        if tensors is None:
             continue
         axis, sizes = attribute(node, "axis", 0), graph.sizes(node.input[0])
-        size, zero = graph.value(found["size"]), graph.value(found["zero"])
+        size, zero = graph.value(tensors["size"]), graph.value(tensors["zero"])
         if sizes is None or size is None or zero is None:
             continue
         if size.size == 1 and size.item() == sizes[axis] and not zero.any():
-            node.input[1] = found["ids"]
+            node.input[1] = tensors["ids"]
             changed = True
     return changed
 

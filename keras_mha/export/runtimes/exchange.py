@@ -12,7 +12,7 @@ import numpy as np
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `arrays` as an `.npz`; an object array holds `bytes` alone.
+    """Writes `arrays` as an `.npz`; an object array holds only `bytes`.
 
     NumPy's own string types drop trailing NULs, so strings travel as their
     concatenated bytes and their lengths.

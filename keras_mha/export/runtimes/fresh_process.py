@@ -84,7 +84,7 @@ class FreshProcess:
             (self._directory / "request.json").write_text(json.dumps(request), "utf-8")
             for i, case in enumerate(cases):
                 exchange.write_arrays(self._directory / f"case_{i}.npz", case)
-            # A file: nobody need empty it while others have their turns.
+            # A file, which nobody needs to empty while others have their turns.
             stderr = stack.enter_context((self._directory / "stderr").open("wb"))
             self._process = subprocess.Popen(
                 [*runtime.python(), str(_CHILD), str(self._directory)],
@@ -116,7 +116,7 @@ class FreshProcess:
         self._hear(timeout)
 
     def time_call(self, timeout: float) -> float:
-        """The seconds that the last case took, run once more; needs `in_turns`.
+        """Runs the last case once more and returns its seconds; needs `in_turns`.
 
         Raises:
             VerificationError: If the process fails, is killed or takes too long.
@@ -124,7 +124,7 @@ class FreshProcess:
         return self._hear(timeout, asked=b"?")
 
     def finish(self, timeout: float) -> tuple[list[Arrays], dict[str, Any]]:
-        """Waits for the end, and reads what `run_in_fresh_process` returns.
+        """Waits for the end and reads what `run_in_fresh_process` returns.
 
         Raises:
             VerificationError: If the process fails, is killed or takes too long.
@@ -178,7 +178,7 @@ class FreshProcess:
 
 
 def _settings() -> dict[str, str]:
-    # The comparison is one of CPU results; a visible GPU would only be occupied.
+    # CPU results are compared; a visible GPU would only be occupied.
     settings = {"CUDA_VISIBLE_DEVICES": "-1"}
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
         settings["TF_CPP_MIN_LOG_LEVEL"] = "2"

@@ -1,7 +1,7 @@
 """Runs a TFLite file on LiteRT's GPU delegate, over a Vulkan driver in software.
 
-What it shows are the delegate's own kernels and orders of axes, in float32. It is no
-phone: the speed, half precision and faults of a phone's driver are not seen.
+It shows the delegate's own kernels and orders of axes, in float32. It does not show
+the speed, half precision and faults of a phone's driver.
 
 Stand-alone: ai_edge_litert and NumPy, no import of tensorflow.
 """
@@ -41,18 +41,18 @@ def find_software_driver() -> Path:
     """
     named = os.environ.get(_VARIABLE, "").split(os.pathsep)
     places = [*(Path(name) for name in named if "swiftshader" in name), *_MANIFESTS]
-    found = next((place for place in places if place.is_file()), None)
+    manifest = next((place for place in places if place.is_file()), None)
     missing = []
-    if found is None:
+    if manifest is None:
         missing.append("the software Vulkan driver SwiftShader (chromium)")
     if ctypes.util.find_library("vulkan") is None:
         missing.append("Vulkan's loader (libvulkan1)")
-    if found is None or missing:
+    if manifest is None or missing:
         raise FileNotFoundError(
             f"The GPU delegate needs {' and '.join(missing)}. On Debian: apt-get "
             f"install chromium libvulkan1; or name the driver's manifest in {_VARIABLE}"
         )
-    return found
+    return manifest
 
 
 def load(path: str, *, signature_name: str, driver: str) -> Loaded:
@@ -102,7 +102,7 @@ def _compile(path: str) -> tuple[Any, bool]:
         )
         return CompiledModel.from_file(path, options=options)
 
-    # With the CPU beside it every graph counts as fully accelerated: XNNPACK is an
+    # With the CPU next to it every graph counts as fully accelerated: XNNPACK is an
     # accelerator too. Without it, a graph that is not is an error.
     try:
         model = load(HardwareAccelerator.GPU)
@@ -116,15 +116,15 @@ def _compile(path: str) -> tuple[Any, bool]:
 def _answer(model: Any, signature: str, case: Arrays) -> Arrays:
     import numpy as np
 
-    given = model.get_input_tensor_details(signature)
-    if set(given) != set(case):
-        raise ValueError(f"The file takes {sorted(given)}. Received: {sorted(case)}")
+    details = model.get_input_tensor_details(signature)
+    if set(details) != set(case):
+        raise ValueError(f"The file takes {sorted(details)}. Received: {sorted(case)}")
     inputs = {}
     for name, array in case.items():
-        wanted = (given[name]["dtype"], tuple(given[name]["shape"]))
-        if wanted != (array.dtype.name, array.shape):
+        expected = (details[name]["dtype"], tuple(details[name]["shape"]))
+        if expected != (array.dtype.name, array.shape):
             raise ValueError(
-                f"Input {name!r} must be {wanted}. Received: "
+                f"Input {name!r} must be {expected}. Received: "
                 f"{(array.dtype.name, array.shape)}"
             )
         inputs[name] = model.create_input_buffer_by_name(signature, name)

@@ -76,14 +76,14 @@ def _decoded(case: Arrays) -> str | None:
 
 
 def _giving_ids(content: bytes) -> bytes:
-    """The same file with another graph, that turns its first input into floats."""
+    """Replaces the graph by one that turns its first input into floats."""
     from ai_edge_litert import schema_py_generated as schema
     from flatbuffers import Builder
 
     model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
-    kept = {entry.buffer for entry in model.metadata}
+    in_use = {entry.buffer for entry in model.metadata}
     for number, buffer in enumerate(model.buffers):
-        if number not in kept:
+        if number not in in_use:
             buffer.data = None
     graph = model.subgraphs[0]
     tensors = [graph.tensors[number] for number in graph.inputs]
@@ -113,11 +113,11 @@ def _giving_ids(content: bytes) -> bytes:
     probe = io.BytesIO()
     probe.write(builder.Output())
     with (
-        zipfile.ZipFile(io.BytesIO(content)) as own,
+        zipfile.ZipFile(io.BytesIO(content)) as source,
         zipfile.ZipFile(probe, "a") as archive,
     ):
-        for name in own.namelist():
-            archive.writestr(name, own.read(name))
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
     return probe.getvalue()
 
 

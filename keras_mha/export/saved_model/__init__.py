@@ -1,1 +1,1 @@
-"""SavedModels for TF Serving, and what stands beside them."""
+"""SavedModels for TF Serving, and what accompanies them."""

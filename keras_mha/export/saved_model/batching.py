@@ -1,4 +1,4 @@
-"""Whether a server may put rows of different requests into one batch."""
+"""Checks that a server may put rows of different requests into one batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def padded(arrays: Arrays) -> dict[str, np.ndarray]:
-    """The batch as TF Serving fills it up: with copies of its first row.
+    """Fills a batch up as TF Serving does, with copies of its first row.
 
     Filled to the next power of two, and by one row at least.
     """
@@ -36,12 +36,12 @@ def check_batching(
     rows: int,
     tolerance: float,
 ) -> float:
-    """Compares what a file answers to rows in different company.
+    """Compares what a file answers to the same rows in different batches.
 
     Args:
         together: Its answers to some rows in one batch.
         filled: To the same, filled up by `padded`.
-        singles: To the first rows, each alone.
+        singles: To the first rows, one at a time.
         rows: How many there are.
         tolerance: Largest absolute difference allowed.
 
@@ -63,8 +63,8 @@ def check_batching(
     0.0
     """
     for name, array in together.items():
-        found = [answer[name].shape[:1] for answer in (together, filled)]
-        if found != [(rows,), (_filled_rows(rows),)]:
+        sizes = [answer[name].shape[:1] for answer in (together, filled)]
+        if sizes != [(rows,), (_filled_rows(rows),)]:
             raise ValueError(
                 "Every output of `model` must have the batch as its first dimension, "
                 f"or a server could not batch requests. Received: output {name!r} of "

@@ -35,7 +35,7 @@ from keras_mha.export.saved_model.served_tflite import (
     write_served_tflite,
 )
 from keras_mha.export.saved_model.warmup import MAX_RECORDS, read_warmup, write_warmup
-from keras_mha.export.tokens import INPUT, after_tokenizer
+from keras_mha.export.tokens import INPUT, endpoint_of_tokens
 from keras_mha.layers.arguments import check_flag
 
 _DEFAULT, _TOKENS = "serving_default", "tokens"
@@ -57,10 +57,10 @@ def export_saved_model(
 ) -> SavedModelReport:
     """Writes `model` as a SavedModel at `<directory>/<version>/`, and checks it.
 
-    The signature `serving_default` (and Keras' `serve`) takes every input under its
-    own name, with a free batch dimension, and gives every output under its own. With
-    `tokens=True` a model of texts has the signature `tokens` besides, which takes what
-    its tokenizer gives.
+    The signature `serving_default` (and Keras' `serve`) takes every input and gives
+    every output under its name, with a free batch dimension. With `tokens=True` a
+    model of texts also has the signature `tokens`, which takes what its tokenizer
+    gives.
     Marks that ask for XLA are removed, since TF Serving disables it, and the first
     samples become warm-up requests.
 
@@ -84,14 +84,14 @@ def export_saved_model(
     Without XLA the others run one by one. NVIDIA GPUs since Ampere multiply float32
     matrices in TF32, with errors near 1e-3, unless `NVIDIA_TF32_OVERRIDE=0` is set.
 
-    Everything happens under a name beside `<directory>/<version>/` that is no number;
-    only a checked version is renamed. After an error nothing is left.
+    Everything is written next to `<directory>/<version>/` under a name that is not a
+    number; only a checked version is renamed. After an error nothing is left.
 
     Args:
         model: Any Keras model on the TensorFlow backend, built; string inputs and
             several inputs included. Inputs of a subclassed model are free in their
-            batch dimension alone, and have the samples' shapes otherwise.
-        directory: Where the versions are; made if absent.
+            batch dimension only, and have the samples' shapes otherwise.
+        directory: Where the versions are; created if absent.
         samples: What one would hand to `model.predict`: an array, a list of strings,
             a tensor, a dictionary by input name. Run as one batch: some dozen rows
             are enough.
@@ -110,7 +110,7 @@ def export_saved_model(
         tokens: Whether to write the signature `tokens`: the part of the model after
             its `keras_mha.text.WordpieceTokenizer`, which takes `ids`, and other
             inputs as they are. The weights are written once.
-        with_tflite: Whether to write `model.tflite` beside `saved_model.pb`.
+        with_tflite: Whether to write `model.tflite` next to `saved_model.pb`.
         timeout: Seconds that the check of one file may take.
 
     Returns:
@@ -156,7 +156,7 @@ def export_saved_model(
         _check_tflite(endpoint)
     rows = len(next(iter(arrays.values())))
 
-    cut = after_tokenizer(endpoint, arrays) if tokens else None
+    cut = endpoint_of_tokens(endpoint, arrays) if tokens else None
 
     with staging(directory) as staged:
         path = staged / "model"
@@ -269,7 +269,7 @@ def _check_tflite(endpoint: Endpoint) -> None:
     if texts:
         raise ValueError(
             "`with_tflite` is for models that take no strings: TF Serving has TFLite's "
-            "builtin operations alone, and tokenizers need others. Pass the part of "
+            "only builtin operations, and tokenizers need others. Pass the part of "
             "the model after its tokenizer: `without_tokenizer` gives it. Received: "
             f"the string inputs {texts}"
         )

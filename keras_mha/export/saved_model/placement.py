@@ -1,4 +1,4 @@
-"""Where TensorFlow places the operations of a SavedModel on a machine with a GPU."""
+"""Tells which operations of a SavedModel run on a machine's GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNPLACED = frozenset(
 
 
 def gpu_note(meta_graph: meta_graph_pb2.MetaGraphDef, signature_name: str) -> str:
-    """What to know before serving a signature on a GPU, in a few sentences.
+    """Says in a few sentences what to know before serving a signature on a GPU.
 
     TensorFlow puts an operation on the GPU where it has a kernel for it, unless the
     graph names a device. Which have one is asked of the TensorFlow that is imported.
@@ -28,25 +28,25 @@ def gpu_note(meta_graph: meta_graph_pb2.MetaGraphDef, signature_name: str) -> st
         return (
             f"{start}. Which operations have a GPU kernel this TensorFlow cannot say."
         )
-    found = sorted({node.op for node in nodes if not _has_gpu_kernel(node.op)})
-    rest = f"all but {', '.join(found)}, which stay on the CPU" if found else "all"
+    on_cpu = sorted({node.op for node in nodes if not _has_gpu_kernel(node.op)})
+    rest = f"all but {', '.join(on_cpu)}, which stay on the CPU" if on_cpu else "all"
     return f"{start}. Of its operations these have a GPU kernel: {rest}."
 
 
 def _reached(meta_graph: meta_graph_pb2.MetaGraphDef, signature_name: str) -> list[Any]:
-    """The nodes that a signature's outputs depend on, those of functions included."""
+    """Returns the nodes that a signature's outputs depend on, also in functions."""
     graph = meta_graph.graph_def
     functions = {one.signature.name: one.node_def for one in graph.library.function}
     top = {node.name: node for node in graph.node}
     outputs = meta_graph.signature_def[signature_name].outputs.values()
     names = [output.name for output in outputs]
-    found: dict[str, Any] = {}
+    reached: dict[str, Any] = {}
     while names:
         name = names.pop().removeprefix("^").partition(":")[0]
-        if name not in found:
-            found[name] = top[name]
+        if name not in reached:
+            reached[name] = top[name]
             names += top[name].input
-    nodes = list(found.values())
+    nodes = list(reached.values())
     called: set[str] = set()
     for node in nodes:  # grows
         for function in _called(node):

@@ -17,7 +17,7 @@ from keras_mha.export.report import (
 
 @dataclass(frozen=True)
 class SignatureReport(ReportPart):
-    """A signature besides the first, checked like it.
+    """A further signature, checked like the first.
 
     Attributes:
         name: Its name.
@@ -65,7 +65,7 @@ class SavedModelReport(ExportReport):
             rows of its batch.
         parity: The comparison with the model.
         gpu_note: What to know before it is served on a GPU.
-        further_signatures: Those besides `serving_default` and `serve`.
+        further_signatures: Those other than `serving_default` and `serve`.
         tflite: The signature of `model.tflite`, if that was asked for.
     """
 

@@ -1,7 +1,7 @@
-"""`model.tflite` beside a SavedModel, which TF Serving runs instead where asked.
+"""Writes `model.tflite` next to a SavedModel; TF Serving runs it instead if asked.
 
 With `--prefer_tflite_model` the server loads that file in place of `saved_model.pb`. It
-knows builtin operations alone, resizes the inputs to each request's batch, and reads no
+knows only builtin operations, resizes the inputs to each request's batch, and reads no
 signature of the file's own table: it calls inputs and outputs by the names of their
 tensors, under `serving_default`.
 
@@ -41,7 +41,7 @@ def write_served_tflite(saved_model: Path) -> None:
 
 
 def named_by_signature(content: bytes) -> bytes:
-    """The file with its inputs and outputs called as in its signature.
+    """Names the tensors of a file's inputs and outputs as its signature does.
 
     Raises:
         ValueError: If a tensor would need two names.

@@ -52,7 +52,7 @@ def read_warmup(saved_model: Path) -> list[dict[str, np.ndarray]]:
 
 
 def encode_request(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """A `PredictionLog` that asks `serving_default` for an answer to `arrays`.
+    """Returns a `PredictionLog` that asks `serving_default` for an answer to `arrays`.
 
     Example:
 
@@ -76,7 +76,7 @@ def encode_request(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def decode_request(record: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a record that `encode_request` wrote."""
+    """Returns the arrays of a record that `encode_request` wrote."""
     predict_log = dict(_fields(record))[_PREDICTION_LOG_PREDICT_LOG]
     request = dict(_fields(predict_log))[_PREDICT_LOG_REQUEST]
     arrays = {}

@@ -1,1 +1,1 @@
-"""The same inputs through every runtime."""
+"""Runs the same inputs through every runtime."""

@@ -1,4 +1,4 @@
-"""One file in one runtime, on its way to a row of a report."""
+"""Runs one file in one runtime, for a row of a report."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class Job:
 
 
 def share(labels: np.ndarray | None, others: np.ndarray | None) -> float | None:
-    """Share of equal labels; `None` where there are none."""
+    """Returns the share of equal labels, or `None` without labels."""
     if labels is None or others is None:
         return None
     return float(np.mean(labels == others))

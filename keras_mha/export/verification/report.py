@@ -1,4 +1,4 @@
-"""What `verify` found out: one row for each file and runtime."""
+"""The results of `verify`: one row for each file and runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLORS = {"ok": "tab:green", "wrong": "tab:red"}
 
 @dataclass(frozen=True)
 class RuntimeCheck:
-    """One file in one runtime, beside the Keras model. What is not known is `None`.
+    """One file in one runtime, compared with the Keras model; `None` if unknown.
 
     Attributes:
         file: The file or directory; empty for the Keras model itself.
@@ -34,7 +34,7 @@ class RuntimeCheck:
         max_relative_difference: The same, where the model's value is not zero.
         label_agreement: Share of rows with the same label as the model's: the largest
             of several classes, or whether one probability is at least 0.5.
-        accuracy: Share of rows with the given label.
+        accuracy: Share of rows with the right label.
         size_bytes: Of the file.
         latency: The median time of a row, in calls of one row or the file's fixed
             batch, as a multiple of the Keras model's. None where it is emulated.
@@ -82,7 +82,7 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class VerificationReport(ExportReport):
-    """What `verify` found out.
+    """The results of `verify`.
 
     Attributes:
         checks: The Keras model, then one entry for each file and runtime.
@@ -103,19 +103,19 @@ class VerificationReport(ExportReport):
 
     @property
     def passed(self) -> bool:
-        """Whether something is ok, and nothing wrong or failed.
+        """Whether something is ok and nothing is wrong or failed.
 
         What was not run counts neither way.
         """
-        found = {check.status for check in self.checks}
-        return "ok" in found and not found & {"wrong", "failed"}
+        statuses = {check.status for check in self.checks}
+        return "ok" in statuses and not statuses & {"wrong", "failed"}
 
     def to_json(self) -> str:
-        """All fields as indented JSON, and `passed` with them."""
+        """Returns all fields as indented JSON, and `passed` with them."""
         return json.dumps({"passed": self.passed, **asdict(self)}, indent=2)
 
     def to_markdown(self) -> str:
-        """A table with a row for each file and runtime, and what it was made with."""
+        """Returns a table, a row for each file and runtime, and the versions used."""
         used = [
             key
             for key in _HEADS
@@ -147,13 +147,13 @@ class VerificationReport(ExportReport):
         if path.suffix != ".png":
             super().write(path)
             return
-        beside = path.with_name(f".{path.name}.part")
-        _draw(self, beside)
-        beside.replace(path)
+        part = path.with_name(f".{path.name}.part")
+        _draw(self, part)
+        part.replace(path)
 
 
 def _names(checks: Sequence[RuntimeCheck]) -> dict[str, str]:
-    """Each file's name, with its folder's where files of other folders have it too."""
+    """Returns each file's name, with its folder's where other folders have it too."""
     files = {check.file for check in checks}
     shared = Counter(Path(file).name for file in files)
     return {
@@ -184,13 +184,13 @@ def _cell(check: RuntimeCheck, key: str, names: Mapping[str, str]) -> str:
 
 
 def _brief(reason: str) -> str:
-    """The first line and the last, where an error's own message stands."""
+    """Returns the first line and the last, which holds an error's own message."""
     lines = reason.splitlines()
     return lines[0] if len(lines) == 1 else f"{lines[0]} [...] {lines[-1]}"
 
 
 def _draw(report: VerificationReport, path: Path) -> None:
-    """Bars of differences beside bars of latencies."""
+    """Draws bars of differences next to bars of latencies."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

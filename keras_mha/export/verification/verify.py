@@ -1,4 +1,4 @@
-"""The same inputs through every runtime at hand, beside the Keras model."""
+"""Runs the same inputs through every runtime at hand and through the Keras model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def verify(
         emulated_samples: Number of samples, the first ones, for `litert_gpu` and
             `litert_arm`, which are slow.
         timed_calls: Number of calls of which the latency is the median; 0 times none.
-        output_names: Names of the outputs, as they were given to the exporters.
+        output_names: Names of the outputs, as the exporters had them.
         signature_name: Name of the signature in SavedModel and TFLite files.
         timeout: Seconds that one runtime may take for one file.
         **files: One or more files for each format, by its name: `saved_model`, a
@@ -91,7 +91,7 @@ def verify(
     Raises:
         FileNotFoundError: If a file does not exist.
         TypeError: If `model` or `samples` are of the wrong type.
-        ValueError: If no file is given, or an argument is out of its domain.
+        ValueError: If there is no file, or an argument is out of its domain.
 
     Example:
 
@@ -205,7 +205,7 @@ def _list_files(files: Mapping[str, Paths | None]) -> list[tuple[str, Path]]:
     ]
     if not paths:
         *most, last = (f"`{name}`" for name in FORMATS)
-        raise ValueError(f"One of {', '.join(most)} and {last} must be given")
+        raise ValueError(f"One of {', '.join(most)} and {last} must name a file")
     for name, path in paths:
         if not path.exists():
             raise FileNotFoundError(f"`{name}`: {path} does not exist")

@@ -291,13 +291,13 @@ def test_tokens_beside_another_input(tmp_path: Path) -> None:
 def test_wrong_tokens_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = module.after_tokenizer
+    plain = module.endpoint_of_tokens
 
     def off_by_one(*arguments: Any) -> Any:
         endpoint, arrays = plain(*arguments)
         return endpoint, arrays | {"ids": (arrays["ids"] + 1) % 9}
 
-    monkeypatch.setattr(module, "after_tokenizer", off_by_one)
+    monkeypatch.setattr(module, "endpoint_of_tokens", off_by_one)
     with pytest.raises(ParityError, match="Output 'probabilities' .* differs"):
         export_saved_model(
             small_models.text_model(),
