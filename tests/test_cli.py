@@ -128,6 +128,20 @@ def test_a_wrong_value_ends_with_1_and_leaves_nothing(
     assert (out / "onnx" / "model.onnx").exists()
 
 
+def test_what_exists_is_replaced_with_a_warning_or_as_asked(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = of_ids(files, tmp_path, "onnx")
+    path = tmp_path / "onnx" / "model.onnx"
+    path.parent.mkdir()
+    for options, warned in ([], True), (["--overwrite"], False):
+        path.write_bytes(b"old")
+        assert main([*arguments, *options]) == 0
+        told = capsys.readouterr().err
+        assert (f"warning: {path} exists and is replaced" in told) is warned
+        assert path.read_bytes() != b"old"
+
+
 @pytest.mark.slow
 def test_models_of_keras_mha_models_load(tmp_path: Path) -> None:
     encoder = BertEncoder(11, 7, 8, num_layers=1, num_heads=2, hidden_dim=16)

@@ -25,10 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"onnx": "model.onnx", "saved_model": "1", "tflite": "model_5.tflite"}
 KILLS = {"onnx": 17, "saved_model": 17, "tflite": 16}  # 50 in all
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="forks after importing"),
-]
+pytestmark = pytest.mark.slow
 
 
 class Server:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from keras_mha.export.parity import VerificationError
 from keras_mha.export.runtimes import exchange
-from keras_mha.export.runtimes.descriptor import Arrays, File, Runtime
+from keras_mha.export.runtimes.descriptor import AbsentError, Arrays, File, Runtime
 
 _CHILD = Path(exchange.__file__).with_name("child.py")
 _SECONDS = struct.Struct("=d")  # what the child sends
@@ -37,11 +37,14 @@ def run_in_fresh_process(
         the runtime tells, `runtime` and `blocked`.
 
     Raises:
-        AbsentError: If something that the file needs is missing.
-        VerificationError: If the process fails, is killed or takes too long.
+        VerificationError: If the process fails, is killed or takes too long, or
+            something that the file needs is missing.
     """
-    with FreshProcess(runtime, file, cases) as process:
-        return process.finish(timeout)
+    try:
+        with FreshProcess(runtime, file, cases) as process:
+            return process.finish(timeout)
+    except AbsentError as error:
+        raise VerificationError(str(error)) from error
 
 
 class FreshProcess:
@@ -53,6 +56,9 @@ class FreshProcess:
         cases: Arrays by input name, for each run.
         in_turns: Whether it afterwards runs the last case again whenever asked, so
             that it can be timed in turns with others.
+
+    Raises:
+        AbsentError: If something that the file needs is missing.
     """
 
     def __init__(

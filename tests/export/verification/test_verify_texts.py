@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,6 @@ RUNTIMES = ["litert", "litert_gpu", "litert_arm", "mediapipe"]
 needs_mediapipe = pytest.mark.skipif(
     importlib.util.find_spec("mediapipe") is None,
     reason="mediapipe is not installed: pip install 'keras-mha[mediapipe]'",
-)
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="tensorflow-text registers its operations on Linux"
 )
 
 
