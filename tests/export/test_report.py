@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import FrozenInstanceError
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_dictionary_and_json_hold_every_field() -> None:
     assert fields["parity"]["max_absolute_difference"] == 1.234e-7
     assert fields["parity"]["batch_sizes"] == [1, 5]
     assert json.loads(SAVED.to_json()) == fields
-    assert set(fields) == set(SavedModelReport.__dataclass_fields__)
+    assert set(fields) == {one.name for one in dataclass_fields(SavedModelReport)}
     assert LITE.to_dict()["files"][1]["operators"] == {"ADD": 3, "MUL": 1}
 
 
