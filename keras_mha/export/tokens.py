@@ -138,13 +138,12 @@ def _call_of_tokenizer(
     """Returns the model's tokenizer, and what that gives in its graph."""
     from keras_mha.text import WordpieceTokenizer
 
-    graph = getattr(model, "inputs", None) and keras.Function(
-        model.inputs, model.outputs
-    )
+    inputs = getattr(model, "inputs", None)
+    nodes: Any = keras.Function(inputs, model.outputs)._nodes if inputs else ()
     # The layer's own `output` may be one that it gave in another model.
     calls = [
         (node.operation, node.outputs[0])
-        for node in (graph._nodes if graph else ())
+        for node in nodes
         if isinstance(node.operation, WordpieceTokenizer)
     ]
     if len(calls) != 1:
