@@ -125,6 +125,21 @@ def test_the_make_commands_of_the_documents_exist() -> None:
         assert named <= targets, path.name
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_the_pages_count_the_faults_that_the_tests_show() -> None:
+    tests = ROOT / "tests" / "layers" / "test_mended_faults.py"
+    text = tests.read_text(encoding="utf-8")
+    faults = len(set(re.findall(r"^def test_(\d+)_", text, re.MULTILINE)))
+    page = (ROOT / "docs" / "differences-from-keras.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) - 2 == faults  # without the head and the rule below it
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{faults} faults of Keras" in readme
+
+
 def test_versions_agree() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     newest = re.findall(r"^## \[([^\]]+)\]", changelog, re.MULTILINE)[0]
