@@ -139,10 +139,12 @@ def _call_of_tokenizer(
     from keras_mha.text import WordpieceTokenizer
 
     inputs = getattr(model, "inputs", None)
-    nodes: Any = keras.Function(inputs, model.outputs)._nodes if inputs else ()
+    graph: Any = keras.Function(inputs, model.outputs) if inputs else None
+    depths = graph._nodes_by_depth.values() if graph else ()
     # The layer's own `output` may be one that it gave in another model.
     calls = [
         (node.operation, node.outputs[0])
+        for nodes in depths
         for node in nodes
         if isinstance(node.operation, WordpieceTokenizer)
     ]
