@@ -4,9 +4,11 @@ from keras_mha.attention.api import dot_product_attention
 from keras_mha.attention.cache import flatten_cache, unflatten_cache
 from keras_mha.attention.masks import (
     CausalMask,
+    Mask,
     PaddingMask,
     SegmentMask,
     SlidingWindowMask,
+    TableMask,
 )
 from keras_mha.attention.packing import (
     PackedSequences,
@@ -19,7 +21,12 @@ from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
-from keras_mha.layers.positions import ALiBi, RelativePositionBias, RotaryEmbedding
+from keras_mha.layers.positions import (
+    ALiBi,
+    DistanceBias,
+    RelativePositionBias,
+    RotaryEmbedding,
+)
 from keras_mha.layers.residual_norm import ResidualNorm
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 
@@ -28,7 +35,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ALiBi",
     "CausalMask",
+    "DistanceBias",
     "FeedForward",
+    "Mask",
     "MultiHeadAttention",
     "MultiHeadSelfAttention",
     "PackedSequences",
@@ -38,6 +47,7 @@ __all__ = [
     "RotaryEmbedding",
     "SegmentMask",
     "SlidingWindowMask",
+    "TableMask",
     "TokenAndPositionEmbedding",
     "TransformerDecoderBlock",
     "TransformerEncoderBlock",

@@ -1,42 +1,19 @@
-"""The one door to attention: checks, picks an implementation, calls it."""
+"""The public door to attention: checks every argument once, and hands over."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import ModuleType
 from typing import Any
 
 from keras import KerasTensor, backend, ops
 
-from keras_mha.attention import mask_arguments, masks, portable, reference
-from keras_mha.attention.axes import (
-    fold_heads,
-    fold_padding,
-    fold_pairs,
-    unfold_heads,
-    unfold_scores,
-)
-from keras_mha.attention.bias import Bias, as_bias, check_bias
-from keras_mha.attention.blockwise import front as blockwise
-from keras_mha.attention.dispatch import select
+from keras_mha.attention import dispatch, mask_arguments
+from keras_mha.attention.bias import as_bias, check_bias
 from keras_mha.attention.dropout import as_seed, check_rate
-from keras_mha.attention.fused import front as fused
 from keras_mha.attention.mask_arguments import as_pairs
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.mask_parts import NOTHING, MaskParts, meet
+from keras_mha.attention.masks import Mask, checked_parts
 from keras_mha.attention.numeric import plain_number
 from keras_mha.typing import Tensor
-
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "reference": reference,
-    "blockwise": blockwise,
-    "portable": portable,
-    "fused": fused,
-}
-
-_implementation: ContextVar[str] = ContextVar("implementation", default="auto")
 
 
 def dot_product_attention(
@@ -134,28 +111,34 @@ def dot_product_attention(
     (B, T, N, _), S = query.shape, key.shape[1]
     scale = _as_number(scale, "scale")
     logits_soft_cap = _as_cap(logits_soft_cap)
-    mask = _as_mask(mask, (B, N, T, S))
-    masks.check_fit(mask, (B, N, T, S), "mask")
+    parts = _as_parts(mask, (B, N, T, S))
     if is_causal:
-        mask &= masks.CausalMask()
+        parts = meet(parts, MaskParts(upper=0))
     if sliding_window is not None:
         size = mask_arguments.check_window(sliding_window, "sliding_window")
-        mask &= masks.SlidingWindowMask(size)
+        parts = meet(parts, MaskParts(lower=1 - size, upper=size - 1))
     if segment_ids is not None:
         ids = mask_arguments.as_pair(segment_ids, "segment_ids")
-        mask &= masks.SegmentMask(
-            mask_arguments.as_segments(ids[0], (B, T), "segment_ids", (1, 2)),
-            mask_arguments.as_segments(ids[1], (B, S), "segment_ids", (1, 2)),
+        segments = (
+            mask_arguments.as_segments(part, shape, "segment_ids", (1, 2))
+            for part, shape in zip(ids, ((B, T), (B, S)), strict=True)
         )
+        parts = meet(parts, MaskParts(None, None, None, None, None, *segments))
+    dispatch.check_implementation(implementation, "implementation")
     dropout = check_rate(dropout, "dropout")
-    seed = None if seed is None else as_seed(seed)
-    mixed, scores = attend(
+    if dropout > 0 and seed is None:
+        raise ValueError(
+            f"`dropout` above 0 needs a `seed`. Received: dropout={dropout}, seed=None"
+        )
+    joined = as_bias(bias, sinks, ops.shape(query)[1], ops.shape(key)[1])
+    check_bias(joined, (B, N, T, S))
+    mixed, scores = dispatch.attend(
         query,
         key,
         value,
-        mask,
-        as_bias(bias, sinks, ops.shape(query)[1], ops.shape(key)[1]),
-        seed,
+        parts,
+        joined,
+        None if seed is None else as_seed(seed),
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         dropout=dropout,
@@ -163,173 +146,6 @@ def dot_product_attention(
         implementation=implementation,
     )
     return (mixed, scores) if return_scores else mixed
-
-
-@contextmanager
-def implementation_scope(name: str) -> Iterator[None]:
-    """Makes every attention layer traced inside run on the implementation `name`.
-
-    Exporters trace a model under `"portable"`; the model itself is not changed.
-
-    Args:
-        name: `"auto"`, or the name of an implementation.
-
-    Raises:
-        ValueError: If there is no implementation of that name.
-
-    Example:
-
-    >>> from keras_mha.attention.api import current_implementation
-    >>> from keras_mha.attention.api import implementation_scope
-    >>> with implementation_scope("portable"):
-    ...     current_implementation()
-    'portable'
-    """
-    check_implementation(name, "name")
-    token = _implementation.set(name)
-    try:
-        yield
-    finally:
-        _implementation.reset(token)
-
-
-def current_implementation() -> str:
-    """Returns the name of the implementation that layers use now."""
-    return _implementation.get()
-
-
-def prepare_inputs(inputs: Tensor, padding: Tensor | None) -> Tensor:
-    """Clears padded positions of `inputs`, where the implementation needs it.
-
-    See `keras_mha.attention.masks.clear_padding`. Portable's padding is finite by
-    its contract, so there the selection is left out of the exported graph.
-    """
-    if current_implementation() == "portable":
-        return inputs
-    return masks.clear_padding(inputs, padding)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    bias: Bias = Bias(),  # noqa: B008 - a tuple, which nobody can change
-    seed: Tensor | None = None,
-    *,
-    axes: tuple[int, ...] = (1,),
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    dropout: float = 0.0,
-    return_scores: bool = False,
-    implementation: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """Attention on projected heads; pure, so that it can be compiled as it is.
-
-    Args:
-        query: `(B, T, N, H)`, or with more axes between the first and the last two.
-        key: `(B, S, K, H)`, likewise.
-        value: `(B, S, K, V)`, likewise.
-        mask: What may attend to what, in the axes of the tensors above: padding
-            `(B, ...)`, pairs of the scores' rank.
-        bias: What joins the scores; several axes take none but sinks.
-        seed: Seed tensor `(2,)`; needed where `dropout > 0`.
-        axes: The axes that attend.
-        scale: Factor of the scores. Defaults to `1 / sqrt(H)`.
-        logits_soft_cap: Bound of the scores before the bias.
-        dropout: Share of the probabilities to drop.
-        return_scores: Whether the probabilities are wanted. Where they are not,
-            a compiled function need not store them.
-        implementation: A key of `IMPLEMENTATIONS`, or `"auto"`.
-
-    Returns:
-        The mixed values `(B, T, N, V)`, and the probabilities before dropout
-        `(B, N, T, S)` or `None`. With other axes, `(B, ..., N, V)` and
-        `(B, ..., N, T..., S...)`.
-
-    Raises:
-        ValueError: If what depends on the order of positions is asked for over
-            several axes, `dropout > 0` has no seed, there is no such
-            implementation, or it cannot serve the call.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.api import attend
-    >>> from keras_mha.attention.masks import Mask
-    >>> heads = np.zeros((2, 3, 5, 7), "float32")
-    >>> mixed, scores = attend(heads, heads, heads, Mask(), return_scores=True)
-    >>> tuple(mixed.shape), tuple(scores.shape)
-    ((2, 3, 5, 7), (2, 5, 3, 3))
-    """
-    check_order(mask, axes)
-    check_implementation(implementation, "implementation")
-    if dropout > 0 and seed is None:
-        raise ValueError(
-            f"`dropout` above 0 needs a `seed`. Received: dropout={dropout}, seed=None"
-        )
-    heads: Any = [fold_heads(tensor, axes) for tensor in (query, key, value)]
-    (rows, T, N, _), S = heads[0].shape, heads[1].shape[1]
-    check_bias(bias, (rows, N, T, S))
-    mask = mask._replace(
-        query_padding=_map(fold_padding, mask.query_padding, query, axes),
-        key_padding=_map(fold_padding, mask.key_padding, key, axes),
-        pairs=_map(fold_pairs, mask.pairs, query, key, axes),
-    )
-    chosen = select(
-        IMPLEMENTATIONS,
-        implementation,
-        heads[0],
-        heads[1],
-        heads[2],
-        mask,
-        bias,
-        logits_soft_cap=logits_soft_cap,
-        dropout=dropout,
-        return_scores=return_scores,
-    )
-    mixed, scores = chosen.attend(
-        *heads,
-        mask,
-        bias,
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        logits_soft_cap=logits_soft_cap,
-        dropout=dropout,
-        seed=seed,
-    )
-    mixed = unfold_heads(mixed, query, axes)
-    if not return_scores:
-        return mixed, None
-    return mixed, unfold_scores(scores, query, key, axes)
-
-
-def check_order(mask: Mask, axes: tuple[int, ...]) -> None:
-    """Refuses what depends on the order of positions, over several axes.
-
-    Raises:
-        ValueError: If `mask` is causal or has a window and `axes` has no one order.
-    """
-    if len(axes) > 1 and mask.is_ordered:
-        raise ValueError(
-            "`use_causal_mask` and `sliding_window` need a single attention axis: "
-            "several have no one order of positions. "
-            f"Received: attention_axes={axes}, use_causal_mask={mask.is_causal}, "
-            f"sliding_window={mask.sliding_window}"
-        )
-
-
-def check_implementation(name: str, argument: str) -> str:
-    """Returns `name` if there is an implementation of that name, or it is "auto".
-
-    Raises:
-        ValueError: Otherwise.
-    """
-    names = ["auto", *IMPLEMENTATIONS]
-    if name not in names:
-        raise ValueError(
-            f"`{argument}` must be one of {names}. Received: {argument}={name!r}"
-        )
-    return name
 
 
 def _check_heads(*heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,14 +205,13 @@ def _as_cap(value: Any) -> float | None:
     return number
 
 
-def _as_mask(mask: Any, score_shape: tuple[int | None, ...]) -> Mask:
-    mask = mask if isinstance(mask, Mask) else Mask(pairs=mask)
-    return mask._replace(pairs=as_pairs(mask.pairs, score_shape, 1, "mask"))
+def _as_parts(mask: Any, score_shape: tuple[int | None, ...]) -> MaskParts:
+    if mask is None:
+        return NOTHING
+    if isinstance(mask, Mask):
+        return checked_parts(mask, score_shape, 1, "mask")
+    return MaskParts(pairs=as_pairs(mask, score_shape, 1, "mask"))
 
 
 def _fit(one: int | None, other: int | None) -> bool:
     return one is None or other is None or one == other
-
-
-def _map(function: Callable[..., Tensor], mask: Tensor | None, *rest: Any) -> Any:
-    return None if mask is None else function(mask, *rest)

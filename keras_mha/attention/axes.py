@@ -86,7 +86,7 @@ def score_shape(
 def fold_heads(heads: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Brings projected heads `(B, ..., N, H)` to `(B', T, N, H)`."""
     rank = len(heads.shape)
-    if _is_folded(rank, axes):
+    if is_folded(rank, axes):
         return heads
     shape: Any = ops.shape(heads)
     free = _free_axes(rank - 2, axes)
@@ -106,7 +106,7 @@ def unfold_heads(mixed: Tensor, like: Tensor, axes: tuple[int, ...]) -> Tensor:
         axes: The attention axes.
     """
     rank = len(like.shape)
-    if _is_folded(rank, axes):
+    if is_folded(rank, axes):
         return mixed
     shape: Any = ops.shape(like)
     order = (*_free_axes(rank - 2, axes), *axes)
@@ -125,7 +125,7 @@ def fold_padding(padding: Tensor, like: Tensor, axes: tuple[int, ...]) -> Tensor
         axes: The attention axes.
     """
     rank = len(like.shape)
-    if _is_folded(rank, axes):
+    if is_folded(rank, axes):
         return padding
     shape: Any = ops.shape(like)
     free = _free_axes(rank - 2, axes)
@@ -149,7 +149,7 @@ def fold_pairs(
         axes: The attention axes.
     """
     rank = len(query.shape)
-    if _is_folded(rank, axes):
+    if is_folded(rank, axes):
         return pairs
     queries: Any = ops.shape(query)
     keys: Any = ops.shape(key)
@@ -167,7 +167,7 @@ def unfold_scores(
 ) -> Tensor:
     """Brings scores `(B', N, T, S)` to `(B, ..., N, T..., S...)`."""
     rank = len(query.shape)
-    if _is_folded(rank, axes):
+    if is_folded(rank, axes):
         return scores
     queries: Any = ops.shape(query)
     keys: Any = ops.shape(key)
@@ -177,7 +177,8 @@ def unfold_scores(
     return ops.reshape(scores, (*free, queries[-2], *rows, *columns))
 
 
-def _is_folded(heads_rank: int, axes: tuple[int, ...]) -> bool:
+def is_folded(heads_rank: int, axes: tuple[int, ...]) -> bool:
+    """Whether heads of this rank are `(B, T, N, H)` as they are."""
     return heads_rank == 4 and axes == (1,)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from keras import backend, ops
 
 from keras_mha.attention.gradient import with_gradient
-from keras_mha.attention.masks import Mask, clear_padding
+from keras_mha.attention.mask_parts import MaskParts, clear_padding
 from keras_mha.typing import Shape, Tensor
 
 Cache = dict[str, Any]
@@ -32,6 +32,8 @@ class Extended(NamedTuple):
         key: `(B, S, K, H)`.
         value: `(B, S, K, V)`.
         mask: What may attend to what: causal.
+        offset: How many of the keys come before the first query, an int or an int32
+            scalar.
         cache: The cache for the next call.
         overflows: Whether more positions went by than the cache can hold, boolean
             scalar; `None` where that cannot be.
@@ -39,7 +41,8 @@ class Extended(NamedTuple):
 
     key: Tensor
     value: Tensor
-    mask: Mask
+    mask: MaskParts
+    offset: Any
     cache: Cache
     overflows: Tensor | None
 
@@ -122,16 +125,14 @@ def extend_cache(
         seen = {name: _write(cache[name], new[name], place) for name in new}
         kept = seen
         offset, overflows = length, length + T > L
-    mask = Mask(
+    mask = MaskParts(
         query_padding=padding,
         key_padding=seen["mask"],
-        is_causal=True,
-        sliding_window=sliding_window,
-        offset=offset,
-        keys_are_finite=True,
+        lower=None if sliding_window is None else offset - (sliding_window - 1),
+        upper=offset,
     )
     cache = {**kept, "length": length + T}
-    return Extended(seen["key"], seen["value"], mask, cache, overflows)
+    return Extended(seen["key"], seen["value"], mask, offset, cache, overflows)
 
 
 def next_position(cache: Cache) -> Tensor:

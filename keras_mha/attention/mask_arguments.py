@@ -159,9 +159,15 @@ def as_segments(
 def as_pair(ids: Any, name: str) -> tuple[Any, Any]:
     """Returns segment ids of queries and of keys, from a pair or from one for both.
 
+    A pair is a tuple, or a list of two tensors `(B, T)` and `(B, S)`, into which
+    a saved model turns it.
+
     Raises:
         ValueError: If `ids` is a tuple of more or fewer than two.
     """
+    if isinstance(ids, list) and len(ids) == 2:
+        ranks = [len(getattr(part, "shape", ())) for part in ids]
+        ids = tuple(ids) if min(ranks) > 1 else ids
     if not isinstance(ids, tuple):
         return ids, ids
     if len(ids) != 2 or any(part is None for part in ids):
@@ -240,6 +246,23 @@ def as_lengths(lengths: Tensor | None, name: str) -> Tensor | None:
         lengths = ops.minimum(lengths, ops.cast(most, lengths.dtype))
     lengths = ops.maximum(lengths, ops.cast(0, lengths.dtype))
     return ops.cast(lengths, "int32")
+
+
+def as_offset(offset: Any) -> Any:
+    """Returns the number of keys before the first query, an int or a scalar tensor.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is not a scalar.
+    """
+    if isinstance(offset, bool):
+        raise TypeError(f"`offset` must be an integer. Received: offset={offset}")
+    number = plain_integer(offset)
+    if number is not None:
+        return number
+    refuse_symbolic(offset, "offset")
+    offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
+    return ops.cast(check_integers(offset, "offset", (0,)), "int32")
 
 
 def as_integers(values: Tensor, name: str, ranks: tuple[int, ...]) -> Tensor:

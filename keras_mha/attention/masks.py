@@ -1,143 +1,173 @@
-"""What may attend to what: every kind of mask meets in this one file.
+"""What may attend to what: values that compose with `&`.
 
-Convention: boolean, True means attend. Integers count as booleans (non-zero is
-True); floating masks are refused, because an additive mask read as a boolean one
-would silently mean its opposite.
+To add a kind of mask, subclass `Mask` and say in `visible` which pairs attend. Every
+implementation then serves it or leaves it to one that does. A kind that the fast ones
+know too also overrides `take_apart`.
+
+Convention: boolean, True means attend. Integers count as booleans (non-zero is True);
+floating masks are refused, because an additive mask read as a boolean one would
+silently mean its opposite.
 
 Letters: B batch, T query length, S key length, N query heads.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import abc
+import functools
+import warnings
+from typing import Any
 
-from keras import ops
+import keras
+from keras import KerasTensor, ops
 
 from keras_mha.attention.mask_arguments import (
     as_boolean,
     as_integers,
     as_lengths,
+    as_offset,
     as_pairs,
-    check_integers,
     check_window,
     rank_2,
     refuse_symbolic,
 )
-from keras_mha.attention.numeric import plain_integer
+from keras_mha.attention.mask_parts import MaskParts, band, meet, meet_pairs
 from keras_mha.typing import Shape, Tensor
 
+# Files of models can hold what is registered.
+_saved = keras.saving.register_keras_serializable(package="keras_mha")
 
-class Mask(NamedTuple):
-    """All that restricts one attention call, not yet spelled out pair by pair.
 
-    Implementations read the fields they can use, so that one which works block
-    by block never needs the `(T, S)` table. A query attends to a key where every
-    field allows it. Masks compose with `&`; boolean tensors join them the same way.
+class Mask(abc.ABC):
+    """Says which queries attend to which keys.
 
-    Attributes:
-        query_padding: Boolean `(B, T)`; False rows attend to nothing. Or integer
-            lengths `(B,)`.
-        key_padding: Boolean `(B, S)`; False keys are seen by no query. Or integer
-            lengths `(B,)`.
-        pairs: Boolean, broadcastable to `(B, N, T, S)`, of rank 2 to 4.
-        is_causal: Whether query `i` is limited to keys `j <= i + offset`.
-        sliding_window: Whether query `i` is limited to keys with
-            `|i + offset - j| < sliding_window`. `None` means no limit.
-        query_segments: Integers `(B or 1, T)`: which sequence each query is of.
-            It sees the keys of the same sequence; negative ones see nothing.
-        key_segments: Integers `(B or 1, S)`, likewise.
-        offset: How many keys come before the first query, an int or an integer
-            scalar tensor.
-        keys_are_finite: Whether keys and values are known to hold neither NaN nor
-            infinities where they are hidden, so that they need not be cleared.
+    Masks are values: they do not change, and `a & b` is a mask by which a pair attends
+    where both allow it. A boolean array joins a mask by `&` too.
+
+    For a kind of your own, write `visible`. It is right at once on every path, in
+    layers as `attention_mask=` and in `dot_product_attention` as `mask=`; those that
+    work block by block leave it to one that stores the scores. To save models that
+    hold it, write `get_config`, and `from_config` where the constructor does not take
+    its entries, and register the class with
+    `keras.saving.register_keras_serializable`.
 
     Example:
 
     >>> import numpy as np
+    >>> from keras import ops
     >>> import keras_mha
-    >>> mask = keras_mha.CausalMask() & keras_mha.SlidingWindowMask(2)
-    >>> table = mask & np.array([[True], [True], [False]])
-    >>> np.asarray(keras_mha.attention.masks.materialize(table, 3, 3))[0, 0].astype(int)
-    array([[1, 0, 0],
-           [1, 1, 0],
-           [0, 0, 0]])
+    >>> class StridedMask(keras_mha.Mask):
+    ...     def __init__(self, step):
+    ...         self.step = step
+    ...     def visible(self, queries, keys):
+    ...         return ops.equal((queries[:, None] - keys) % self.step, 0)
+    >>> mask = StridedMask(2) & keras_mha.CausalMask()
+    >>> np.asarray(mask.visible(np.arange(4), np.arange(4))).squeeze().astype(int)
+    array([[1, 0, 0, 0],
+           [0, 1, 0, 0],
+           [1, 0, 1, 0],
+           [0, 1, 0, 1]])
     """
-
-    query_padding: Tensor | None = None
-    key_padding: Tensor | None = None
-    pairs: Tensor | None = None
-    is_causal: bool = False
-    sliding_window: int | None = None
-    query_segments: Tensor | None = None
-    key_segments: Tensor | None = None
-    offset: Any = 0
-    keys_are_finite: bool = False
 
     # NumPy then leaves `array & mask` to the mask.
     __array_ufunc__ = None
 
-    @property
-    def structure(self) -> tuple[bool | int | None, ...]:
-        """What stays from batch to batch: which tensors there are, and the rest."""
-        return tuple(
-            field if field is None or isinstance(field, bool | int) else True
-            for field in self
+    @abc.abstractmethod
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Returns which pairs attend.
+
+        Pure: it is called inside graphs, XLA and exports, also more than once.
+
+        Args:
+            queries: Positions of the queries, int32 `(T,)`: 0 to T - 1. T may be
+                unknown in a graph. Queries that come after keys from earlier calls
+                count from 0 all the same; a kind that needs to know takes the number
+                of those keys as an argument, as `CausalMask(offset)` does.
+            keys: Positions of the keys, int32 `(S,)`: 0 to S - 1.
+
+        Returns:
+            Booleans `(T, S)`, `(B, T, S)` or `(B, N, T, S)`, where any dimension may
+            be 1 for all.
+        """
+
+    def take_apart(self) -> MaskParts:
+        """Returns the mask as implementations read it."""
+        return MaskParts(others=(self,))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, for saved models.
+
+        Raises:
+            NotImplementedError: If a subclass does not override it.
+        """
+        raise NotImplementedError(
+            f"To be saved, `{type(self).__name__}` needs a `get_config` that returns "
+            "the arguments of its constructor"
         )
 
-    @property
-    def is_ordered(self) -> bool:
-        """Whether it depends on the order of positions."""
-        return self.is_causal or self.sliding_window is not None
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes the mask that `get_config` describes."""
+        return cls(**keras.saving.deserialize_keras_object(config))
 
     def __and__(self, other: Any) -> Mask:
-        if not isinstance(other, Mask):
-            other = Mask(pairs=_as_table(other))
-        if self.query_segments is not None and other.query_segments is not None:
-            raise ValueError(
-                "One mask can hold one `SegmentMask`: give each pair of segments an id "
-                "of its own. Received: two masks that both have segments"
-            )
-        segmented = other if self.query_segments is None else self
-        windows = [
-            mask.sliding_window
-            for mask in (self, other)
-            if mask.sliding_window is not None
-        ]
-        return Mask(
-            _meet_padding(self.query_padding, other.query_padding),
-            _meet_padding(self.key_padding, other.key_padding),
-            _meet_pairs(self.pairs, other.pairs),
-            self.is_causal or other.is_causal,
-            min(windows, default=None),
-            segmented.query_segments,
-            segmented.key_segments,
-            _one_offset(self, other),
-            self.keys_are_finite or other.keys_are_finite,
+        return CombinedMask(self, other)
+
+    def __rand__(self, other: Any) -> Mask:
+        return CombinedMask(other, self)
+
+
+class _Kind(Mask):
+    """Base of the kinds that implementations know: frozen, compared by value."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"A mask does not change: make another. Received: {name}={value!r}"
         )
 
-    __rand__ = __and__
+    def _set(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, tensors as lists."""
+        return {name: _as_plain(value) for name, value in vars(self).items()}
+
+    def __eq__(self, other: Any) -> bool:
+        """Whether both say the same; of tensors, only one and the same counts."""
+        if type(other) is not type(self):
+            return NotImplemented
+        mine, theirs = vars(self).values(), vars(other).values()
+        return all(map(_equal, mine, theirs))
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        words = (f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether query `i` is limited to keys up to `i + offset`."""
+        return False
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Positions in the window on either side of a query; `None` if unlimited."""
+        return None
 
 
-class Held:
-    """A mask value that Keras takes for one argument.
+class _Range(_Kind):
+    """Base of the kinds that limit the distance of key from query."""
 
-    In nested arguments of a layer Keras refuses tensors beside other values.
-    """
-
-    def __init__(self, mask: Mask) -> None:
-        self.mask = mask
-
-
-def hold(value: Any) -> Any:
-    """Wraps a mask value that has tensors; returns all else as it is."""
-    if isinstance(value, Mask) and any(
-        not isinstance(field, bool | int | type(None)) for field in value
-    ):
-        return Held(value)
-    return value
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Returns which pairs attend, `(1, 1, T, S)`."""
+        rows, columns = (ops.cast(x, "float32") for x in (queries, keys))
+        return band(self.take_apart(), rows, columns)
 
 
-def CausalMask(offset: Any = 0) -> Mask:  # noqa: N802 - names a kind of mask
+@_saved
+class CausalMask(_Range):
     """Query `i` attends to keys `j <= i + offset` only.
 
     Args:
@@ -154,10 +184,24 @@ def CausalMask(offset: Any = 0) -> Mask:  # noqa: N802 - names a kind of mask
     >>> keras_mha.CausalMask(offset=2).is_causal
     True
     """
-    return Mask(is_causal=True, offset=_as_offset(offset))
+
+    offset: Any
+
+    def __init__(self, offset: Any = 0) -> None:
+        self._set(offset=as_offset(offset))
+
+    @property
+    def is_causal(self) -> bool:
+        """True."""
+        return True
+
+    def take_apart(self) -> MaskParts:
+        """Returns the mask as implementations read it."""
+        return MaskParts(upper=self.offset)
 
 
-def SlidingWindowMask(size: int, offset: Any = 0) -> Mask:  # noqa: N802 - as above
+@_saved
+class SlidingWindowMask(_Range):
     """Query `i` attends to keys `j` with `|i + offset - j| < size` only.
 
     Together with `CausalMask`, `0 <= i + offset - j < size`.
@@ -166,7 +210,8 @@ def SlidingWindowMask(size: int, offset: Any = 0) -> Mask:  # noqa: N802 - as ab
 
     Args:
         size: Positions in the window, on either side, the query's own included.
-        offset: How many keys come before the first query.
+        offset: How many keys come before the first query, an int or an integer
+            scalar tensor.
 
     Raises:
         TypeError: If `offset` is not an integer.
@@ -178,12 +223,107 @@ def SlidingWindowMask(size: int, offset: Any = 0) -> Mask:  # noqa: N802 - as ab
     >>> (keras_mha.CausalMask() & keras_mha.SlidingWindowMask(256)).sliding_window
     256
     """
-    return Mask(sliding_window=check_window(size, "size"), offset=_as_offset(offset))
+
+    size: int
+    offset: Any
+
+    def __init__(self, size: int, offset: Any = 0) -> None:
+        self._set(size=check_window(size, "size"), offset=as_offset(offset))
+
+    @property
+    def sliding_window(self) -> int:
+        """The size."""
+        return self.size
+
+    def take_apart(self) -> MaskParts:
+        """Returns the mask as implementations read it."""
+        beyond = self.size - 1
+        return MaskParts(lower=self.offset - beyond, upper=self.offset + beyond)
 
 
-def SegmentMask(  # noqa: N802 - as above
-    query_ids: Tensor, key_ids: Tensor | None = None
-) -> Mask:
+@_saved
+class PaddingMask(_Kind):
+    """Hides what comes after the length of each sequence.
+
+    A length counts as far as there are positions: one beyond S or T hides nothing,
+    and a negative one hides all, as 0 does.
+
+    Args:
+        *lengths: The lengths of the keys, which need no name.
+        query_lengths: Integers `(B,)`: queries from there on attend to nothing.
+        key_lengths: Integers `(B,)`: keys from there on are seen by no query.
+
+    Raises:
+        TypeError: If the lengths are not integers, or those of the keys come twice.
+        ValueError: If their rank is not 1.
+
+    Example:
+
+    >>> import numpy as np
+    >>> import keras_mha
+    >>> mask = keras_mha.PaddingMask(np.array([2, 1]))
+    >>> np.asarray(mask.visible(np.arange(1), np.arange(3)))[:, 0, 0].astype(int)
+    array([[1, 1, 0],
+           [1, 0, 0]])
+    """
+
+    query_lengths: Tensor | None
+    key_lengths: Tensor | None
+
+    def __init__(
+        self,
+        *lengths: Tensor | None,
+        query_lengths: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> None:
+        if len(lengths) > 1:
+            warnings.warn(
+                "`PaddingMask(key_lengths, query_lengths)` by position is deprecated, "
+                "because other masks name queries first: pass `query_lengths=` and "
+                "`key_lengths=` by name",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        if len(lengths) > 2 or (lengths and key_lengths is not None):
+            raise TypeError(
+                "`PaddingMask` takes `key_lengths` once and `query_lengths` by name. "
+                f"Received: {len(lengths)} arguments by position and "
+                f"key_lengths={key_lengths!r}"
+            )
+        if len(lengths) == 2 and query_lengths is not None:
+            raise TypeError(
+                "`PaddingMask` takes `query_lengths` once. Received: it by position "
+                "and by name"
+            )
+        by_position = dict(zip(("key_lengths", "query_lengths"), lengths, strict=False))
+        self._set(
+            query_lengths=as_lengths(
+                by_position.get("query_lengths", query_lengths), "query_lengths"
+            ),
+            key_lengths=as_lengths(
+                by_position.get("key_lengths", key_lengths), "key_lengths"
+            ),
+        )
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Returns which pairs attend, `(B or 1, 1, T or 1, S or 1)`."""
+        table = ops.ones((1, 1, 1, 1), dtype="bool")
+        for lengths, places, axes in (
+            (self.query_lengths, queries, (1, 3)),
+            (self.key_lengths, keys, (1, 2)),
+        ):
+            if lengths is not None:
+                counts = ops.cast(places, "int32") < ops.expand_dims(lengths, 1)
+                table = ops.logical_and(table, ops.expand_dims(counts, axes))
+        return table
+
+    def take_apart(self) -> MaskParts:
+        """Returns the mask as implementations read it."""
+        return MaskParts(self.query_lengths, self.key_lengths)
+
+
+@_saved
+class SegmentMask(_Kind):
     """Queries attend to the keys of their own segment only.
 
     For sequences packed side by side into rows; see `pack_sequences`.
@@ -201,51 +341,155 @@ def SegmentMask(  # noqa: N802 - as above
 
     >>> import numpy as np
     >>> import keras_mha
-    >>> from keras_mha.attention.masks import materialize
     >>> mask = keras_mha.SegmentMask(np.array([0, 0, 1]))
-    >>> np.asarray(materialize(mask, 3, 3))[0, 0].astype(int)
+    >>> np.asarray(mask.visible(np.arange(3), np.arange(3))).squeeze().astype(int)
     array([[1, 1, 0],
            [1, 1, 0],
            [0, 0, 1]])
     """
-    query_ids = _as_ids(query_ids, "query_ids")
-    key_ids = query_ids if key_ids is None else _as_ids(key_ids, "key_ids")
-    return Mask(query_segments=query_ids, key_segments=key_ids)
+
+    query_ids: Tensor
+    key_ids: Tensor
+
+    def __init__(self, query_ids: Tensor, key_ids: Tensor | None = None) -> None:
+        query_ids = _as_ids(query_ids, "query_ids")
+        key_ids = query_ids if key_ids is None else _as_ids(key_ids, "key_ids")
+        self._set(query_ids=query_ids, key_ids=key_ids)
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Returns which pairs attend, `(B or 1, 1, T, S)`."""
+        rows = ops.take(rank_2(self.query_ids), queries, axis=1)
+        columns = ops.take(rank_2(self.key_ids), keys, axis=1)
+        rows, columns = ops.expand_dims(rows, (1, 3)), ops.expand_dims(columns, (1, 2))
+        return ops.logical_and(ops.equal(rows, columns), columns >= 0)
+
+    def take_apart(self) -> MaskParts:
+        """Returns the mask as implementations read it."""
+        return MaskParts(query_segments=self.query_ids, key_segments=self.key_ids)
 
 
-def PaddingMask(  # noqa: N802 - as above
-    key_lengths: Tensor | None = None, query_lengths: Tensor | None = None
-) -> Mask:
-    """Hides what comes after the length of each sequence.
+@_saved
+class TableMask(_Kind):
+    """Spells out for each pair whether it attends.
 
-    A length counts as far as there are positions: one beyond S or T hides nothing,
-    and a negative one hides all, as 0 does.
+    An array that joins another mask by `&` becomes one.
 
     Args:
-        key_lengths: Integers `(B,)`: keys from there on are seen by no query.
-        query_lengths: Integers `(B,)`: queries from there on attend to nothing.
+        table: Boolean or integer `(T, S)`, `(B, T, S)` or `(B, N or 1, T, S)`, True
+            or non-zero = attend.
 
     Raises:
-        TypeError: If the lengths are not integers.
-        ValueError: If their rank is not 1.
+        TypeError: If `table` is floating.
+        ValueError: If its rank is another.
 
     Example:
 
     >>> import numpy as np
     >>> import keras_mha
-    >>> from keras_mha.attention.masks import materialize
-    >>> mask = keras_mha.PaddingMask(np.array([2, 1]))
-    >>> np.asarray(materialize(mask, 1, 3))[:, 0, 0].astype(int)
-    array([[1, 1, 0],
-           [1, 0, 0]])
+    >>> mask = keras_mha.TableMask(np.eye(2, dtype=bool)) & keras_mha.CausalMask()
+    >>> np.asarray(mask.visible(np.arange(2), np.arange(2))).squeeze().astype(int)
+    array([[1, 0],
+           [0, 1]])
     """
-    return Mask(
-        as_lengths(query_lengths, "query_lengths"),
-        as_lengths(key_lengths, "key_lengths"),
-    )
+
+    table: Tensor
+
+    def __init__(self, table: Any) -> None:
+        table = as_boolean(table, "mask")
+        if not 2 <= len(table.shape) <= 4:
+            raise ValueError(
+                "What joins a mask by `&` must be another one, or have rank 2 (T, S), "
+                "3 (B, T, S) or 4 (B, N or 1, T, S). "
+                f"Received: shape {tuple(table.shape)}"
+            )
+        self._set(table=table)
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Returns which pairs attend, of the rank of the table."""
+        table = self.table
+        for places, axis in ((queries, -2), (keys, -1)):
+            if table.shape[axis] != 1:
+                table = ops.take(table, places, axis=axis)
+        return table
+
+    def take_apart(self) -> MaskParts:
+        """Returns the mask as implementations read it."""
+        return MaskParts(pairs=self.table)
 
 
-def with_table(mask: Mask, table: Any, score_shape: Shape, attention_rank: int) -> Mask:
+@_saved
+class CombinedMask(_Kind):
+    """What `&` makes: a pair attends where every one of several masks allows it.
+
+    Args:
+        *masks: Masks, and arrays as `TableMask` takes them.
+
+    Example:
+
+    >>> import keras_mha
+    >>> mask = keras_mha.CausalMask() & keras_mha.SlidingWindowMask(3)
+    >>> isinstance(mask, keras_mha.Mask), mask.is_causal, mask.sliding_window
+    (True, True, 3)
+    """
+
+    masks: tuple[Mask, ...]
+
+    def __init__(self, *masks: Any) -> None:
+        flat: list[Mask] = []
+        for mask in masks:
+            if isinstance(mask, CombinedMask):
+                flat += mask.masks
+            else:
+                flat.append(mask if isinstance(mask, Mask) else TableMask(mask))
+        self._set(masks=tuple(flat))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether one of the masks is causal."""
+        return any(getattr(mask, "is_causal", False) for mask in self.masks)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The smallest of the windows, or `None`."""
+        sizes = [getattr(mask, "sliding_window", None) for mask in self.masks]
+        return min((size for size in sizes if size is not None), default=None)
+
+    @property
+    def offset(self) -> Any:
+        """The offset of causality and windows; 0 if there are none.
+
+        Raises:
+            ValueError: If they have more than one.
+        """
+        offsets = [vars(m)["offset"] for m in self.masks if "offset" in vars(m)]
+        if not all(_equal(offset, offsets[0]) for offset in offsets):
+            raise ValueError(f"The masks have offsets of their own: {offsets}")
+        return offsets[0] if offsets else 0
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Returns which pairs attend, `(B or 1, N or 1, T or 1, S or 1)`."""
+        table = ops.ones((1, 1, 1, 1), dtype="bool")
+        for mask in self.masks:
+            table = meet_pairs(table, mask.visible(queries, keys))
+        return table
+
+    def take_apart(self) -> MaskParts:
+        """Returns the masks as implementations read them, merged."""
+        return functools.reduce(meet, (mask.take_apart() for mask in self.masks))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the masks, serialized."""
+        return {"masks": [keras.saving.serialize_keras_object(m) for m in self.masks]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes the mask that `get_config` describes."""
+        return cls(*map(keras.saving.deserialize_keras_object, config["masks"]))
+
+
+def with_table(
+    mask: MaskParts, table: Any, score_shape: Shape, attention_rank: int
+) -> MaskParts:
     """Joins what a layer was given as `attention_mask` to its other masks.
 
     Args:
@@ -254,33 +498,35 @@ def with_table(mask: Mask, table: Any, score_shape: Shape, attention_rank: int) 
         score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
         attention_rank: Number of attention axes.
     """
-    table = table.mask if isinstance(table, Held) else table
-    if isinstance(table, Mask):
-        check_fit(table, score_shape, "attention_mask")
-        pairs = as_pairs(table.pairs, score_shape, attention_rank)
-        return mask & table._replace(pairs=pairs)
-    return mask._replace(pairs=as_pairs(table, score_shape, attention_rank))
+    if not isinstance(table, Mask):
+        return mask._replace(pairs=as_pairs(table, score_shape, attention_rank))
+    parts = checked_parts(table, score_shape, attention_rank, "attention_mask")
+    return meet(mask, parts)
 
 
-def check_fit(mask: Mask, score_shape: Shape, name: str) -> None:
-    """Refuses padding and segments that do not fit the scores.
+def checked_parts(
+    mask: Mask, score_shape: Shape, attention_rank: int, name: str
+) -> MaskParts:
+    """Takes a mask value apart, and refuses what does not fit the scores.
 
     Args:
         mask: The mask.
         score_shape: Static shape of the scores, `(B, ..., N, T..., S...)`.
+        attention_rank: Number of attention axes.
         name: What the caller calls the mask, for the error text.
 
     Raises:
         ValueError: If a shape does not fit, or there are other axes than one of
             positions, whose lengths or segments could not be told.
     """
-    parts = (
-        (mask.query_padding, "query padding", -2),
-        (mask.query_segments, "query segments", -2),
-        (mask.key_padding, "key padding", -1),
-        (mask.key_segments, "key segments", -1),
+    parts = mask.take_apart()
+    described = (
+        (parts.query_padding, "query padding", -2),
+        (parts.query_segments, "query segments", -2),
+        (parts.key_padding, "key padding", -1),
+        (parts.key_segments, "key segments", -1),
     )
-    for tensor, what, axis in parts:
+    for tensor, what, axis in described:
         if tensor is None:
             continue
         if len(score_shape) != 4:
@@ -299,13 +545,15 @@ def check_fit(mask: Mask, score_shape: Shape, name: str) -> None:
                 f"The {what} of `{name}` must fit B={B}, T={score_shape[-2]} and "
                 f"S={score_shape[-1]}. Received: shape {shape}"
             )
-
-
-def spell_padding(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
-    """Gives paddings as `(B, T)` and `(B, S)`, where they are lengths."""
-    return mask._replace(
-        query_padding=_spell_lengths(mask.query_padding, query_length),
-        key_padding=_spell_lengths(mask.key_padding, key_length),
+    if parts.others is not None and attention_rank > 1:
+        kinds = [type(one).__name__ for one in parts.others]
+        raise ValueError(
+            f"`{name}` holds masks of positions, which need a single attention axis: "
+            f"several have no one order. Received: {kinds} and attention scores of "
+            f"shape {tuple(score_shape)}"
+        )
+    return parts._replace(
+        pairs=as_pairs(parts.pairs, score_shape, attention_rank, name)
     )
 
 
@@ -313,230 +561,19 @@ def _fit(one: int | None, other: int | None) -> bool:
     return one is None or other is None or one == other
 
 
-def intersect(*masks: Tensor | None) -> Tensor | None:
-    """Returns the logical AND of the masks that are given, or `None`.
-
-    One of fewer dimensions than another holds for all of the other's last ones.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.masks import intersect
-    >>> both = intersect(np.array([True, True]), None, np.array([True, False]))
-    >>> np.asarray(both).tolist()
-    [True, False]
-    """
-    given = [mask for mask in masks if mask is not None]
-    rank = max((len(mask.shape) for mask in given), default=0)
-    merged = None
-    for mask in given:
-        missing = tuple(range(len(mask.shape), rank))
-        expanded = ops.expand_dims(mask, axis=missing) if missing else mask
-        merged = expanded if merged is None else ops.logical_and(merged, expanded)
-    return merged
+def _equal(one: Any, other: Any) -> bool:
+    plain = isinstance(one, int | tuple) and isinstance(other, int | tuple)
+    return one is other or (plain and one == other)
 
 
-def spell_out(mask: Mask, query_length: Tensor, key_length: Tensor) -> Mask:
-    """Gives paddings and segments as `(B or 1, T)`, `(B or 1, S)`; pairs rank 4.
-
-    Places of negative segments become padding.
-
-    Args:
-        mask: The mask.
-        query_length: T, an int or an integer scalar tensor.
-        key_length: S, likewise.
-    """
-    rows, columns = mask.query_segments, mask.key_segments
-    rows = None if rows is None else rank_2(rows)
-    columns = None if columns is None else rank_2(columns)
-    pairs = mask.pairs
-    if pairs is not None:
-        pairs = _insert_axes(pairs, 4 - len(pairs.shape))
-    return mask._replace(
-        query_padding=intersect(
-            _spell_lengths(mask.query_padding, query_length),
-            None if rows is None else rows >= 0,
-        ),
-        key_padding=intersect(
-            _spell_lengths(mask.key_padding, key_length),
-            None if columns is None else columns >= 0,
-        ),
-        pairs=pairs,
-        query_segments=rows,
-        key_segments=columns,
-    )
-
-
-def materialize(mask: Mask, query_length: Tensor, key_length: Tensor) -> Tensor | None:
-    """Spells a mask out pair by pair.
-
-    Args:
-        mask: The mask.
-        query_length: T, an int or an integer scalar tensor.
-        key_length: S, likewise.
-
-    Returns:
-        A boolean tensor of rank 4, broadcastable to `(B, N, T, S)`, or `None` if
-        nothing is hidden.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.masks import Mask, materialize
-    >>> np.asarray(materialize(Mask(is_causal=True), 2, 3))[0, 0].astype(int)
-    array([[1, 0, 0],
-           [1, 1, 0]])
-    """
-    mask = spell_out(mask, query_length, key_length)
-    rows, columns = mask.query_padding, mask.key_padding
-    return intersect(
-        None if rows is None else _as_rows(rows),
-        None if columns is None else _as_columns(columns),
-        band(mask, positions(query_length), positions(key_length)),
-        same_segment(mask),
-        mask.pairs,
-    )
-
-
-def positions(length: Tensor) -> Tensor:
-    """The numbers of positions, `(length,)`.
-
-    float32 counts exactly up to 2**24 and, unlike int32, has GPU kernels for every
-    operation on TensorFlow.
-    """
-    return ops.arange(length, dtype="float32")
-
-
-def band(mask: Mask, rows: Tensor, columns: Tensor) -> Tensor | None:
-    """The part of a mask that depends on positions alone.
-
-    Args:
-        mask: The mask; causality, window and offset count.
-        rows: Numbers of the queries, `(T,)` float32.
-        columns: Numbers of the keys, `(S,)` float32.
-
-    Returns:
-        Boolean `(1, 1, T, S)`, or `None` if nothing is hidden.
-    """
-    if not mask.is_ordered:
-        return None
-    rows = rows + ops.cast(mask.offset, "float32")
-    distance = ops.reshape(rows, (1, 1, -1, 1)) - ops.reshape(columns, (1, 1, 1, -1))
-    window = mask.sliding_window
-    return intersect(
-        distance >= 0 if mask.is_causal else None,
-        None if window is None else ops.abs(distance) < window,
-    )
-
-
-def same_segment(mask: Mask) -> Tensor | None:
-    """Whether query and key are of one segment, `(B or 1, 1, T, S)`."""
-    if mask.query_segments is None:
-        return None
-    return ops.equal(_as_rows(mask.query_segments), _as_columns(mask.key_segments))
-
-
-def _as_rows(mask: Tensor) -> Tensor:
-    return ops.expand_dims(ops.expand_dims(mask, 1), 3)
-
-
-def _as_columns(mask: Tensor) -> Tensor:
-    return ops.expand_dims(ops.expand_dims(mask, 1), 1)
-
-
-def _is_lengths(padding: Tensor) -> bool:
-    return len(padding.shape) == 1
-
-
-def _spell_lengths(padding: Tensor | None, length: Tensor) -> Tensor | None:
-    if padding is None or not _is_lengths(padding):
-        return padding
-    return ops.arange(length, dtype="int32") < ops.expand_dims(padding, 1)
-
-
-def _meet_padding(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    if _is_lengths(one) and _is_lengths(other):
-        return ops.minimum(one, other)
-    length = ops.shape(other if _is_lengths(one) else one)[1]
-    return intersect(_spell_lengths(one, length), _spell_lengths(other, length))
-
-
-def _meet_pairs(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    rank = max(len(one.shape), len(other.shape))
-    one, other = (_insert_axes(mask, rank - len(mask.shape)) for mask in (one, other))
-    return ops.logical_and(one, other)
-
-
-def _insert_axes(mask: Tensor, count: int) -> Tensor:
-    for _ in range(count):
-        mask = ops.expand_dims(mask, axis=-3)
-    return mask
-
-
-def _one_offset(one: Mask, other: Mask) -> Any:
-    if not one.is_ordered or not other.is_ordered:
-        return one.offset if one.is_ordered else other.offset
-    numbers = isinstance(one.offset, int) and isinstance(other.offset, int)
-    same = one.offset == other.offset if numbers else one.offset is other.offset
-    if not same:
-        raise ValueError(
-            "Masks that depend on the order of positions must have the same `offset`. "
-            f"Received: offset={one.offset} and offset={other.offset}"
-        )
-    return one.offset
-
-
-def _as_offset(offset: Any) -> Any:
-    if isinstance(offset, bool):
-        raise TypeError(f"`offset` must be an integer. Received: offset={offset}")
-    number = plain_integer(offset)
-    if number is not None:
-        return number
-    refuse_symbolic(offset, "offset")
-    offset = offset if ops.is_tensor(offset) else ops.convert_to_tensor(offset)
-    return check_integers(offset, "offset", (0,))
-
-
-def _as_table(mask: Any) -> Tensor:
-    mask = as_boolean(mask, "mask")
-    if len(mask.shape) < 2:
-        raise ValueError(
-            "What joins a mask by `&` must be another one, or have rank 2 (T, S), 3 "
-            f"(B, T, S) or 4 (B, N or 1, T, S). Received: shape {tuple(mask.shape)}"
-        )
-    return mask
+def _as_plain(value: Any) -> Any:
+    """Brings a tensor into a form that JSON takes."""
+    if value is None or isinstance(value, int | KerasTensor):
+        return value
+    array: Any = ops.convert_to_numpy(value)
+    return array.tolist()
 
 
 def _as_ids(ids: Tensor, name: str) -> Tensor:
     refuse_symbolic(ids, name)
     return as_integers(ids, name, (1, 2))
-
-
-def clear_padding(inputs: Tensor, padding: Tensor | None) -> Tensor:
-    """Replaces padded positions by zeros, so that not even NaN there can spread.
-
-    Selection, not multiplication: `0 * NaN` is NaN, and would reach the kernels'
-    gradients from positions that do not count.
-
-    Args:
-        inputs: Tensor `(B, ..., D)`.
-        padding: Boolean mask, the leading dimensions of `inputs`, or `None`.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.masks import clear_padding
-    >>> clean = clear_padding(np.array([[[1.0], [np.nan]]]), np.array([[True, False]]))
-    >>> np.asarray(clean).ravel().tolist()
-    [1.0, 0.0]
-    """
-    if padding is None:
-        return inputs
-    missing = len(inputs.shape) - len(padding.shape)
-    for _ in range(missing):
-        padding = ops.expand_dims(padding, axis=-1)
-    return ops.where(padding, inputs, ops.zeros_like(inputs))

@@ -23,7 +23,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from keras_mha.attention.masks import clear_padding
+from keras_mha.attention.mask_parts import clear_padding
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.typing import Tensor
 

@@ -21,10 +21,11 @@ from typing import Any
 from keras import ops
 
 from keras_mha.attention.bias import Bias
-from keras_mha.attention.masks import Mask, materialize, spell_out
+from keras_mha.attention.mask_parts import MaskParts, materialize, spell_out
 from keras_mha.attention.reference import add_bias, grouped_matmul, softmax
 from keras_mha.typing import Tensor
 
+TAKES = frozenset(MaskParts._fields)
 HIDDEN = 1e4  # what is taken off hidden scores; float16 ends at 65504
 
 _padded_queries: ContextVar[bool] = ContextVar("padded_queries", default=True)
@@ -40,13 +41,14 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask,
+    mask: MaskParts,
     bias: Bias,
     *,
     scale: float,
     logits_soft_cap: float | None = None,
     dropout: float = 0.0,
     seed: None = None,
+    keys_are_finite: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mixes the values by the similarity of queries and keys, for inference.
 
@@ -57,14 +59,14 @@ def attend(
 
     >>> import numpy as np
     >>> from keras_mha.attention.bias import Bias
-    >>> from keras_mha.attention.masks import Mask
+    >>> from keras_mha.attention.mask_parts import MaskParts
     >>> from keras_mha.attention.portable import attend
     >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
-    >>> mixed, _ = attend(one, one, value, Mask(is_causal=True), Bias(), scale=1.0)
+    >>> mixed, _ = attend(one, one, value, MaskParts(upper=0), Bias(), scale=1.0)
     >>> np.asarray(mixed).ravel().tolist()
     [1.0, 2.0]
     """
-    del dropout, seed  # see `refusal`
+    del dropout, seed, keys_are_finite  # see `refusal`; here all is finite
     dtype = query.dtype
     query = ops.transpose(query, (0, 2, 1, 3))
     key = ops.transpose(key, (0, 2, 3, 1))
@@ -99,11 +101,11 @@ def padded_queries_unread() -> Iterator[None]:
 
     >>> import numpy as np
     >>> from keras_mha.attention.bias import Bias
-    >>> from keras_mha.attention.masks import Mask
+    >>> from keras_mha.attention.mask_parts import MaskParts
     >>> from keras_mha.attention.portable import attend, padded_queries_unread
     >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
     >>> padding = np.array([[True, False]])
-    >>> mask = Mask(padding, padding)
+    >>> mask = MaskParts(padding, padding)
     >>> np.asarray(attend(one, one, value, mask, Bias(), scale=1.0)[0]).ravel().tolist()
     [1.0, 0.0]
     >>> with padded_queries_unread():
@@ -139,7 +141,7 @@ def as_floats(padding: Tensor, dtype: Any) -> Tensor:
     return ops.cast(padding if floats is None else floats, dtype)
 
 
-def _visible(mask: Mask, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None:
+def _visible(mask: MaskParts, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None:
     """1 where a query sees a key and else 0, `(B or 1, N or 1, T or 1, S)`.
 
     A padded query would hide every key of its row; see `_counts`.
@@ -152,7 +154,9 @@ def _visible(mask: Mask, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None:
     return keys if visible is None else keys * visible
 
 
-def _counts(mask: Mask, visible: Tensor | None, dtype: Any, T: Tensor) -> Tensor | None:
+def _counts(
+    mask: MaskParts, visible: Tensor | None, dtype: Any, T: Tensor
+) -> Tensor | None:
     """0 for queries whose row is zero, else 1, `(B or 1, N or 1, T or 1, 1)`."""
     # In self-attention with padding alone, a query that is none sees itself. Without
     # padding nothing tells self-attention; the first key is seen, if no window is set.
@@ -160,9 +164,9 @@ def _counts(mask: Mask, visible: Tensor | None, dtype: Any, T: Tensor) -> Tensor
         mask.pairs is None
         and mask.query_segments is None
         and mask.key_padding is mask.query_padding
-        and (mask.key_padding is not None or mask.sliding_window is None)
-        and isinstance(mask.offset, int)
-        and mask.offset == 0
+        and (mask.key_padding is not None or mask.lower is None)
+        and (mask.lower is None or (isinstance(mask.lower, int) and mask.lower <= 0))
+        and (mask.upper is None or (isinstance(mask.upper, int) and mask.upper >= 0))
     )
     counts = None
     if visible is not None and not sees_itself:

@@ -22,8 +22,10 @@ from keras import backend, ops
 
 from keras_mha.attention.bias import Bias, table
 from keras_mha.attention.dropout import draw_pair_noise, keep_pairs
-from keras_mha.attention.masks import Mask, materialize
+from keras_mha.attention.mask_parts import NOTHING, MaskParts, materialize
 from keras_mha.typing import Tensor
+
+TAKES = frozenset(MaskParts._fields)
 
 
 def refusal(**call: Any) -> None:
@@ -35,13 +37,14 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask,
+    mask: MaskParts,
     bias: Bias,
     *,
     scale: float,
     logits_soft_cap: float | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    keys_are_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mixes the values by the similarity of queries and keys.
 
@@ -59,6 +62,8 @@ def attend(
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
         dropout: Share of the probabilities to drop, `0 <= dropout < 1`.
         seed: Seed tensor `(2,)`; needed where `dropout > 0`.
+        keys_are_finite: Whether keys and values hold neither NaN nor infinities where
+            they are hidden, so that they need not be cleared.
 
     Returns:
         The mixed values `(B, T, N, V)` and the probabilities before dropout
@@ -68,10 +73,10 @@ def attend(
 
     >>> import numpy as np
     >>> from keras_mha.attention.bias import Bias
-    >>> from keras_mha.attention.masks import Mask
+    >>> from keras_mha.attention.mask_parts import MaskParts
     >>> from keras_mha.attention.reference import attend
     >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
-    >>> mixed, _ = attend(one, one, value, Mask(is_causal=True), Bias(), scale=1.0)
+    >>> mixed, _ = attend(one, one, value, MaskParts(upper=0), Bias(), scale=1.0)
     >>> np.asarray(mixed).ravel().tolist()
     [1.0, 2.0]
     """
@@ -82,10 +87,10 @@ def attend(
     value = ops.transpose(value, (0, 2, 1, 3))
     T, S = ops.shape(query)[2], ops.shape(key)[2]
 
-    visible = materialize(mask, T, S)
+    visible = None if mask is NOTHING else materialize(mask, T, S)
     if visible is not None:
         query = _clear(query, ops.any(visible, axis=3, keepdims=True))
-        if not mask.keys_are_finite:
+        if not keys_are_finite:
             seen = _any_of_group(visible, query.shape[1], key.shape[1])
             key, value = _clear(key, seen), _clear(value, seen)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 import keras
@@ -10,10 +10,10 @@ import numpy as np
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.attention import api
+from keras_mha.attention import dispatch
 from keras_mha.attention.bias import Bias, all_distances, as_bias, check_bias
 from keras_mha.attention.dropout import check_rate
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.mask_parts import MaskParts, spell_others
 from keras_mha.layers import compiled
 from keras_mha.layers.arguments import (
     check_flag,
@@ -30,6 +30,7 @@ from keras_mha.layers.observer import current_observer
 from keras_mha.layers.positions import (
     ALiBi,
     DistanceBias,
+    FunctionBias,
     RelativePositionBias,
     RotaryEmbedding,
 )
@@ -59,7 +60,7 @@ class AttentionOptions(TypedDict, total=False):
 
     jit_compile: compiled.JitCompile
     num_key_value_heads: int | None
-    position: Position | keras.layers.Layer | None
+    position: Position | keras.layers.Layer | Callable[..., Tensor] | None
     qk_norm: Norm | None
     logits_soft_cap: float | None
     use_sinks: bool
@@ -97,7 +98,7 @@ class AttentionLayer(SeededLayer):
         seed: int | None,
         jit_compile: compiled.JitCompile = "auto",
         num_key_value_heads: int | None = None,
-        position: Position | keras.layers.Layer | None = None,
+        position: Position | keras.layers.Layer | Callable[..., Tensor] | None = None,
         qk_norm: Norm | None = None,
         logits_soft_cap: float | None = None,
         use_sinks: bool = False,
@@ -121,6 +122,11 @@ class AttentionLayer(SeededLayer):
         )
         self._use_gate = check_flag(use_gate, "use_gate")
         self._sliding_window = check_optional(sliding_window, "sliding_window")
+        # Lowest and highest distance of a key from its query, without and with
+        # causality.
+        beyond = None if self._sliding_window is None else self._sliding_window - 1
+        lower = None if beyond is None else -beyond
+        self._bounds = (lower, beyond), (lower, 0)
         self._flash_attention = (
             None
             if flash_attention is None
@@ -192,7 +198,10 @@ class AttentionLayer(SeededLayer):
             for name in constructor_options(AttentionLayer)
             if name not in projections
         }
-        if self._position is None and self.position_layer is not None:
+        if isinstance(self.position_layer, FunctionBias):
+            # Copies need no registered function; what saves the layer does.
+            options["position"] = self.position_layer
+        elif self._position is None and self.position_layer is not None:
             options["position"] = keras.saving.serialize_keras_object(
                 self.position_layer
             )
@@ -248,10 +257,17 @@ class AttentionLayer(SeededLayer):
         }
         if isinstance(position, str) and position in made:
             return made[position]()
+        if isinstance(position, FunctionBias):
+            position = position.function
+        if callable(position) and not isinstance(position, keras.layers.Layer):
+            return FunctionBias(
+                position, self._num_heads, dtype=self.dtype_policy, name="function"
+            )
         if not isinstance(position, RotaryEmbedding | DistanceBias):
             raise ValueError(
-                f"`position` must be None, one of {get_args(Position)}, or a "
-                "`RotaryEmbedding`, `ALiBi` or `RelativePositionBias`. "
+                f"`position` must be None, one of {get_args(Position)}, a "
+                "`RotaryEmbedding`, a `DistanceBias` such as `ALiBi` or "
+                "`RelativePositionBias`, or a function of distances. "
                 f"Received: position={position!r}"
             )
         heads = getattr(position, "num_heads", self._num_heads)
@@ -300,18 +316,20 @@ class AttentionLayer(SeededLayer):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Mask,
+        mask: MaskParts,
         *,
         bias: Tensor | None = None,
         head_mask: Tensor | None = None,
         axes: tuple[int, ...] = (1,),
         training: bool | None,
         return_scores: bool,
+        keys_are_finite: bool = False,
+        offset: Any = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs `api.attend`, reading weights and seed here, outside the boundary."""
+        """Runs `dispatch.attend`; reads weights and seed here, outside the boundary."""
         dropout = self._dropout if training else 0.0
-        parts = self._bias(bias, query, key, mask.offset)
-        implementation = api.current_implementation()
+        parts = self._bias(bias, query, key, offset)
+        implementation = dispatch.current_implementation()
         if implementation == "auto" and self._flash_attention is not None:
             implementation = "blockwise" if self._flash_attention else "reference"
             if return_scores:
@@ -322,8 +340,28 @@ class AttentionLayer(SeededLayer):
             jit_compile = False  # what is compiled is kept
             if observer.wants_scores:
                 implementation, return_scores = "reference", True
+        if jit_compile is True and mask.others is not None:
+            # The boundary takes tensors, and these masks hold any values.
+            dispatch.select(
+                implementation,
+                *(query, key, value, mask, parts),
+                logits_soft_cap=self._logits_soft_cap,
+                dropout=dropout,
+                return_scores=return_scores,
+            )
+            (axis,) = axes
+            lengths = ops.shape(query)[axis], ops.shape(key)[axis]
+            mask = spell_others(mask, *lengths, rank=len(query.shape))
+        layout = None
+        if jit_compile is True:
+            layout = (
+                *query.shape[-2:],
+                *value.shape[-2:],
+                mask.structure,
+                *map(_shared_axes, (mask.pairs, *parts)),
+            )
         mixed, scores = compiled.call(
-            api.attend,
+            dispatch.attend,
             query,
             key,
             value,
@@ -331,18 +369,14 @@ class AttentionLayer(SeededLayer):
             parts,
             self._draw_seed() if dropout > 0 else None,
             jit_compile=jit_compile,
-            layout=(
-                *query.shape[-2:],
-                *value.shape[-2:],
-                mask.structure,
-                *map(_shared_axes, (mask.pairs, *parts)),
-            ),
+            layout=layout,
             axes=axes,
             scale=self._score_scale,
             logits_soft_cap=self._logits_soft_cap,
             dropout=dropout,
             return_scores=return_scores,
             implementation=implementation,
+            keys_are_finite=keys_are_finite,
         )
         mixed = scale_heads(mixed, head_mask)
         if observer is not None:
@@ -350,6 +384,12 @@ class AttentionLayer(SeededLayer):
                 observer.see_scores(self, scores)
             mixed = scale_heads(mixed, observer.head_mask(self, mixed))
         return mixed, scores
+
+    def _offset(self, attention_mask: Any) -> Any:
+        """How many keys a mask value counts before the first query."""
+        if not isinstance(self.position_layer, DistanceBias):
+            return 0
+        return getattr(attention_mask, "offset", 0)
 
     def _bias(
         self, bias: Tensor | None, query: Tensor, key: Tensor, offset: Any
@@ -360,7 +400,11 @@ class AttentionLayer(SeededLayer):
             distances = self.position_layer(all_distances(*lengths) - offset)
         sinks = ops.convert_to_tensor(self.sinks) if self._use_sinks else None
         pairs = as_bias(bias, sinks, 0, 0, "attention_bias")
-        return pairs._replace(distances=distances)
+        if distances is not None:
+            pairs = pairs._replace(distances=distances)
+            scores = (None, self._num_heads, query.shape[1], key.shape[1])
+            check_bias(pairs._replace(pairs=None), scores, "position")
+        return pairs
 
     def _check_factors(
         self, bias: Any, head_mask: Tensor | None, score_shape: Shape

@@ -10,7 +10,6 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.attention.api import check_order, prepare_inputs
 from keras_mha.attention.axes import (
     fold_padding,
     fold_pairs,
@@ -19,19 +18,22 @@ from keras_mha.attention.axes import (
     unfold_scores,
 )
 from keras_mha.attention.cache import Cache
+from keras_mha.attention.dispatch import check_order, prepare_inputs
 from keras_mha.attention.mask_arguments import (
     as_padding,
     as_pair,
     as_segments,
     known_booleans,
 )
-from keras_mha.attention.masks import (
-    Mask,
+from keras_mha.attention.mask_parts import (
+    MaskParts,
     intersect,
     materialize,
+    meet,
+    spell_others,
     spell_padding,
-    with_table,
 )
+from keras_mha.attention.masks import with_table
 from keras_mha.attention.numeric import plain_integer
 from keras_mha.layers.arguments import check_optional, check_positive
 from keras_mha.layers.attention_layer import (
@@ -103,8 +105,9 @@ class MultiHeadAttention(AttentionLayer):
         num_key_value_heads: K, a divisor of N: queries of N / K heads in a row share
             keys and values (Ainslie et al. 2023, "GQA"). Defaults to N.
         position: How scores know of positions: `"rotary"`, `"alibi"`, `"relative"`,
-            or a `RotaryEmbedding`, `ALiBi` or `RelativePositionBias`, of which the
-            layer makes a copy of its own. Defaults to not at all.
+            a `RotaryEmbedding` or a `DistanceBias` such as `ALiBi`, of which the layer
+            makes a copy of its own, or a function that maps integer distances
+            of key from query to biases `(N or 1, *shape)`. Defaults to not at all.
         qk_norm: `"rms"` or `"layer"`: normalizes each head's queries and keys over H
             before they are rotated (Dehghani et al. 2023, "Scaling vision
             transformers to 22 billion parameters"). Defaults to none.
@@ -317,7 +320,10 @@ class MultiHeadAttention(AttentionLayer):
             attention_bias,
             head_mask,
         )
-        if len(query.shape) == 3:
+        offset = 0
+        if attention_mask is not None:
+            offset = self._offset(attention_mask)
+        if attention_mask is not None and len(query.shape) == 3:
             keys = cache["key"] if cache is not None else key
             mask = spell_padding(mask, ops.shape(query)[1], ops.shape(keys)[1])
         query = prepare_inputs(query, mask.query_padding)
@@ -326,7 +332,7 @@ class MultiHeadAttention(AttentionLayer):
         else:
             self._check_cached(mask)
             keys = cache["key"], cache["value"]
-            mask &= Mask(key_padding=cache["mask"], keys_are_finite=True)
+            mask = meet(mask, MaskParts(key_padding=cache["mask"]))
         heads = (self._turn(self._query_dense(query), self.query_norm), *keys)
         axes = self._axes(query.shape)
         if self._is_overridden:
@@ -346,6 +352,8 @@ class MultiHeadAttention(AttentionLayer):
                 axes=axes,
                 training=training,
                 return_scores=return_attention_scores,
+                keys_are_finite=cache is not None,
+                offset=offset,
             )
         if self._use_gate:
             mixed = ops.multiply(mixed, self._gate_dense(query))
@@ -544,9 +552,9 @@ class MultiHeadAttention(AttentionLayer):
         query, key, value = tensors
         axes = self._axes(query.shape[:-1])
         shape = score_shape(query.shape[:-1], key.shape[:-1], self._num_heads, axes)
-        mask = with_table(
-            Mask(is_causal=use_causal_mask), attention_mask, shape, len(axes)
-        )
+        mask = MaskParts(upper=0 if use_causal_mask else None)
+        if attention_mask is not None:
+            mask = with_table(mask, attention_mask, shape, len(axes))
         check_order(mask, axes)
         return self._attend(
             query,
@@ -566,7 +574,7 @@ class MultiHeadAttention(AttentionLayer):
         values = self._value_dense(prepare_inputs(value, padding))
         return self._turn(keys, self.key_norm), values
 
-    def _check_cached(self, mask: Mask) -> None:
+    def _check_cached(self, mask: MaskParts) -> None:
         if mask.is_ordered or self.position_layer is not None:
             raise ValueError(
                 "A `cache` of projected keys has no order for queries that come "
@@ -591,7 +599,7 @@ class MultiHeadAttention(AttentionLayer):
         segment_ids: Any,
         attention_bias: Tensor | None,
         head_mask: Tensor | None,
-    ) -> Mask:
+    ) -> MaskParts:
         """Brings all masks together, and checks them and all else that must fit."""
         query_shape, value_shape, key_shape = shapes
         _check_keys(*shapes)
@@ -604,21 +612,22 @@ class MultiHeadAttention(AttentionLayer):
         axes = self._axes(query_shape)
         _check_single_axis(axes, segment_ids=segment_ids, attention_bias=attention_bias)
         pair = as_pair(segment_ids, "segment_ids")
-        mask = Mask(
+        mask = MaskParts(
             as_padding(query_mask, query_shape, "query_mask"),
             intersect(
                 as_padding(value_mask, value_shape, "value_mask"),
                 as_padding(key_mask, key_shape, "key_mask"),
             ),
             None,
-            bool(use_causal_mask),
-            self._sliding_window,
+            *self._bounds[bool(use_causal_mask)],
             as_segments(pair[0], query_shape, "segment_ids"),
             as_segments(pair[1], key_shape, "segment_ids"),
         )
         scores = self._score_shape(query_shape, key_shape)
         self._check_factors(attention_bias, head_mask, scores)
-        mask = with_table(mask, known_booleans(attention_mask), scores, len(axes))
+        if attention_mask is not None:
+            table = known_booleans(attention_mask)
+            mask = with_table(mask, table, scores, len(axes))
         check_order(mask, axes)
         return mask
 
@@ -633,18 +642,19 @@ class MultiHeadAttention(AttentionLayer):
 
 
 def _spell_out(
-    mask: Mask, query: Tensor, key: Tensor, axes: tuple[int, ...]
+    mask: MaskParts, query: Tensor, key: Tensor, axes: tuple[int, ...]
 ) -> Tensor | None:
     """Returns a mask as one boolean tensor, of rank 3 where all heads share it."""
+    queries: Any = ops.shape(query)
+    keys: Any = ops.shape(key)
+    T, S = (math.prod(shape[axis] for axis in axes) for shape in (queries, keys))
+    mask = spell_others(mask, T, S, rank=len(query.shape))
     rows, columns, pairs = mask.query_padding, mask.key_padding, mask.pairs
     mask = mask._replace(
         query_padding=None if rows is None else fold_padding(rows, query, axes),
         key_padding=None if columns is None else fold_padding(columns, key, axes),
         pairs=None if pairs is None else fold_pairs(pairs, query, key, axes),
     )
-    queries: Any = ops.shape(query)
-    keys: Any = ops.shape(key)
-    T, S = (math.prod(shape[axis] for axis in axes) for shape in (queries, keys))
     visible = materialize(mask, T, S)
     if visible is None:
         return None

@@ -141,8 +141,40 @@ class RotaryEmbedding(keras.layers.Layer):
 class DistanceBias(keras.layers.Layer):
     """Base of the biases that are functions of the distance, one for each head.
 
-    As `bias` of attention it is called once, on the T + S - 1 distances that there
-    are between T queries and S keys, so that memory stays linear.
+    A bias of your own is a subclass that maps distances to biases in `call`; weights
+    are made in `build`. Pass it to a layer as `position=` or to
+    `dot_product_attention` as `bias=`. It is called once, on the T + S - 1 distances
+    of S keys from T queries, so that memory stays linear. To save layers that hold
+    it, register the class with `keras.saving.register_keras_serializable`, and add
+    its arguments to `get_config`.
+
+    Letters: T query length, S key length, N query heads.
+
+    Args:
+        num_heads: N.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        distances: Integers of any shape, key position minus query position.
+
+    Returns:
+        `(N or 1, *distances.shape)`, floating.
+
+    Raises:
+        ValueError: If `num_heads` is not a positive integer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras import ops
+    >>> import keras_mha
+    >>> class Recent(keras_mha.DistanceBias):
+    ...     def call(self, distances):
+    ...         nearness = -ops.log1p(ops.abs(ops.cast(distances, "float32")))
+    ...         return ops.stack([nearness] * self.num_heads)
+    >>> layer = keras_mha.MultiHeadSelfAttention(2, position=Recent(2))
+    >>> tuple(layer(np.ones((3, 5, 8), "float32")).shape)
+    (3, 5, 8)
     """
 
     def __init__(self, num_heads: int, **kwargs: Any) -> None:
@@ -170,6 +202,67 @@ class DistanceBias(keras.layers.Layer):
     def compute_output_spec(self, distances: Tensor) -> keras.KerasTensor:
         shape = self.compute_output_shape(as_integers(distances, "distances").shape)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class FunctionBias(DistanceBias):
+    """A bias of distances that any callable computes.
+
+    Args:
+        function: Maps integer distances to floating biases `(N or 1,
+            *distances.shape)`. To be saved it must be registered with
+            `keras.saving.register_keras_serializable`.
+        num_heads: N.
+        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: If `num_heads` is not a positive integer.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras import ops
+    >>> from keras_mha.layers.positions import FunctionBias
+    >>> bias = FunctionBias(lambda distances: -ops.cast(distances, "float32")[None], 2)
+    >>> np.asarray(bias(np.array([-1, 2]))).tolist()
+    [[1.0, -2.0]]
+    """
+
+    def __init__(self, function: Any, num_heads: int, **kwargs: Any) -> None:
+        super().__init__(num_heads, **kwargs)
+        self.function = function
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments.
+
+        Raises:
+            ValueError: If the function is not registered, and could not be loaded.
+        """
+        known = self.function if _is_function(self.function) else type(self.function)
+        name = keras.saving.get_registered_name(known)
+        if keras.saving.get_registered_object(name) is None:
+            raise ValueError(
+                "To be saved, the callable that a layer has as `position` must be "
+                "registered with `keras.saving.register_keras_serializable`. "
+                f"Received: position={self.function!r}"
+            )
+        function = keras.saving.serialize_keras_object(self.function)
+        return {**super().get_config(), "function": function}
+
+    @classmethod
+    @override
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        function = keras.saving.deserialize_keras_object(config["function"])
+        return cls(**{**config, "function": function})
+
+    @override
+    def call(self, distances: Tensor) -> Tensor:
+        return self.function(distances)
+
+
+def _is_function(function: Any) -> bool:
+    return hasattr(function, "__name__")
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")

@@ -10,7 +10,6 @@ from typing import Any
 import keras
 from typing_extensions import override
 
-from keras_mha.attention.masks import hold
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.typing import Tensor
 
@@ -27,11 +26,6 @@ class SeededLayer(keras.layers.Layer):
     Sublayers are made inside `whole()`: the layer is computed again as one, not
     each part of it once more by itself.
     """
-
-    @override
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held = {name: hold(value) for name, value in kwargs.items()}
-        return super().__call__(*map(hold, args), **held)
 
     def _add_generator(self, seed: int | None) -> None:
         self.seed_generator = keras.random.SeedGenerator(seed)

@@ -9,7 +9,6 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.attention.api import prepare_inputs
 from keras_mha.attention.axes import score_shape
 from keras_mha.attention.cache import (
     Cache,
@@ -18,8 +17,10 @@ from keras_mha.attention.cache import (
     extend_cache,
     next_position,
 )
+from keras_mha.attention.dispatch import prepare_inputs
 from keras_mha.attention.mask_arguments import as_padding, as_segments, known_booleans
-from keras_mha.attention.masks import Mask, spell_padding, with_table
+from keras_mha.attention.mask_parts import NOTHING, MaskParts, spell_padding
+from keras_mha.attention.masks import with_table
 from keras_mha.layers.arguments import check_optional, check_positive, keyword_only
 from keras_mha.layers.attention_layer import AttentionLayer, AttentionOptions
 from keras_mha.layers.fused_projection import FusedProjection
@@ -92,8 +93,9 @@ class MultiHeadSelfAttention(AttentionLayer):
         num_key_value_heads: K, a divisor of N: queries of N / K heads in a row share
             keys and values (Ainslie et al. 2023, "GQA"). Defaults to N.
         position: How scores know of positions: `"rotary"`, `"alibi"`, `"relative"`,
-            or a `RotaryEmbedding`, `ALiBi` or `RelativePositionBias`, of which the
-            layer makes a copy of its own. Defaults to not at all.
+            a `RotaryEmbedding` or a `DistanceBias` such as `ALiBi`, of which the layer
+            makes a copy of its own, or a function that maps integer distances
+            of key from query to biases `(N or 1, *shape)`. Defaults to not at all.
         qk_norm: `"rms"` or `"layer"`: normalizes each head's queries and keys over H
             before they are rotated (Dehghani et al. 2023, "Scaling vision
             transformers to 22 billion parameters"). Defaults to none.
@@ -289,8 +291,11 @@ class MultiHeadSelfAttention(AttentionLayer):
             attention_bias,
             head_mask,
         )
-        length = ops.shape(inputs)[1]
-        restrictions = spell_padding(restrictions, length, length)
+        offset: Any = 0
+        if attention_mask is not None:
+            length = ops.shape(inputs)[1]
+            restrictions = spell_padding(restrictions, length, length)
+            offset = self._offset(attention_mask)
         inputs = prepare_inputs(inputs, restrictions.query_padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
         start = 0 if cache is None else next_position(cache)
@@ -304,7 +309,7 @@ class MultiHeadSelfAttention(AttentionLayer):
                 attention_bias=attention_bias,
                 return_attention_scores=return_attention_scores or None,
             )
-            key, value, restrictions, cache, overflows = extend_cache(
+            key, value, restrictions, offset, cache, overflows = extend_cache(
                 cache, key, value, restrictions.query_padding, self._sliding_window
             )
         mixed, scores = self._attend(
@@ -316,6 +321,8 @@ class MultiHeadSelfAttention(AttentionLayer):
             head_mask=head_mask,
             training=training,
             return_scores=return_attention_scores,
+            keys_are_finite=cache is not None,
+            offset=offset,
         )
         if self._use_gate:
             mixed = mixed * self.gate_dense(inputs)
@@ -467,21 +474,18 @@ class MultiHeadSelfAttention(AttentionLayer):
         segment_ids: Tensor | None,
         attention_bias: Tensor | None,
         head_mask: Tensor | None,
-    ) -> Mask:
+    ) -> MaskParts:
         """Brings all masks together, and checks them and all else that must fit."""
         scores = self._score_shape(inputs.shape)
         self._check_factors(attention_bias, head_mask, scores)
         padding = as_padding(padding_mask, inputs.shape, "mask")
         segments = as_segments(segment_ids, inputs.shape, "segment_ids")
-        mask = Mask(
-            padding,
-            padding,
-            None,
-            bool(use_causal_mask),
-            self._sliding_window,
-            segments,
-            segments,
-        )
+        lower, upper = self._bounds[bool(use_causal_mask)]
+        if padding is lower is upper is segments is attention_mask is None:
+            return NOTHING
+        mask = MaskParts(padding, padding, None, lower, upper, segments, segments)
+        if attention_mask is None:
+            return mask
         return with_table(mask, known_booleans(attention_mask), scores, 1)
 
     def _divide(self, width: int | None) -> int:

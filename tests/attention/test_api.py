@@ -16,16 +16,17 @@ from keras_mha import (
     PaddingMask,
     SegmentMask,
     SlidingWindowMask,
+    TableMask,
     dot_product_attention,
 )
-from keras_mha.attention import masks
-from keras_mha.attention.api import (
+from keras_mha.attention import mask_parts
+from keras_mha.attention.dispatch import (
     attend,
     current_implementation,
     implementation_scope,
     prepare_inputs,
 )
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.mask_parts import NOTHING, MaskParts
 from tests.support.attention_cases import (
     BACKEND,
     CASES,
@@ -76,9 +77,9 @@ def mix(case: Case = CASES["plain"], **options: Any) -> np.ndarray:
             {"segment_ids": (QUERY_SEGMENTS, QUERY_SEGMENTS[::-1])},
             SegmentMask(QUERY_SEGMENTS, QUERY_SEGMENTS[::-1]),
         ),
-        ({"mask": pairs(T, T)}, Mask(pairs=pairs(T, T)[None, None])),
-        ({"mask": 7 * pairs(B, T, T)}, Mask(pairs=pairs(B, T, T)[:, None])),
-        ({"mask": pairs(B, 1, T, T)}, Mask(pairs=pairs(B, 1, T, T))),
+        ({"mask": pairs(T, T)}, TableMask(pairs(T, T)[None, None])),
+        ({"mask": 7 * pairs(B, T, T)}, TableMask(pairs(B, T, T)[:, None])),
+        ({"mask": pairs(B, 1, T, T)}, TableMask(pairs(B, 1, T, T))),
         ({"mask": CausalMask(3), "sliding_window": None}, CausalMask(3)),
         (
             {
@@ -93,7 +94,7 @@ def mix(case: Case = CASES["plain"], **options: Any) -> np.ndarray:
         ),
     ],
 )
-def test_arguments_are_masks(options: dict[str, Any], mask: Mask) -> None:
+def test_arguments_are_masks(options: dict[str, Any], mask: keras_mha.Mask) -> None:
     found = mix(SQUARE, **options)
     np.testing.assert_array_equal(found, mix(SQUARE, mask=mask))
     assert np.abs(found - mix(SQUARE)).max() > 0.1
@@ -160,8 +161,8 @@ def test_auto_is_one_of_the_implementations() -> None:
 
 def test_scores_come_on_request() -> None:
     arrays = cast(heads(), "float32")
-    mixed, none = attend(*arrays, Mask(is_causal=True))
-    again, scores = attend(*arrays, Mask(is_causal=True), return_scores=True)
+    mixed, none = attend(*arrays, MaskParts(upper=0))
+    again, scores = attend(*arrays, MaskParts(upper=0), return_scores=True)
     assert none is None
     assert scores is not None
     np.testing.assert_allclose(numbers(mixed), numbers(again), atol=1e-6)
@@ -195,12 +196,12 @@ def test_a_seed_may_be_an_argument_of_the_compiled_function() -> None:
 
     arrays = cast(heads(), "float32")
     compiled = tf.function(
-        lambda seed: attend(*arrays, Mask(), seed=seed, dropout=0.3)[0],
+        lambda seed: attend(*arrays, NOTHING, seed=seed, dropout=0.3)[0],
         jit_compile=True,
     )
     for number in (3, 5):
         seed = tf.constant([number, 0], "uint32")
-        eager, _ = attend(*arrays, Mask(), seed=seed, dropout=0.3)
+        eager, _ = attend(*arrays, NOTHING, seed=seed, dropout=0.3)
         np.testing.assert_allclose(numbers(compiled(seed)), numbers(eager), atol=1e-6)
         assert np.abs(numbers(eager) - mix()).max() > 0.1
 
@@ -242,11 +243,6 @@ def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
         ({"mask": zeros(T, S)}, TypeError, "`mask` must be boolean or integer"),
         ({"mask": pairs(S, T)}, ValueError, "Every dimension of `mask` must be 1 or"),
         ({"mask": pairs(S)}, ValueError, "`mask` must have rank 2 (T, S), 3 (B, T, S)"),
-        (
-            {"mask": CausalMask(2), "is_causal": True},
-            ValueError,
-            "same `offset`. Received: offset=2 and offset=0",
-        ),
         ({"sliding_window": 0}, ValueError, "`sliding_window` must be a positive int"),
         (
             {"segment_ids": np.zeros((B, T), int)},
@@ -264,9 +260,9 @@ def zeros(*shape: int, dtype: str = "float32") -> np.ndarray:
             "whose shape is (2, 13). Received: segment_ids of shape (1, 11)",
         ),
         (
-            {"mask": Mask(key_padding=ops.convert_to_tensor(QUERY_PADDING))},
+            {"mask": PaddingMask(np.ones(B + 1, int))},
             ValueError,
-            "key padding of `mask` must fit B=2, T=11 and S=13. Received: shape (2",
+            "key padding of `mask` must fit B=2, T=11 and S=13. Received: shape (3",
         ),
         ({"bias": zeros(T, S, dtype="int32")}, TypeError, "`bias` must be floating"),
         ({"bias": pairs(T, S)}, TypeError, "What may not attend is a mask"),
@@ -349,7 +345,7 @@ def test_the_scope_refuses_unknown_implementations() -> None:
 
 def test_padding_is_cleared_but_for_portable() -> None:
     inputs = draw(*QUERY_PADDING.shape, 11).astype("float32")
-    expected = numbers(masks.clear_padding(inputs, QUERY_PADDING))
+    expected = numbers(mask_parts.clear_padding(inputs, QUERY_PADDING))
     for name in ("auto", "reference", "blockwise"):
         with implementation_scope(name):
             found = numbers(prepare_inputs(inputs, QUERY_PADDING))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import keras_mha
-from keras_mha.attention.api import attend
 from keras_mha.attention.axes import (
     fold_heads,
     fold_padding,
@@ -20,9 +19,10 @@ from keras_mha.attention.axes import (
     unfold_heads,
     unfold_scores,
 )
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.dispatch import attend
+from keras_mha.attention.mask_parts import MaskParts
 from tests.support import reference as oracle
-from tests.support.attention_cases import cast, draw, numbers, pairs
+from tests.support.attention_cases import MaskWords, cast, draw, numbers, pairs
 
 N, H, V = 3, 11, 13
 # Inner dimensions of queries, of keys, attention axes. Free axes have equal sizes.
@@ -129,7 +129,7 @@ def test_attention_over_axes_equals_the_oracle(
 ) -> None:
     heads = layout_heads(rows, columns)
     shape = score_shape((2, *rows, 1), (2, *columns, 1), N, axes)
-    shown, mask = np.ones(shape, bool), Mask()
+    shown, mask = np.ones(shape, bool), MaskParts()
     if masks in ("padding", "both"):
         paddings = [
             layout_padding(2, *d, seed=i) for i, d in enumerate((rows, columns))
@@ -145,7 +145,7 @@ def test_attention_over_axes_equals_the_oracle(
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(numbers(one), other, atol=3e-6)
     if masks != "none":
-        bare, _ = attend(*cast(heads, "float32"), mask=Mask(), axes=axes)
+        bare, _ = attend(*cast(heads, "float32"), mask=MaskParts(), axes=axes)
         assert np.abs(numbers(bare) - expected[0]).max() > 1e-2
 
 
@@ -157,7 +157,7 @@ def test_causal_and_window_over_one_of_several_axes(
         heads = layout_heads(rows, columns)
         shown = oracle.visible_pairs((1, 1, 5, 7), None, None, None, is_causal, window)
         expected, _ = oracle.attend_axes(*heads, axes=(axis,), visible=shown)
-        mask = Mask(is_causal=is_causal, sliding_window=window)
+        mask = MaskWords(is_causal=is_causal, sliding_window=window).parts()
         found, _ = attend(*cast(heads, "float32"), mask=mask, axes=(axis,))
         np.testing.assert_allclose(numbers(found), expected, atol=3e-6)
 
@@ -197,14 +197,14 @@ def test_the_layer_equals_keras_layer(
 
 @pytest.mark.parametrize(
     "mask",
-    [Mask(is_causal=True), Mask(sliding_window=2)],
+    [MaskParts(upper=0), MaskParts(lower=-1, upper=1)],
     ids=["causal", "window"],
 )
-def test_causal_over_several_axes_raises(mask: Mask) -> None:
+def test_causal_over_several_axes_raises(mask: MaskParts) -> None:
     text = (
         r"`use_causal_mask` and `sliding_window` need a single attention axis.* "
-        rf"Received: attention_axes=\(1, 2\), use_causal_mask={mask.is_causal}, "
-        rf"sliding_window={mask.sliding_window}"
+        rf"Received: attention_axes=\(1, 2\) and keys limited to distances from "
+        rf"{mask.lower} to {mask.upper}"
     )
     with pytest.raises(ValueError, match=text):
         attend(*layout_heads((4, 5), (3, 7)), mask=mask, axes=(1, 2))

@@ -17,10 +17,10 @@ import pytest
 from keras import backend, ops
 
 from keras_mha.attention import reference
-from keras_mha.attention.api import IMPLEMENTATIONS
 from keras_mha.attention.bias import Bias
+from keras_mha.attention.dispatch import IMPLEMENTATIONS
 from keras_mha.attention.dropout import as_seed
-from keras_mha.attention.masks import Mask, materialize
+from keras_mha.attention.mask_parts import MaskParts, materialize
 from tests.support.attention_cases import (
     BACKEND,
     CASES,
@@ -30,6 +30,7 @@ from tests.support.attention_cases import (
     QUERY_PADDING,
     WIDEST,
     Case,
+    MaskWords,
     S,
     T,
     arrays_of,
@@ -65,7 +66,7 @@ COMBINATIONS = sample_pairwise(
 )
 # T, S and the axes of the bias repeated are such that neither blocks nor lengths agree.
 EVERYTHING = Case(
-    Mask(
+    MaskWords(
         QUERY_PADDING,
         KEY_PADDING,
         is_causal=True,
@@ -88,6 +89,7 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def choose(blocks: Any) -> None:
         def attend(*tensors: Any, **options: Any) -> Any:
+            del options["keys_are_finite"]  # a promise to the reference
             return attend_in_loops(*tensors, **options, blocks=blocks), None
 
         monkeypatch.setattr(blockwise, "attend", attend)
@@ -142,7 +144,7 @@ def test_16_bits(in_blocks: Any, name: str, dtype: str) -> None:
     in_blocks(Blocks(1, 4, 5))
     case = CASES[name]
     check(case, dtype, "eager")
-    output = attend_in_loops(*cast(heads(), dtype), Mask(), Bias(), scale=0.5)
+    output = attend_in_loops(*cast(heads(), dtype), MaskParts(), Bias(), scale=0.5)
     assert backend.standardize_dtype(output.dtype) == dtype
 
 
@@ -169,7 +171,7 @@ def test_the_comparison_fails_for_a_wrong_gradient(
 def test_rows_that_see_nothing(in_blocks: Any) -> None:
     """Zeros and no gradient, even where the upstream gradient is not a number."""
     in_blocks(Blocks(1, 4, 5))
-    case = Case(Mask(key_padding=np.array([0, 9], "int32")), sinks=True)
+    case = Case(MaskWords(key_padding=np.array([0, 9], "int32")), sinks=True)
     arrays, (upstream,) = arrays_of(case), upstream_of(case)
     for array in (arrays["query"], arrays["key"], arrays["value"], upstream):
         array[0] = np.nan
@@ -185,10 +187,10 @@ def test_rows_that_see_nothing(in_blocks: Any) -> None:
 
 SEGMENTS = np.arange(40, dtype="int32")[None] // 10
 SPARSE = {
-    "causal": Mask(is_causal=True),
-    "window": Mask(sliding_window=5),
-    "causal window after a cache": Mask(is_causal=True, sliding_window=5, offset=3),
-    "segments": Mask(query_segments=SEGMENTS, key_segments=SEGMENTS),
+    "causal": MaskParts(upper=0),
+    "window": MaskParts(lower=-4, upper=4),
+    "causal window after a cache": MaskParts(lower=-1, upper=3),
+    "segments": MaskParts(query_segments=SEGMENTS, key_segments=SEGMENTS),
 }
 
 
@@ -249,7 +251,7 @@ def test_unknown_lengths_in_xla(blocks: Any) -> None:
             tape.watch(tensors)
             output = attend(
                 *(query, key, value),
-                Mask(key_padding=padding, is_causal=True, sliding_window=9),
+                MaskParts(key_padding=padding, lower=-8, upper=0),
                 Bias(pairs, distances, sinks),
                 scale=0.5,
                 dropout=0.2,
@@ -319,7 +321,7 @@ def test_the_edges_of_causal_blocks(
     from keras_mha.attention.blockwise import tiles_tensorflow
 
     monkeypatch.setattr(tiles_tensorflow, "_ROWS", 4)
-    mask = Mask(is_causal=True, offset=offset, sliding_window=window)
+    mask = MaskWords(is_causal=True, offset=offset, sliding_window=window).parts()
     for length, keys in itertools.product((2, 5, 6), (1, 3, 6)):
         arrays = cast([draw(1, n, 2, 3, seed=n) for n in (length, keys, keys)], WIDEST)
         found, expected = (
@@ -342,10 +344,10 @@ def test_the_edges_of_causal_blocks(
 def test_no_table_of_scores_stands_in_the_compiled_code() -> None:
     ids = ops.arange(1024, dtype="int32")[None] // 300
     options = {"scale": 0.5, "dropout": 0.2, "seed": as_seed(3)}
-    mask = Mask(
+    mask = MaskParts(
         key_padding=ids < 3,
-        is_causal=True,
-        sliding_window=500,
+        lower=-499,
+        upper=0,
         query_segments=ids,
         key_segments=ids,
     )
@@ -388,7 +390,7 @@ def test_the_output_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loops, "_forward", forward)
     arrays = [x.requires_grad_() for x in cast(heads(), "float32")]
-    output = attend_in_loops(*arrays, Mask(), Bias(), scale=0.5)
+    output = attend_in_loops(*arrays, MaskParts(), Bias(), scale=0.5)
     assert kept[-1]() is not None
     del output
     assert kept[-1]() is None

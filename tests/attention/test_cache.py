@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 from keras_mha.attention.cache import Cache, Extended, empty_cache, extend_cache
-from keras_mha.attention.masks import materialize
+from keras_mha.attention.mask_parts import materialize
 from tests.support.attention_cases import cast, draw, numbers, value_and_gradients
 
 B, T, K, H, V = 2, 11, 3, 5, 7

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from keras import backend, ops
 
-from keras_mha.attention.api import IMPLEMENTATIONS
 from keras_mha.attention.blockwise import front as blockwise
+from keras_mha.attention.dispatch import IMPLEMENTATIONS
 from keras_mha.attention.fused import cudnn_jax as fused_jax
 from tests.support.attention_cases import (
     BACKEND,

@@ -7,26 +7,25 @@ from typing import Any
 import pytest
 from keras import KerasTensor
 
-from keras_mha.attention.api import IMPLEMENTATIONS
 from keras_mha.attention.bias import Bias
-from keras_mha.attention.dispatch import select
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.dispatch import IMPLEMENTATIONS, select
+from keras_mha.attention.mask_parts import MaskParts
 from tests.support.attention_cases import BACKEND
 
-CAUSAL = Mask(is_causal=True)
-WINDOW = Mask(sliding_window=5)
-SEGMENTS = Mask(query_segments=1, key_segments=1)
-PADDING = Mask(key_padding=1)
+CAUSAL = MaskParts(upper=0)
+WINDOW = MaskParts(lower=-4, upper=4)
+SEGMENTS = MaskParts(query_segments=1, key_segments=1)
+PADDING = MaskParts(key_padding=1)
 
 
 def chosen(
-    shape: tuple[int | None, ...], S: int | None, mask: Mask, **options: Any
+    shape: tuple[int | None, ...], S: int | None, mask: MaskParts, **options: Any
 ) -> str:
     """The name of what "auto" takes for queries of a shape and S keys."""
     call = {"logits_soft_cap": None, "dropout": 0.1, "return_scores": False, **options}
     query: Any = KerasTensor(shape)
     key: Any = KerasTensor((shape[0], S, *shape[2:]))
-    module = select(IMPLEMENTATIONS, "auto", query, key, key, mask, Bias(), **call)
+    module = select("auto", query, key, key, mask, Bias(), **call)
     return next(name for name, found in IMPLEMENTATIONS.items() if found is module)
 
 
@@ -36,10 +35,10 @@ def chosen(
         # Up to 2**27 scores are stored.
         ((1, 4096, 8, 64), 4096, PADDING, "reference"),
         ((1, 4096, 8, 64), 4097, PADDING, "blockwise"),
-        ((33, 4096, 1, 64), 256, Mask(), "reference"),
+        ((33, 4096, 1, 64), 256, MaskParts(), "reference"),
         # An unknown batch is taken to be 32.
-        ((None, 724, 8, 64), 724, Mask(), "reference"),
-        ((None, 725, 8, 64), 725, Mask(), "blockwise"),
+        ((None, 724, 8, 64), 724, MaskParts(), "reference"),
+        ((None, 725, 8, 64), 725, MaskParts(), "blockwise"),
         # A mask that leaves out blocks changes that from a length of 1024 on.
         ((1, 1024, 1, 64), 1024, CAUSAL, "blockwise"),
         ((1, 1024, 1, 64), 1024, WINDOW, "blockwise"),
@@ -53,7 +52,7 @@ def chosen(
     ],
 )
 def test_auto_goes_by_what_is_known_of_the_sizes(
-    shape: tuple[int | None, ...], S: int | None, mask: Mask, expected: str
+    shape: tuple[int | None, ...], S: int | None, mask: MaskParts, expected: str
 ) -> None:
     assert chosen(shape, S, mask) == expected
 

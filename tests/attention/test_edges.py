@@ -63,7 +63,7 @@ def test_lengths_count_as_far_as_there_are_positions(
     pairs = pairs & (np.arange(S) < kept[:, None])[:, None]
     expected = attend(lambda: pairs)
     assert not np.all(expected[0][0] == 0)
-    found = attend(lambda: PaddingMask(LENGTHS, LENGTHS[::-1].copy()))
+    found = attend(lambda: PaddingMask(LENGTHS, query_lengths=LENGTHS[::-1].copy()))
     for one, other in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -72,8 +72,8 @@ def test_lengths_beyond_int32_do_not_wrap_around() -> None:
     # Elsewhere Keras makes them int32 before we see them.
     is_wide = BACKEND == "tensorflow"
     tensor = ops.convert_to_tensor(WIDE, dtype="int64") if is_wide else WIDE
-    mask = PaddingMask(WIDE, tensor)
-    for lengths in (mask.key_padding, mask.query_padding):
+    mask = PaddingMask(WIDE, query_lengths=tensor)
+    for lengths in (mask.key_lengths, mask.query_lengths):
         found = ops.convert_to_numpy(lengths)
         np.testing.assert_array_equal(found, np.clip(WIDE, 0, 2**31 - 1))
 
@@ -81,7 +81,7 @@ def test_lengths_beyond_int32_do_not_wrap_around() -> None:
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32"])
 def test_lengths_of_every_width(dtype: str) -> None:
     lengths = np.array([100, 3, 0]).astype(dtype)
-    found = ops.convert_to_numpy(PaddingMask(lengths).key_padding)
+    found = ops.convert_to_numpy(PaddingMask(lengths).key_lengths)
     np.testing.assert_array_equal(found, [100, 3, 0])
 
 
@@ -123,7 +123,7 @@ def test_where_there_is_nothing_masks_hide_nothing(
 ) -> None:
     B, T, S = EMPTY[sizes]
     mask: dict[str, Any] = {
-        "mask": {"mask": PaddingMask(np.full(B, 2), np.full(B, 3))},
+        "mask": {"mask": PaddingMask(np.full(B, 2), query_lengths=np.full(B, 3))},
         "pairs": {"mask": np.ones((B, 1, T, S), bool)},
         "segments": {"segment_ids": (np.ones((B, T), int), np.ones((B, S), int))},
     }[masked]

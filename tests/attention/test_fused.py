@@ -9,12 +9,12 @@ import pytest
 
 from keras_mha import dot_product_attention
 from keras_mha.attention.fused import cudnn_jax as fused_jax
-from keras_mha.attention.masks import Mask
 from tests.support.attention_cases import (
     BACKEND,
     KEY_PADDING,
     B,
     Case,
+    MaskWords,
     S,
     T,
     cast,
@@ -41,14 +41,14 @@ def received(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def attend(mask: Mask, lengths: tuple[int, int] = (T, S)) -> Any:
+def attend(mask: MaskWords, lengths: tuple[int, int] = (T, S)) -> Any:
     arrays = cast(heads(Case(lengths=lengths)), "bfloat16")
-    return dot_product_attention(*arrays, mask=mask, implementation="fused")
+    return dot_product_attention(*arrays, mask=mask.value(), implementation="fused")
 
 
-@pytest.mark.parametrize("mask", [Mask(), Mask(key_padding=KEY_PADDING)])
+@pytest.mark.parametrize("mask", [MaskWords(), MaskWords(key_padding=KEY_PADDING)])
 def test_lengths_are_even_and_head_sizes_multiples_of_eight(
-    received: list[dict[str, Any]], mask: Mask
+    received: list[dict[str, Any]], mask: MaskWords
 ) -> None:
     attend(mask)
     (call,) = received
@@ -60,27 +60,27 @@ def test_lengths_are_even_and_head_sizes_multiples_of_eight(
 @pytest.mark.parametrize(
     ("mask", "lengths", "expected"),
     [
-        (Mask(), (12, 14), {}),
+        (MaskWords(), (12, 14), {}),
         # The key that is filled in is hidden.
-        (Mask(), (T, S), {"key_value_seq_lengths": [S, S]}),
-        (Mask(is_causal=True), (T, T), {"is_causal": True}),
+        (MaskWords(), (T, S), {"key_value_seq_lengths": [S, S]}),
+        (MaskWords(is_causal=True), (T, T), {"is_causal": True}),
         (
-            Mask(is_causal=True),
+            MaskWords(is_causal=True),
             (S, T),
             {"is_causal": True, "key_value_seq_lengths": [T, T]},
         ),
         (
-            Mask(is_causal=True, sliding_window=4),
+            MaskWords(is_causal=True, sliding_window=4),
             (T, T),
             {"is_causal": True, "local_window_size": (3, 0)},
         ),
         (
-            Mask(key_padding=np.array([40, 3], "int32")),
+            MaskWords(key_padding=np.array([40, 3], "int32")),
             (T, S),
             {"key_value_seq_lengths": [S, 3]},
         ),
         (
-            Mask(query_padding=LENGTHS, is_causal=True),
+            MaskWords(query_padding=LENGTHS, is_causal=True),
             (T, T),
             {"is_causal": True, "query_seq_lengths": [6, T]},
         ),
@@ -88,11 +88,11 @@ def test_lengths_are_even_and_head_sizes_multiples_of_eight(
 )
 def test_what_the_kernel_knows_is_not_spelled_out(
     received: list[dict[str, Any]],
-    mask: Mask,
+    mask: MaskWords,
     lengths: tuple[int, int],
     expected: dict[str, Any],
 ) -> None:
-    assert fused_jax.is_native(mask)
+    assert fused_jax.is_native(mask.parts())
     attend(mask, lengths)
     found = {
         name: word.tolist() if hasattr(word, "tolist") else word
@@ -107,15 +107,17 @@ def test_what_the_kernel_knows_is_not_spelled_out(
 @pytest.mark.parametrize(
     "mask",
     [
-        Mask(key_padding=KEY_PADDING),
-        Mask(pairs=np.ones((T, S), bool)),
-        Mask(query_segments=np.zeros((1, T)), key_segments=np.zeros((1, S))),
-        Mask(sliding_window=3),
-        Mask(is_causal=True, offset=2),
+        MaskWords(key_padding=KEY_PADDING),
+        MaskWords(pairs=np.ones((T, S), bool)),
+        MaskWords(query_segments=np.zeros((1, T)), key_segments=np.zeros((1, S))),
+        MaskWords(sliding_window=3),
+        MaskWords(is_causal=True, offset=2),
     ],
 )
-def test_what_the_kernel_does_not_know_goes_elsewhere_by_default(mask: Mask) -> None:
-    assert not fused_jax.is_native(mask)
+def test_what_the_kernel_does_not_know_goes_elsewhere_by_default(
+    mask: MaskWords,
+) -> None:
+    assert not fused_jax.is_native(mask.parts())
 
 
 def test_heads_that_are_too_large_are_refused(

@@ -13,9 +13,22 @@ from hypothesis import strategies as st
 from keras import backend, ops
 
 import keras_mha
-from keras_mha import CausalMask, PaddingMask, SegmentMask, SlidingWindowMask
+from keras_mha import (
+    CausalMask,
+    Mask,
+    PaddingMask,
+    SegmentMask,
+    SlidingWindowMask,
+    TableMask,
+)
 from keras_mha.attention.mask_arguments import as_boolean, as_pairs
-from keras_mha.attention.masks import Mask, clear_padding, intersect, materialize
+from keras_mha.attention.mask_parts import (
+    NOTHING,
+    MaskParts,
+    clear_padding,
+    intersect,
+    materialize,
+)
 from tests.support import reference as oracle
 from tests.support.attention_cases import (
     BACKEND,
@@ -23,6 +36,7 @@ from tests.support.attention_cases import (
     QUERY_PADDING,
     WIDEST,
     B,
+    MaskWords,
     N,
     S,
     T,
@@ -34,7 +48,9 @@ from tests.support.attention_cases import (
     visible,
 )
 
-MASKED = {name: case for name, case in CASES.items() if case.options & {*Mask._fields}}
+MASKED = {
+    name: case for name, case in CASES.items() if case.options & {*MaskWords._fields}
+}
 needs_tensorflow = pytest.mark.skipif(
     BACKEND != "tensorflow", reason="graphs of TensorFlow"
 )
@@ -47,7 +63,7 @@ def booleans(mask: Any) -> np.ndarray:
 @pytest.mark.parametrize("name", MASKED)
 def test_materialize_equals_the_oracle(name: str) -> None:
     case = MASKED[name]
-    found, expected = materialize(case.mask, *case.lengths), visible(case)
+    found, expected = materialize(case.mask.parts(), *case.lengths), visible(case)
     assert backend.standardize_dtype(found.dtype) == "bool"
     np.testing.assert_array_equal(
         np.broadcast_to(booleans(found), expected.shape), expected
@@ -57,16 +73,14 @@ def test_materialize_equals_the_oracle(name: str) -> None:
 
 
 def test_nothing_hidden_makes_no_table() -> None:
-    assert materialize(Mask(), T, S) is None
+    assert materialize(NOTHING, T, S) is None
 
 
 @pytest.mark.parametrize(("query_length", "key_length"), [(1, S), (T, 1), (S, T)])
 def test_causal_and_window_align_at_the_first_positions(
     query_length: int, key_length: int
 ) -> None:
-    found = materialize(
-        Mask(is_causal=True, sliding_window=3), query_length, key_length
-    )
+    found = materialize(MaskParts(lower=-2, upper=0), query_length, key_length)
     for t, s in np.ndindex(query_length, key_length):
         assert bool(found[0, 0, t, s]) == (s <= t and t - s < 3)
 
@@ -78,7 +92,7 @@ def test_lengths_may_be_tensors() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, None])])
     def table(scores: tf.Tensor) -> tf.Tensor:
         length, other = tf.shape(scores)[0], tf.shape(scores)[1]
-        found = materialize(Mask(is_causal=True, sliding_window=2), length, other)
+        found = materialize(MaskParts(lower=-1, upper=0), length, other)
         return tf.convert_to_tensor(found)
 
     for shape in ((T, S), (S, T)):
@@ -225,11 +239,11 @@ def _parts(draw_from: st.DataObject, offset: int) -> list[tuple[Any, dict[str, A
         ),
         (PaddingMask(key_lengths), {"key_padding": key_lengths}),
         (
-            PaddingMask(key_lengths[::-1].copy(), query_lengths),
+            PaddingMask(key_lengths[::-1].copy(), query_lengths=query_lengths),
             {"key_padding": key_lengths[::-1], "query_padding": query_lengths},
         ),
         (
-            Mask(key_padding=ops.convert_to_tensor(keys > 0)),
+            MaskWords(key_padding=ops.convert_to_tensor(keys > 0)).value(),
             {"key_padding": keys > 0},
         ),
         (table, {"pairs": table}),
@@ -253,7 +267,7 @@ def test_any_order_of_and_is_the_and_of_the_tables(data: st.DataObject) -> None:
     starts = [i for i, (part, _) in enumerate(parts) if isinstance(part, Mask)]
     start = data.draw(st.sampled_from(starts or [0]))
     left, right = start, start + 1
-    merged = parts[start][0] if starts else Mask() & parts[start][0]
+    merged = parts[start][0] if starts else TableMask(parts[start][0])
     while left > 0 or right < len(parts):
         if right == len(parts) or (left > 0 and data.draw(st.booleans())):
             left -= 1
@@ -266,32 +280,12 @@ def test_any_order_of_and_is_the_and_of_the_tables(data: st.DataObject) -> None:
     expected = np.ones(shape, bool)
     for _, words in parts:
         expected &= oracle.visible_pairs(shape, **words)
-    found = booleans(materialize(merged, T, S))
+    found = booleans(materialize(merged.take_apart(), T, S))
     np.testing.assert_array_equal(np.broadcast_to(found, shape), expected)
-
-
-def test_a_mask_without_limits_changes_nothing() -> None:
-    window = SlidingWindowMask(3, offset=2)
-    assert Mask() & window == window & Mask() == window
 
 
 def test_equal_windows_meet_in_the_narrower() -> None:
     assert (SlidingWindowMask(5) & SlidingWindowMask(3)).sliding_window == 3
-
-
-def test_two_segment_masks_are_refused() -> None:
-    one = SegmentMask(np.array([0, 0, 1]))
-    with pytest.raises(ValueError, match="one `SegmentMask`.*two masks that both have"):
-        _ = CausalMask() & one & one
-
-
-def test_two_offsets_are_refused() -> None:
-    with pytest.raises(ValueError, match="same `offset`.*offset=1 and offset=2"):
-        _ = CausalMask(1) & SlidingWindowMask(3, offset=2)
-    tensors = [ops.convert_to_tensor(2, "int32") for _ in range(2)]
-    with pytest.raises(ValueError, match="same `offset`"):
-        _ = CausalMask(tensors[0]) & SlidingWindowMask(3, offset=tensors[1])
-    assert (CausalMask(tensors[0]) & SlidingWindowMask(3, tensors[0])).is_causal
 
 
 def test_offsets_of_numpy_are_integers() -> None:
@@ -301,7 +295,9 @@ def test_offsets_of_numpy_are_integers() -> None:
 
 @pytest.mark.parametrize("offset", [0, 2, -3])
 def test_an_offset_may_be_a_tensor(offset: int) -> None:
-    table = materialize(CausalMask(ops.convert_to_tensor(offset, "int32")), T, S)
+    table = materialize(
+        CausalMask(ops.convert_to_tensor(offset, "int32")).take_apart(), T, S
+    )
     expected = np.tril(np.ones((T, S), bool), offset)
     np.testing.assert_array_equal(booleans(table)[0, 0], expected)
 
@@ -328,7 +324,9 @@ def test_tables_of_rank_one_are_refused() -> None:
 
 
 def test_padding_lengths_are_counted_from_the_front() -> None:
-    table = materialize(PaddingMask(np.array([0, S]), np.array([T, 2])), T, S)
+    table = materialize(
+        PaddingMask(np.array([0, S]), query_lengths=np.array([T, 2])).take_apart(), T, S
+    )
     expected = np.zeros((2, T, S), bool)
     expected[1, :2] = True
     np.testing.assert_array_equal(booleans(table)[:, 0], expected)
@@ -338,7 +336,7 @@ def test_padding_lengths_are_counted_from_the_front() -> None:
     ("make", "name"),
     [
         (PaddingMask, "key_lengths"),
-        (lambda x: PaddingMask(None, x), "query_lengths"),
+        (lambda x: PaddingMask(query_lengths=x), "query_lengths"),
     ],
 )
 def test_other_lengths_are_refused(make: Any, name: str) -> None:
@@ -366,7 +364,7 @@ def test_other_segments_are_refused(make: Any, name: str) -> None:
     ("make", "name"),
     [
         (PaddingMask, "key_lengths"),
-        (lambda symbol: PaddingMask(None, symbol), "query_lengths"),
+        (lambda x: PaddingMask(query_lengths=x), "query_lengths"),
         (SegmentMask, "query_ids"),
         (CausalMask, "offset"),
     ],

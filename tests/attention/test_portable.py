@@ -12,13 +12,14 @@ import pytest
 
 from keras_mha.attention import portable, reference
 from keras_mha.attention.bias import Bias
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.mask_parts import MaskParts
 from tests.support.attention_cases import (
     CASES,
     KEY_PADDING,
     QUERY_PADDING,
     Case,
     H,
+    MaskWords,
     T,
     arrays_of,
     cast,
@@ -32,7 +33,7 @@ EDGE = 4.9e3
 MASKED = {
     name: case
     for name, case in CASES.items()
-    if case.options & {*Mask._fields} and not case.return_scores and not case.sinks
+    if case.options & {*MaskWords._fields} and not case.return_scores and not case.sinks
 }
 
 
@@ -42,7 +43,7 @@ def attend(module: Any, case: Case, arrays: list[np.ndarray]) -> list[np.ndarray
         **dict(zip(tensors, map(_as_tensor, tensors.values()), strict=True))
     )
     scale = case.head_size**-0.5
-    found = module.attend(*cast(arrays, "float32"), mask, Bias(), scale=scale)
+    found = module.attend(*cast(arrays, "float32"), mask.parts(), Bias(), scale=scale)
     return [numbers(x) for x in found]
 
 
@@ -99,11 +100,11 @@ def test_padded_queries_are_zero() -> None:
 
 def test_one_padding_of_queries_and_keys_hides_both() -> None:
     """Self-attention, where the same tensor is both, takes a shorter way."""
-    case = Case(Mask(sliding_window=3), lengths=(T, T))
+    case = Case(MaskWords(sliding_window=3), lengths=(T, T))
     padding = _as_tensor(QUERY_PADDING)
     arrays = heads(case)
     for is_causal in (False, True):
-        mask = Mask(padding, padding, None, is_causal, 3)
+        mask = MaskWords(padding, padding, None, is_causal, 3).parts()
         found, _ = portable.attend(
             *cast(arrays, "float32"), mask, Bias(), scale=H**-0.5
         )
@@ -119,7 +120,7 @@ def test_sinks_stand_beside_hidden_keys() -> None:
     case = CASES["sinks, empty rows"]
     arrays = {name: array.astype("float32") for name, array in arrays_of(case).items()}
     sinks = cast([np.full(case.heads[0], -50.0)], "float32")[0]
-    mask = Mask(key_padding=_as_tensor(case.mask.key_padding))
+    mask = MaskParts(key_padding=_as_tensor(case.mask.key_padding))
     found, expected = (
         numbers(
             module.attend(

@@ -9,7 +9,7 @@ import pytest
 
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.dropout import as_seed
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.mask_parts import NOTHING, MaskParts
 from keras_mha.attention.reference import attend
 from tests.support import reference as oracle
 from tests.support.attention_cases import (
@@ -18,6 +18,7 @@ from tests.support.attention_cases import (
     B,
     Case,
     H,
+    MaskWords,
     N,
     S,
     T,
@@ -41,7 +42,7 @@ needs_float64 = pytest.mark.skipif(
     WIDEST != "float64", reason="float64 is TensorFlow's alone"
 )
 EVERYTHING = Case(
-    Mask(pairs=pairs(B, 12, T, S), is_causal=True, offset=4),
+    MaskWords(pairs=pairs(B, 12, T, S), is_causal=True, offset=4),
     heads=(12, 3),
     bias=(B, 1, T, S),
     distances=12,
@@ -53,7 +54,7 @@ EVERYTHING = Case(
 )
 
 
-def mix(*arrays: Any, mask: Mask = Mask(), **more: Any) -> Any:  # noqa: B008 - a tuple
+def mix(*arrays: Any, mask: MaskParts = NOTHING, **more: Any) -> Any:
     """Values mixed, without any of the other options."""
     return attend(*arrays, mask, Bias(), scale=H**-0.5, **more)
 
@@ -101,14 +102,14 @@ def test_float64_is_exact(name: str) -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        Mask(is_causal=True, offset=-3),
-        Mask(sliding_window=2, offset=4),
-        Mask(pairs=pairs(B, N, T, S) & (np.arange(S) % 3 > 0)),
-        Mask(pairs=pairs(B, 1, T, S) & (draw(B, N, 1, S) > 0)),
+        MaskWords(is_causal=True, offset=-3),
+        MaskWords(sliding_window=2, offset=4),
+        MaskWords(pairs=pairs(B, N, T, S) & (np.arange(S) % 3 > 0)),
+        MaskWords(pairs=pairs(B, 1, T, S) & (draw(B, N, 1, S) > 0)),
     ],
     ids=["causal", "window", "pairs", "pairs by head"],
 )
-def test_poison_where_nobody_looks_is_harmless(poison: float, mask: Mask) -> None:
+def test_poison_where_nobody_looks_is_harmless(poison: float, mask: MaskWords) -> None:
     """In keys that no query sees and queries that see none, not in padding alone."""
     case = Case(mask)
     arrays, shown = arrays_of(case), visible(case)
@@ -128,18 +129,18 @@ def test_poison_where_nobody_looks_is_harmless(poison: float, mask: Mask) -> Non
 
 def test_longer_padding_changes_nothing() -> None:
     arrays, padding = heads(), CASES["padding"].mask
-    short, _ = mix(*cast(arrays, WIDEST), mask=_as_tensors(padding))
+    short, _ = mix(*cast(arrays, WIDEST), mask=_as_tensors(*padding[:2]))
     longer = [
         np.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=9.0) for x in arrays
     ]
     paddings = [np.pad(x, ((0, 0), (0, 4))) for x in padding[:2]]
-    long, _ = mix(*cast(longer, WIDEST), mask=_as_tensors(Mask(*paddings)))
+    long, _ = mix(*cast(longer, WIDEST), mask=_as_tensors(*paddings))
     np.testing.assert_allclose(numbers(long)[:, :T], numbers(short), atol=1e-6)
     assert np.all(numbers(long)[:, T:] == 0)
 
 
-def _as_tensors(mask: Mask) -> Mask:
-    return Mask(*(x if x is None else cast([x], "bool")[0] for x in mask[:2]))
+def _as_tensors(*paddings: Any) -> MaskParts:
+    return MaskParts(*cast(paddings, "bool"))
 
 
 def test_probabilities_are_those_before_dropout() -> None:
@@ -169,14 +170,14 @@ def test_worked_example() -> None:
     key = np.array([[0.0] * 4, [np.log(3), 0, 0, 0]]).reshape(1, 2, 1, 4)
     value = np.array([8.0, 16.0]).reshape(1, 2, 1, 1)
     arrays = cast([query, key, value], "float32")
-    found, scores = attend(*arrays, Mask(), Bias(), scale=0.5)
+    found, scores = attend(*arrays, NOTHING, Bias(), scale=0.5)
     np.testing.assert_allclose(numbers(scores).ravel(), [0.25, 0.75], rtol=1e-6)
     np.testing.assert_allclose(numbers(found).ravel(), [14.0], rtol=1e-6)
     # The oracle is held to the same figures.
     np.testing.assert_allclose(oracle.attend(query, key, value)[0].ravel(), [14.0])
     # A sink of log 4 doubles the sum of 1 + 3, so it halves the weights.
     (sink,) = cast([np.log([4.0])], "float32")
-    _, halved = attend(*arrays, Mask(), Bias(sinks=sink), scale=0.5)
+    _, halved = attend(*arrays, NOTHING, Bias(sinks=sink), scale=0.5)
     np.testing.assert_allclose(numbers(halved).ravel(), [0.125, 0.375], rtol=1e-6)
     _, expected = oracle.attend(query, key, value, sinks=np.log([4.0]))
     np.testing.assert_allclose(expected.ravel(), [0.125, 0.375])

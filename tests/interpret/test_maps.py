@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras import ops
 
 import keras_mha
-from keras_mha.attention.api import implementation_scope
+from keras_mha.attention.dispatch import implementation_scope
 from keras_mha.convert import from_keras
 from keras_mha.interpret.paths import layer_paths
 from keras_mha.layers.observer import Observer, observe

@@ -190,7 +190,7 @@ def test_lengths_count_as_padding(layer: str) -> None:
     inputs = np.where(real[..., None], INPUTS, 1.0).astype("float32")
     poisoned = np.where(real[..., None], INPUTS, np.nan).astype("float32")
     count = 2 if layer == "attention" else 1
-    mask = PaddingMask(lengths, lengths)
+    mask = PaddingMask(lengths, query_lengths=lengths)
     found = made(*[inputs] * count, attention_mask=mask)
     names = ("query_mask", "value_mask") if count == 2 else ("mask",)
     expected = made(*[inputs] * count, **dict.fromkeys(names, real))

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras import ops
+from typing_extensions import override
 
 from keras_mha import dot_product_attention
 from keras_mha.attention.dropout import as_seed, draw_pair_noise, keep_pairs
+from keras_mha.attention.mask_parts import MaskParts
 from keras_mha.attention.masks import Mask
 from tests.support import reference as oracle
 
@@ -59,6 +61,54 @@ KEY_SEGMENTS = np.repeat([[1, 0, 7, 2], [3, 3, -1, 5]], [4, 3, 5, 1], axis=1).as
 )
 
 
+class MaskWords(NamedTuple):
+    """What hides pairs, in the oracle's words; see `reference.visible_pairs`."""
+
+    query_padding: Any = None
+    key_padding: Any = None
+    pairs: Any = None
+    is_causal: bool = False
+    sliding_window: int | None = None
+    query_segments: Any = None
+    key_segments: Any = None
+    offset: Any = 0
+
+    def parts(self) -> MaskParts:
+        """The same in the words of the implementations."""
+        beyond = None if self.sliding_window is None else self.sliding_window - 1
+        upper = self.offset if self.is_causal else None
+        if beyond is not None and not self.is_causal:
+            upper = self.offset + beyond
+        return MaskParts(
+            self.query_padding,
+            self.key_padding,
+            self.pairs,
+            None if beyond is None else self.offset - beyond,
+            upper,
+            self.query_segments,
+            self.key_segments,
+        )
+
+    def value(self) -> Mask:
+        """The same as a mask value."""
+        return _GivenMask(self.parts())
+
+
+class _GivenMask(Mask):
+    """Of any parts, boolean paddings too, which layers alone make otherwise."""
+
+    def __init__(self, parts: MaskParts) -> None:
+        self.given = parts
+
+    @override
+    def take_apart(self) -> MaskParts:
+        return self.given
+
+    @override
+    def visible(self, queries: Any, keys: Any) -> Any:
+        raise NotImplementedError
+
+
 class Case(NamedTuple):
     """One combination of options; the defaults leave each of them out.
 
@@ -77,7 +127,7 @@ class Case(NamedTuple):
         return_scores: Whether the probabilities are wanted.
     """
 
-    mask: Mask = Mask()
+    mask: MaskWords = MaskWords()
     heads: tuple[int, int] = (N, K)
     lengths: tuple[int, int] = (T, S)
     head_size: int = H
@@ -95,7 +145,7 @@ class Case(NamedTuple):
         """The names of the options in use, the mask's by its fields."""
         return {
             name
-            for of, default in ((self, Case()), (self.mask, Mask()))
+            for of, default in ((self, Case()), (self.mask, MaskWords()))
             for name, field in of._asdict().items()
             if field is not default._asdict()[name] and name != "mask"
         }
@@ -107,10 +157,12 @@ class Case(NamedTuple):
 
     def without(self, option: str) -> Case:
         """The same with one option at its default."""
-        if option in Mask._fields:
+        if option in MaskWords._fields:
             segments = dict.fromkeys(("query_segments", "key_segments"))
             default = (
-                segments if option in segments else {option: Mask()._asdict()[option]}
+                segments
+                if option in segments
+                else {option: MaskWords()._asdict()[option]}
             )
             return self._replace(mask=self.mask._replace(**default))
         return self._replace(**{option: Case()._asdict()[option]})
@@ -123,29 +175,31 @@ CASES = {
     "one query": Case(lengths=(1, S)),
     "one key": Case(lengths=(T, 1)),
     "one pair": Case(lengths=(1, 1)),
-    "causal": Case(Mask(is_causal=True)),
-    "causal, more queries": Case(Mask(is_causal=True), lengths=(S, 5)),
-    "causal after a cache": Case(Mask(is_causal=True, offset=2)),
-    "causal before its keys": Case(Mask(is_causal=True, offset=-3)),
-    "window": Case(Mask(sliding_window=3)),
-    "window past the keys": Case(Mask(sliding_window=2), lengths=(S, 5)),
+    "causal": Case(MaskWords(is_causal=True)),
+    "causal, more queries": Case(MaskWords(is_causal=True), lengths=(S, 5)),
+    "causal after a cache": Case(MaskWords(is_causal=True, offset=2)),
+    "causal before its keys": Case(MaskWords(is_causal=True, offset=-3)),
+    "window": Case(MaskWords(sliding_window=3)),
+    "window past the keys": Case(MaskWords(sliding_window=2), lengths=(S, 5)),
     "causal window after a cache": Case(
-        Mask(is_causal=True, sliding_window=4, offset=2)
+        MaskWords(is_causal=True, sliding_window=4, offset=2)
     ),
-    "keys": Case(Mask(key_padding=KEY_PADDING)),
-    "queries": Case(Mask(query_padding=QUERY_PADDING)),
-    "padding": Case(Mask(QUERY_PADDING, KEY_PADDING)),
-    "lengths": Case(Mask(np.array([T, 4], "int32"), np.array([6, S], "int32"))),
-    "no keys": Case(Mask(key_padding=np.array([0, S], "int32"))),
-    "segments": Case(Mask(query_segments=QUERY_SEGMENTS, key_segments=KEY_SEGMENTS)),
+    "keys": Case(MaskWords(key_padding=KEY_PADDING)),
+    "queries": Case(MaskWords(query_padding=QUERY_PADDING)),
+    "padding": Case(MaskWords(QUERY_PADDING, KEY_PADDING)),
+    "lengths": Case(MaskWords(np.array([T, 4], "int32"), np.array([6, S], "int32"))),
+    "no keys": Case(MaskWords(key_padding=np.array([0, S], "int32"))),
+    "segments": Case(
+        MaskWords(query_segments=QUERY_SEGMENTS, key_segments=KEY_SEGMENTS)
+    ),
     "segments of all rows": Case(
-        Mask(query_segments=QUERY_SEGMENTS[0], key_segments=KEY_SEGMENTS[0])
+        MaskWords(query_segments=QUERY_SEGMENTS[0], key_segments=KEY_SEGMENTS[0])
     ),
-    "pairs TS": Case(Mask(pairs=pairs(T, S))),
-    "pairs BTS": Case(Mask(pairs=pairs(B, T, S))),
-    "pairs BNTS, empty rows": Case(Mask(pairs=_without_rows(pairs(B, N, T, S)))),
-    "pairs B11S": Case(Mask(pairs=pairs(B, 1, 1, S))),
-    "pairs of groups": Case(Mask(pairs=pairs(B, 12, T, S)), heads=(12, 3)),
+    "pairs TS": Case(MaskWords(pairs=pairs(T, S))),
+    "pairs BTS": Case(MaskWords(pairs=pairs(B, T, S))),
+    "pairs BNTS, empty rows": Case(MaskWords(pairs=_without_rows(pairs(B, N, T, S)))),
+    "pairs B11S": Case(MaskWords(pairs=pairs(B, 1, 1, S))),
+    "pairs of groups": Case(MaskWords(pairs=pairs(B, 12, T, S)), heads=(12, 3)),
     "bias TS": Case(bias=(T, S)),
     "bias BTS": Case(bias=(B, T, S)),
     "bias BNTS": Case(bias=(B, N, T, S)),
@@ -153,12 +207,14 @@ CASES = {
     "distances": Case(distances=N),
     "distances of all heads": Case(distances=1, lengths=(S, T)),
     "sinks": Case(sinks=True),
-    "sinks, empty rows": Case(Mask(key_padding=np.array([0, 5], "int32")), sinks=True),
+    "sinks, empty rows": Case(
+        MaskWords(key_padding=np.array([0, 5], "int32")), sinks=True
+    ),
     "scale": Case(scale=-0.7),
     "soft cap": Case(logits_soft_cap=1.5),
     "soft cap, then bias": Case(logits_soft_cap=1.5, bias=(T, S)),
     "dropout": Case(dropout=0.3),
-    "scores": Case(Mask(is_causal=True), return_scores=True),
+    "scores": Case(MaskWords(is_causal=True), return_scores=True),
     "large logits": Case(size=60.0, head_size=23),
 }
 
@@ -231,7 +287,7 @@ def combine(levels: Mapping[str, Any]) -> Case:
         return tuple(heads[0] if size == "N" else size for size in letters)
 
     return Case(
-        Mask(
+        MaskWords(
             **levels["padding"],
             **levels["segments"],
             pairs=None if hidden is None else pairs(*shape(hidden)),
@@ -309,9 +365,7 @@ def upstream_of(case: Case) -> list[np.ndarray]:
 
 
 def visible(case: Case) -> np.ndarray:
-    words = case.mask._asdict()
-    del words["keys_are_finite"]  # says nothing of what is visible
-    return oracle.visible_pairs(case.pair_shape, **words)
+    return oracle.visible_pairs(case.pair_shape, **case.mask._asdict())
 
 
 def expect(
@@ -353,7 +407,7 @@ def attention_of(
             given["bias"] = lambda where: ops.take(distances, where + first, axis=1)
         return dot_product_attention(
             **given,
-            mask=mask,
+            mask=mask.value(),
             scale=case.scale,
             logits_soft_cap=case.logits_soft_cap,
             dropout=case.dropout,

@@ -35,7 +35,7 @@ def visible_pairs(
     """Spells out which query sees which key, `(B, N, T, S)` boolean.
 
     The arguments after `shape`, which is (B, N, T, S), are the fields of
-    `keras_mha.attention.masks.Mask`.
+    `tests.support.attention_cases.MaskWords`.
     """
     B, _, T, S = shape
     real_rows, real_columns = (

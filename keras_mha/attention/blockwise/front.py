@@ -21,7 +21,7 @@ from keras import backend
 
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.blockwise import loops
-from keras_mha.attention.masks import Mask
+from keras_mha.attention.mask_parts import MaskParts
 from keras_mha.typing import Tensor
 
 # Up to so many scores, half a gigabyte of float32, "auto" has them materialized.
@@ -32,13 +32,17 @@ _SKIPPED_FROM = 1024
 _USUAL_BATCH = 32
 
 
+# Masks of other kinds have no blocks.
+TAKES = frozenset(MaskParts._fields) - {"others"}
+
+
 def refusal(*, return_scores: bool, **call: Any) -> str | None:
     """Says why a call cannot be served, if so."""
     del call
     return "computes no table of scores" if return_scores else None
 
 
-def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
+def is_preferred(query: Tensor, key: Tensor, mask: MaskParts) -> bool:
     """Whether "auto" should take this: where scores are many, or some left out.
 
     Few scores are faster stored than computed twice (`benchmarks/results`), unless
@@ -68,13 +72,14 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask,
+    mask: MaskParts,
     bias: Bias,
     *,
     scale: float,
     logits_soft_cap: float | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    keys_are_finite: bool = False,
 ) -> tuple[Tensor, None]:
     """Mixes the values by the similarity of queries and keys.
 
@@ -88,6 +93,7 @@ def attend(
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)`, before the bias.
         dropout: Share of the probabilities to drop, `0 <= dropout < 1`.
         seed: Seed tensor `(2,)`; needed where `dropout > 0`.
+        keys_are_finite: Whether hidden keys and values need not be cleared.
 
     Returns:
         The mixed values `(B, T, N, V)` in the dtype of `query`, and `None`.
@@ -97,12 +103,13 @@ def attend(
     >>> import numpy as np
     >>> from keras_mha.attention.bias import Bias
     >>> from keras_mha.attention.blockwise.front import attend
-    >>> from keras_mha.attention.masks import Mask
+    >>> from keras_mha.attention.mask_parts import MaskParts
     >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
-    >>> mixed, _ = attend(one, one, value, Mask(is_causal=True), Bias(), scale=1.0)
+    >>> mixed, _ = attend(one, one, value, MaskParts(upper=0), Bias(), scale=1.0)
     >>> np.asarray(mixed).ravel().tolist()
     [1.0, 2.0]
     """
+    del keys_are_finite  # clearing a block costs little beside its products
     call: dict[str, Any] = {
         "scale": scale,
         "logits_soft_cap": logits_soft_cap,

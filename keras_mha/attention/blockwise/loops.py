@@ -30,8 +30,8 @@ from keras_mha.attention.blockwise import layout
 from keras_mha.attention.blockwise.ranges import key_ranges
 from keras_mha.attention.dropout import PairNoise, draw_pair_noise, keep_pairs
 from keras_mha.attention.gradient import with_gradient
-from keras_mha.attention.masks import (
-    Mask,
+from keras_mha.attention.mask_parts import (
+    MaskParts,
     clear_padding,
     intersect,
     materialize,
@@ -88,7 +88,7 @@ class _Call(NamedTuple):
         dropout: Share of the probabilities to drop.
     """
 
-    mask: Mask
+    mask: MaskParts
     noise: PairNoise | None
     first: Tensor
     last: Tensor
@@ -119,13 +119,15 @@ class _Call(NamedTuple):
         """Which pairs of a block count, broadcastable to `(b, K, s, G, t)`."""
         mask = self.mask
         (row, t), (column, s) = place["t"], place["s"]
+        shift = row * t - column * s
         block = mask._replace(
             query_padding=layout.cut_mask(mask.query_padding, "bt", place),
             key_padding=layout.cut_mask(mask.key_padding, "bs", place),
             pairs=None,
             query_segments=layout.cut_mask(mask.query_segments, "bt", place),
             key_segments=layout.cut_mask(mask.key_segments, "bs", place),
-            offset=mask.offset + row * t - column * s,
+            lower=None if mask.lower is None else mask.lower + shift,
+            upper=None if mask.upper is None else mask.upper + shift,
         )
         visible = materialize(block, t, s)
         visible = intersect(
@@ -185,7 +187,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask,
+    mask: MaskParts,
     bias: Bias,
     *,
     scale: float,
@@ -300,7 +302,7 @@ def _fill_up_bias(
     return Bias(pairs, distances, sinks)
 
 
-def _fill_up_mask(mask: Mask, lengths: Mapping[str, tuple[Any, Any]]) -> Mask:
+def _fill_up_mask(mask: MaskParts, lengths: Mapping[str, tuple[Any, Any]]) -> MaskParts:
     """Fills a mask up; what is filled up of the keys is hidden."""
     S, wanted = lengths["s"]
     padding = _fill_up(mask.key_padding, "bs", lengths)

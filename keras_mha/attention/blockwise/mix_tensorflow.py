@@ -48,8 +48,8 @@ from keras_mha.attention.blockwise.tiles_tensorflow import (
     tile_at,
 )
 from keras_mha.attention.dropout import PairNoise, draw_pair_noise, keep_pairs
-from keras_mha.attention.masks import (
-    Mask,
+from keras_mha.attention.mask_parts import (
+    MaskParts,
     band,
     clear_padding,
     intersect,
@@ -78,7 +78,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask,
+    mask: MaskParts,
     bias: Bias,
     *,
     scale: float,
@@ -94,6 +94,8 @@ def attend(
     dtype = query.dtype
     (B, T, N), (S, K) = sizes_of(query)[:3], sizes_of(key)[1:3]
     mask = spell_out(mask, T, S)
+    if mask.lower is not None and mask.upper is None:
+        mask = mask._replace(upper=S)  # tiles know windows, with both their ends
     tables = mask.pairs is not None or mask.query_segments is not None
     tables = tables or (logits_soft_cap is not None and mask.key_padding is not None)
     sees = mask.query_padding if tables else rows_that_see(mask, T, S)
@@ -348,8 +350,8 @@ def _visible(tile: Tile, call: Call) -> Tensor:
         pairs=None if mask.pairs is None else cut_pairs(mask.pairs, tile),
         query_segments=cut(mask.query_segments, tile.rows),
         key_segments=cut(mask.key_segments, tile.columns),
-        is_causal=False,
-        sliding_window=None,
+        lower=None,
+        upper=None,
     )
     rows, columns = (
         tf.cast(tf.range(places.start, places.stop), "float32")
@@ -394,7 +396,7 @@ def _hide_later(scores: Tensor, tile: Tile, call: Call) -> Tensor:
     A graph changes the scores where they are, since nothing else reads them.
     """
     t, s = tile.lengths
-    first = tile.rows.start + tf.cast(call.mask.offset, "int32") - tile.columns.start
+    first = tile.rows.start + tf.cast(call.mask.upper, "int32") - tile.columns.start
     first, last = tf.maximum(first + 1, 1 - t), tf.minimum(first + t - 1, s - 1)
 
     def changed() -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any
 
 from keras import ops
 
-from keras_mha.attention.masks import Mask, intersect
+from keras_mha.attention.mask_parts import MaskParts, intersect
 from keras_mha.typing import Tensor
 
 
 def key_ranges(
-    mask: Mask, query_length: Tensor, key_length: Tensor, size: Tensor
+    mask: MaskParts, query_length: Tensor, key_length: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns, for each block of queries, a range of keys outside which it sees none.
 
@@ -35,8 +35,8 @@ def key_ranges(
 
     >>> import numpy as np
     >>> from keras_mha.attention.blockwise.ranges import key_ranges
-    >>> from keras_mha.attention.masks import Mask
-    >>> first, last = key_ranges(Mask(is_causal=True, sliding_window=3), 7, 7, size=2)
+    >>> from keras_mha.attention.mask_parts import MaskParts
+    >>> first, last = key_ranges(MaskParts(lower=-2, upper=0), 7, 7, size=2)
     >>> np.asarray(first)[0].tolist(), np.asarray(last)[0].tolist()
     ([0, 0, 2, 4], [2, 4, 6, 7])
     """
@@ -44,12 +44,10 @@ def key_ranges(
     start = ops.arange(_count(T, size), dtype="int32") * size
     end = ops.minimum(start + size, T)
     first, last = ops.zeros_like(start), ops.zeros_like(start) + S
-    offset = ops.cast(mask.offset, "int32")
-    if mask.is_causal:
-        last = ops.minimum(last, end + offset)
-    if mask.sliding_window is not None:
-        first = ops.maximum(first, start + offset - (mask.sliding_window - 1))
-        last = ops.minimum(last, end + offset + (mask.sliding_window - 1))
+    if mask.lower is not None:
+        first = ops.maximum(first, start + ops.cast(mask.lower, "int32"))
+    if mask.upper is not None:
+        last = ops.minimum(last, end + ops.cast(mask.upper, "int32"))
     first, last = ops.expand_dims(first, 0), ops.expand_dims(last, 0)
     if mask.key_padding is not None:
         some = _bounds(mask.key_padding)
@@ -113,7 +111,7 @@ def _count(length: Tensor, size: Tensor) -> Tensor:
 
 
 def rows_that_see(
-    mask: Mask, query_length: Tensor, key_length: Tensor
+    mask: MaskParts, query_length: Tensor, key_length: Tensor
 ) -> Tensor | None:
     """Which queries see a key, as far as padding, causality and window tell.
 
@@ -129,18 +127,21 @@ def rows_that_see(
 
     >>> import numpy as np
     >>> from keras_mha.attention.blockwise.ranges import rows_that_see
-    >>> from keras_mha.attention.masks import Mask
-    >>> mask = Mask(key_padding=np.array([[False, True, True]]), is_causal=True)
+    >>> from keras_mha.attention.mask_parts import MaskParts
+    >>> mask = MaskParts(key_padding=np.array([[False, True, True]]), upper=0)
     >>> np.asarray(rows_that_see(mask, 3, 3)).tolist()
     [[False, True, True]]
     """
     T, S = query_length, key_length
     sees = None
     if mask.is_ordered:
-        rows = ops.arange(T, dtype="int32") + ops.cast(mask.offset, "int32")
-        span = S + T if mask.sliding_window is None else mask.sliding_window
-        last = ops.clip(rows + (1 if mask.is_causal else span), 0, S)
-        first = ops.clip(rows - (span - 1), 0, S) if mask.sliding_window else None
+        rows = ops.arange(T, dtype="int32")
+        first = last = None
+        if mask.lower is not None:
+            first = ops.clip(rows + ops.cast(mask.lower, "int32"), 0, S)
+        if mask.upper is not None:
+            last = ops.clip(rows + ops.cast(mask.upper, "int32") + 1, 0, S)
+        last = ops.zeros_like(rows) + S if last is None else last
         if mask.key_padding is None:
             sees = last > (0 if first is None else first)
             sees = ops.expand_dims(sees, 0)

@@ -24,7 +24,7 @@ from keras_mha.attention.blockwise.loops_tensorflow import (
 )
 from keras_mha.attention.blockwise.ranges import key_ranges
 from keras_mha.attention.dropout import PairNoise
-from keras_mha.attention.masks import Mask, band
+from keras_mha.attention.mask_parts import MaskParts, band
 from keras_mha.typing import Tensor
 
 HIDDEN = 1e30
@@ -52,7 +52,7 @@ class Call(NamedTuple):
             by a column of their own, and rows that see nothing are cleared after.
     """
 
-    mask: Mask
+    mask: MaskParts
     bias: Bias
     noise: PairNoise | None
     dropout: float
@@ -64,7 +64,7 @@ class Call(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether every block of queries may see all keys."""
-        return self.is_prefix and not self.mask.is_causal
+        return self.is_prefix and self.mask.upper is None
 
     @property
     def is_prefix(self) -> bool:
@@ -74,7 +74,7 @@ class Call(NamedTuple):
             mask.query_padding is None
             and mask.key_padding is None
             and mask.query_segments is None
-            and mask.sliding_window is None
+            and mask.lower is None
         )
 
 
@@ -171,16 +171,16 @@ def cut_up(query: Tensor, key: Tensor, call: Call) -> Tiling:
     """Chooses tiles of about `_TILE` scores."""
     B, _, T, _ = sizes_of(query)
     K, S = sizes_of(key)[1:3]
-    mask, window = call.mask, call.mask.sliding_window
+    mask, width = call.mask, _width(call.mask)
     # One block of queries, if it is small: their gradients then need no summing up.
     # Small blocks leave out more of what an order hides.
     rows = _ROWS
-    if window is None:
+    if width is None:
         rows = most(_TILE // most(S, 1), _FEWEST_ROWS)
     if mask.is_ordered:
         rows = least(rows, _ROWS)
     rows = most(least(rows, T), 1)
-    span = S if window is None else least(S, rows + 2 * window)
+    span = S if width is None else least(S, rows + width)
     pairs = most(_TILE // (call.groups * rows * most(span, 1)), 1)
     batch = most(pairs // K, 1)
     if not isinstance(batch, int) or batch > 1:
@@ -191,11 +191,11 @@ def cut_up(query: Tensor, key: Tensor, call: Call) -> Tiling:
     first, last = (_one_or_more(ends) for ends in key_ranges(mask, T, S, rows))
     window_hides = later = None
     if mask.is_ordered and not call.tables:
-        if window is None:
+        if width is None:
             count = batch * heads * call.groups * rows * least(rows, S)
             later = tf.fill((count,), tf.constant(-HIDDEN, query.dtype))
         else:
-            window_hides = _window_band(mask, rows, query.dtype)
+            window_hides = _window_band(rows, width, query.dtype)
     return Tiling(
         batch,
         heads,
@@ -210,13 +210,19 @@ def cut_up(query: Tensor, key: Tensor, call: Call) -> Tiling:
     )
 
 
-def _window_band(mask: Mask, rows: Any, dtype: Any) -> Tensor:
+def _width(mask: MaskParts) -> Any:
+    """How many keys of a window stand before the last one, or `None` without one."""
+    if mask.lower is None or mask.upper is None:
+        return None
+    return most(mask.upper - mask.lower, 0)
+
+
+def _window_band(rows: Any, width: Any, dtype: Any) -> Tensor:
     """What a window hides of the keys that any of `rows` queries sees, `(rows, X)`."""
-    before = mask.sliding_window - 1
-    width = rows + before + (0 if mask.is_causal else before)
     queries = tf.cast(tf.range(rows), "float32")
-    keys = tf.cast(tf.range(width) - before, "float32")
-    return hide(band(mask._replace(offset=0), queries, keys), dtype)[0, 0]
+    keys = tf.cast(tf.range(rows + width), "float32")
+    window = MaskParts(lower=0, upper=width)
+    return hide(band(window, queries, keys), dtype)[0, 0]
 
 
 def section_at(index: Any, tiling: Tiling, call: Call) -> Section:
@@ -267,7 +273,7 @@ def tile_at(section: Section, row: Any, tiling: Tiling, call: Call) -> Tile:
     tile = Tile(section, rows, slice(first, last))
     if tiling.band is None:
         return tile._replace(later=tiling.later)
-    start += tf.cast(call.mask.offset, "int32") - (call.mask.sliding_window - 1)
+    start += tf.cast(call.mask.lower, "int32")
     begin = tf.clip_by_value(start, first, last)
     skipped = tf.maximum(begin - start, 0)
     hidden = tiling.band[: tile.lengths[0], skipped : skipped + last - begin]

@@ -14,7 +14,12 @@ from typing import Any, Literal
 import keras
 from keras import backend, ops
 
-from keras_mha.attention.masks import Mask, clear_padding, materialize
+from keras_mha.attention.mask_parts import (
+    MaskParts,
+    clear_padding,
+    materialize,
+    untaken,
+)
 from keras_mha.typing import Tensor
 
 _DTYPES = ("float16", "bfloat16")
@@ -38,20 +43,21 @@ def refusal(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def is_native(mask: Mask) -> bool:
+def is_native(mask: MaskParts) -> bool:
     """Whether the kernel takes the mask as it is."""
-    paddings = (mask.query_padding, mask.key_padding)
-    if mask.pairs is not None or mask.query_segments is not None:
+    if untaken(mask, ("query_padding", "key_padding", "lower", "upper")):
         return False
+    paddings = (mask.query_padding, mask.key_padding)
     if any(padding is not None and len(padding.shape) > 1 for padding in paddings):
         return False
-    if mask.is_ordered and not (isinstance(mask.offset, int) and mask.offset == 0):
-        return False
-    return mask.is_causal or mask.sliding_window is None
+    if mask.upper is None:
+        return mask.lower is None
+    whole = isinstance(mask.upper, int) and isinstance(mask.lower or 0, int)
+    return whole and mask.upper == 0 and (mask.lower or 0) <= 0
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float
+    query: Tensor, key: Tensor, value: Tensor, mask: MaskParts, scale: float
 ) -> Tensor:
     """Mixes the values.
 
@@ -71,14 +77,14 @@ def attend(
     words: dict[str, Any]
     if is_native(mask):
         sees, seen = _ends(mask, T, S)
-        window = mask.sliding_window
+        is_causal = mask.upper is not None
         words = {
-            "is_causal": mask.is_causal,
+            "is_causal": is_causal,
             "query_seq_lengths": _as_lengths(mask.query_padding, T),
             "key_value_seq_lengths": _as_lengths(mask.key_padding, S),
-            "local_window_size": None if window is None else (window - 1, 0),
+            "local_window_size": None if mask.lower is None else (-mask.lower, 0),
         }
-        if S % 2 and mask.key_padding is None and not (mask.is_causal and T <= S):
+        if S % 2 and mask.key_padding is None and not (is_causal and T <= S):
             # Hides the key that is filled in below.
             words["key_value_seq_lengths"] = ops.full((key.shape[0],), S, "int32")
     else:
@@ -111,24 +117,24 @@ def largest_head_size() -> int | None:
     return None if major < 8 else 128 if major < 9 else 256
 
 
-def _ends(mask: Mask, T: int, S: int) -> tuple[Tensor | None, Tensor | None]:
+def _ends(mask: MaskParts, T: int, S: int) -> tuple[Tensor | None, Tensor | None]:
     """Which queries see a key `(B, T)`, and which keys are seen `(B, S)`.
 
     For masks that the kernel takes; `None` where that is all of them.
     """
-    window, rows, columns = mask.sliding_window, ops.arange(T), ops.arange(S)
+    is_causal, rows, columns = mask.upper is not None, ops.arange(T), ops.arange(S)
     query_end, key_end = (
         ops.full((1,), most) if padding is None else ops.minimum(padding, most)
         for padding, most in ((mask.query_padding, T), (mask.key_padding, S))
     )
-    first = 0 if window is None else ops.maximum(rows - window + 1, 0)
+    first = 0 if mask.lower is None else ops.maximum(rows + mask.lower, 0)
     sees = (rows < query_end[:, None]) & (first < key_end[:, None])
-    first = columns if mask.is_causal else 0
+    first = columns if is_causal else 0
     seen = (columns < key_end[:, None]) & (first < query_end[:, None])
     is_padded = mask.query_padding is not None or mask.key_padding is not None
     return (
-        sees if is_padded or (window is not None and S + window <= T) else None,
-        seen if is_padded or (mask.is_causal and S > T) else None,
+        sees if is_padded or (mask.lower is not None and S - mask.lower < T) else None,
+        seen if is_padded or (is_causal and S > T) else None,
     )
 
 

@@ -10,12 +10,19 @@ head size, V head size of the values.
 
 from __future__ import annotations
 
-from keras import backend, ops
+from keras import backend
 
 from keras_mha.attention.bias import Bias
-from keras_mha.attention.fused import cudnn_jax
-from keras_mha.attention.masks import Mask, clear_padding, materialize
+from keras_mha.attention.fused import cudnn_jax, sdpa_torch
+from keras_mha.attention.mask_parts import (
+    MaskParts,
+)
 from keras_mha.typing import Tensor
+
+# By backend.
+_KERNELS = {"jax": cudnn_jax, "torch": sdpa_torch}
+# What the kernels do not know is spelled out.
+TAKES = frozenset(MaskParts._fields)
 
 
 def refusal(
@@ -29,9 +36,10 @@ def refusal(
 ) -> str | None:
     """Says why a call cannot be served, if so."""
     name = backend.backend()
-    if name not in ("jax", "torch"):
-        return f"needs the backend jax or torch: {name} has no fused kernel"
-    if name == "jax" and (reason := cudnn_jax.refusal(query, value)) is not None:
+    if name not in _KERNELS:
+        known = " or ".join(_KERNELS)
+        return f"needs the backend {known}: {name} has no fused kernel"
+    if (reason := _KERNELS[name].refusal(query, value)) is not None:
         return reason
     if backend.standardize_dtype(query.dtype) == "float64":
         return "takes no float64"
@@ -44,57 +52,31 @@ def refusal(
     return None
 
 
-def is_preferred(query: Tensor, key: Tensor, mask: Mask) -> bool:
+def is_preferred(query: Tensor, key: Tensor, mask: MaskParts) -> bool:
     """Whether no mask needs to be spelled out; other calls go to "blockwise"."""
     del query, key
-    return cudnn_jax.is_native(mask) if backend.backend() == "jax" else _is_plain(mask)
+    return _KERNELS[backend.backend()].is_native(mask)
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask,
+    mask: MaskParts,
     bias: Bias,
     *,
     scale: float,
     logits_soft_cap: None = None,
     dropout: float = 0.0,
     seed: None = None,
+    keys_are_finite: bool = False,
 ) -> tuple[Tensor, None]:
-    """Mixes the values by cuDNN, or by `keras.ops.dot_product_attention` on torch.
+    """Mixes the values by the backend's kernel.
 
     Args are those of `keras_mha.attention.reference.attend`, without bias, cap and
     dropout. Returns the mixed values `(B, T, N, V)`, and `None`.
     """
     del bias, logits_soft_cap, dropout, seed  # see `refusal`
-    if backend.backend() == "jax":
-        return cudnn_jax.attend(query, key, value, mask, scale), None
-    visible = sees = None
-    if not _is_plain(mask):
-        T, S = ops.shape(query)[1], ops.shape(key)[1]
-        visible = materialize(mask, T, S)
-        visible = ops.broadcast_to(visible, (*ops.shape(visible)[:2], T, S))
-        sees = ops.expand_dims(ops.swapaxes(ops.any(visible, axis=3), 1, 2), -1)
-        seen = ops.any(visible, axis=(1, 2))
-        query = ops.where(sees, query, ops.zeros_like(query))
-        key, value = clear_padding(key, seen), clear_padding(value, seen)
-    mixed = ops.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=visible,
-        scale=scale,
-        is_causal=mask.is_causal and visible is None,
-    )
-    if sees is not None:
-        mixed = ops.where(sees, mixed, ops.zeros_like(mixed))
-    return mixed, None
-
-
-def _is_plain(mask: Mask) -> bool:
-    """Whether nothing but plain causality hides a pair."""
-    tensors = (mask.query_padding, mask.key_padding, mask.pairs, mask.query_segments)
-    if mask.sliding_window is not None or any(part is not None for part in tensors):
-        return False
-    return not mask.is_causal or (isinstance(mask.offset, int) and mask.offset == 0)
+    del keys_are_finite  # the kernels clear what they hide
+    kernel = _KERNELS[backend.backend()]
+    return kernel.attend(query, key, value, mask, scale), None

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras.src.ops.numpy import GetItem, NotEqual
 
-from keras_mha.attention.api import implementation_scope
+from keras_mha.attention.dispatch import implementation_scope
 from keras_mha.attention.portable import padded_queries_unread
 from keras_mha.export.device import attention as device_attention
 from keras_mha.export.device import layers as device_layers

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_mha.attention.api import implementation_scope
+from keras_mha.attention.dispatch import implementation_scope
 from keras_mha.export.compiled_marks import strip_compiled_marks
 from keras_mha.export.endpoint import Endpoint
 

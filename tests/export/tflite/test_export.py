@@ -141,7 +141,7 @@ def test_our_layers_are_traced_in_their_portable_form(
     # The reference selects by mask; the one selection left is the pooling's.
     assert file.operators.get("SELECT_V2", 0) <= 1
     assert file.operators["BATCH_MATMUL"] == 4
-    from keras_mha.attention.api import current_implementation
+    from keras_mha.attention.dispatch import current_implementation
 
     assert current_implementation() == "auto"
 
