@@ -17,8 +17,9 @@ import keras_mha
 @keras.saving.register_keras_serializable(package="tests")
 def nearer(distances: Any) -> Any:
     """Biases of two heads, not symmetric."""
-    distances: Any = ops.cast(distances, "float32")
-    return ops.stack([0.3 * distances, -0.2 * ops.abs(distances)])
+    steps: Any = ops.cast(distances, "float32")
+    sizes: Any = ops.abs(steps)
+    return ops.stack([0.3 * steps, -0.2 * sizes])
 
 
 def nameless(distances: Any) -> Any:
