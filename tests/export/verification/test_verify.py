@@ -279,6 +279,7 @@ def test_emulated_arm(model: keras.Model, tflite: Path) -> None:
     ("error", "text", "arguments"),
     [
         (ValueError, "One of `saved_model`, `tflite` and `onnx`", {}),
+        (TypeError, "of the formats .*'tflite'.* Received: .'pb'", {"pb": "a.pb"}),
         (FileNotFoundError, "`onnx`: nowhere.onnx does not", {"onnx": "nowhere.onnx"}),
         (ValueError, "`runtimes` must be .*'tvm'", {"runtimes": ["tvm"]}),
         (ValueError, "`timed_calls` must be .*-1", {"timed_calls": -1}),
