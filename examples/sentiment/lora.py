@@ -33,7 +33,7 @@ from rows import Batches, Rows, accuracy, predict
 from keras_mha.convert import load_bert
 from keras_mha.models import BertEncoder
 
-# Batches hold reviews of like length, padded to one of these.
+# Batches hold reviews of similar length, padded to one of these.
 LENGTHS = (16, 24, 32, 48, 80)
 Prepare = Callable[[BertEncoder], None]
 

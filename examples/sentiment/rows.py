@@ -36,8 +36,8 @@ class Rows:
 class Batches(keras.utils.PyDataset):
     """Batches of one size and few lengths, so that few programs are compiled.
 
-    A batch holds rows of like length and so little padding: within each stretch of 64
-    batches, the drawn rows are sorted by length. Rows drawn again fill up the last
+    A batch holds rows of similar length and so little padding: within each stretch of
+    64 batches, the drawn rows are sorted by length. Rows drawn again fill up the last
     batch.
 
     Args:

@@ -2,7 +2,7 @@
 
 Both train on the same rows in batches of 32 with AdamW and dropout, each in its own
 process, in turns; compilation is not counted. PyTorch pads each drawn batch to its
-longest row, as its users do; here a batch holds rows of like length.
+longest row, as its users do; here a batch holds rows of similar length.
 
 Example:
     python examples/sentiment/speed.py --data ids.npz --rows 1600 --rounds 3

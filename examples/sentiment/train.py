@@ -197,7 +197,7 @@ def callbacks(
 def training_batches(
     ids: Sequence[np.ndarray], labels: np.ndarray, recipe: Recipe
 ) -> tf.data.Dataset:
-    """Returns endless batches of rows of like length, padded to a multiple of 16.
+    """Returns endless batches of rows of similar length, padded to a multiple of 16.
 
     Each epoch turns different tokens into `[UNK]`, so the same sentence never repeats.
     """
