@@ -398,7 +398,9 @@ class AttentionLayer(SeededLayer):
         if isinstance(self.position_layer, DistanceBias):
             lengths = ops.shape(query)[1], ops.shape(key)[1]
             distances = self.position_layer(all_distances(*lengths) - offset)
-        sinks = ops.convert_to_tensor(self.sinks) if self._use_sinks else None
+        # Keras takes its variable for a tensor and would not convert it, and a
+        # `tf.function` inside another one cannot take a variable of Keras'.
+        sinks = ops.cast(self.sinks, "float32") if self._use_sinks else None
         pairs = as_bias(bias, sinks, 0, 0, "attention_bias")
         if distances is not None:
             pairs = pairs._replace(distances=distances)

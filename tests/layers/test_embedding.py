@@ -100,8 +100,7 @@ def test_the_tables_are_drawn_apart_by_the_initializer_given() -> None:
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy: str) -> None:
-    mixed, wide = embedding(dtype=policy), embedding()
+def test_great_ids_are_not_rounded(policy: str) -> None:
     # Ids above 2048 would not survive a cast to float16.
     big = TokenAndPositionEmbedding(5003, LONGEST, 3, dtype=policy)
     ids = np.array([[4001, 4002]])
@@ -113,10 +112,6 @@ def test_mixed_precision(policy: str) -> None:
         atol=1e-3,
     )
     assert np.ptp(np.asarray(big.token_embedding.embeddings)[ids]) > 0.01
-    outputs = mixed(IDS)
-    assert outputs.dtype == policy[6:]
-    assert {weight.dtype for weight in mixed.weights} == {"float32"}
-    np.testing.assert_allclose(keras.ops.cast(outputs, "float32"), wide(IDS), atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 
 from keras_mha import FeedForward
 from tests.support.layers import (
-    PADDING,
     B,
     D,
     T,
@@ -143,30 +142,6 @@ def test_rematerialized_dropout_has_the_gradients_of_the_one_applied() -> None:
     with keras.RematScope(mode="full"):
         layer = made(FeedForward(HIDDEN, dropout=0.4, seed=3))
     assert_equal(result(layer), expected)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_masks_pass_through(gated: bool) -> None:
-    inputs = np.where(PADDING[..., None], normal(B, T, D), 0).astype("float32")
-    outputs = FeedForward(HIDDEN, gated=gated)(keras.layers.Masking()(inputs))
-    np.testing.assert_array_equal(outputs._keras_mask, PADDING)
-
-
-@pytest.mark.parametrize(
-    ("policy", "tolerance"), [("mixed_float16", 0.02), ("mixed_bfloat16", 0.1)]
-)
-def test_mixed_precision(policy: str, tolerance: float) -> None:
-    options: dict[str, Any] = {"gated": True, "activation": "silu"}
-    layer = made(FeedForward(HIDDEN, **options))
-    mixed = made(FeedForward(HIDDEN, **options, dtype=policy))
-    inputs = normal(B, T, D)
-    assert mixed(inputs).dtype == policy[6:]
-    assert {weight.dtype for weight in mixed.weights} == {"float32"}
-    assert_equal(
-        differentiate(mixed, inputs, mixed.trainable_weights),
-        differentiate(layer, inputs, layer.trainable_weights),
-        tolerance,
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -31,25 +30,6 @@ ROTARY = {
     "low_frequency_factor": 1.5,
     "high_frequency_factor": 4.5,
 }
-RELATIVE = {
-    "num_buckets": 10,
-    "max_distance": 31,
-    "bidirectional": False,
-    "embeddings_initializer": "he_normal",
-    "embeddings_regularizer": "l2",
-    "embeddings_constraint": "max_norm",
-}
-CASES: list[tuple[type[keras.layers.Layer], tuple[int, ...], dict[str, Any]]] = [
-    (RotaryEmbedding, (), ROTARY),
-    (RotaryEmbedding, (), {"scaling": "ntk", "scaling_factor": 3.0}),
-    (ALiBi, (N,), {}),
-    (RelativePositionBias, (N,), RELATIVE),
-]
-each_case = pytest.mark.parametrize(
-    ("layer_class", "required", "options"),
-    CASES,
-    ids=["rotary llama3", "rotary ntk", "alibi", "relative"],
-)
 each_bias = pytest.mark.parametrize("layer_class", [ALiBi, RelativePositionBias])
 needs_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="graphs and tapes of TensorFlow"
@@ -355,40 +335,3 @@ def test_buckets_are_checked() -> None:
 
 
 # Configurations and files.
-
-
-@each_case
-def test_layers_are_made_again(
-    layer_class: Any, required: tuple[int, ...], options: dict[str, Any]
-) -> None:
-    layer = layer_class(*required, **options, name="mine", dtype="mixed_bfloat16")
-    config = layer.get_config()
-    default = layer_class(*required).get_config()
-    assert all(config[name] != default[name] for name in options)
-    assert layer_class.from_config(config).get_config() == config
-    registered = f"keras_mha>{layer_class.__name__}"
-    assert keras.saving.get_registered_object(registered) is layer_class
-
-
-@each_case
-def test_files_bring_layers_back(
-    layer_class: Any,
-    required: tuple[int, ...],
-    options: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    rotary = layer_class is RotaryEmbedding
-    inputs = (
-        keras.Input((None, N, H)) if rotary else keras.Input((None,), dtype="int32")
-    )
-    given = heads() if rotary else FAR.astype("int32")
-    model = keras.Model(inputs, layer_class(*required, **options)(inputs))
-    plain = layer_class(*required)(given)
-    expected = numbers(model(given))
-    if options:
-        assert np.abs(expected - numbers(plain)).max() > 1e-3
-    model.save(tmp_path / "saved.keras")
-    loaded: Any = keras.saving.load_model(tmp_path / "saved.keras")
-    assert type(loaded.layers[-1]) is layer_class
-    assert loaded.layers[-1].get_config() == model.layers[-1].get_config()
-    np.testing.assert_array_equal(numbers(loaded(given)), expected)

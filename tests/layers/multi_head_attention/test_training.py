@@ -11,37 +11,17 @@ import pytest
 
 from keras_mha import MultiHeadAttention
 from tests.support.attention_cases import numbers
-from tests.support.layers import made, normal
+from tests.support.layers import normal
 from tests.support.multi_head_attention import (
     DQ,
-    MASKS,
     SHAPES,
     B,
     H,
     N,
     T,
-    differentiate,
     functional,
     inputs,
-    layer_of,
 )
-
-
-@pytest.mark.parametrize(
-    ("policy", "dtype", "tolerance"),
-    [("mixed_float16", "float16", 5e-3), ("mixed_bfloat16", "bfloat16", 4e-2)],
-)
-def test_mixed_precision_is_close_to_float32(
-    policy: str, dtype: str, tolerance: float
-) -> None:
-    layer, exact = layer_of("gate", dtype=policy), layer_of("gate")
-    assert all(weight.dtype == "float32" for weight in layer.weights)
-    found = layer(*inputs(), **MASKS["all"], return_attention_scores=True)
-    wanted = exact(*inputs(), **MASKS["all"], return_attention_scores=True)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == dtype
-        scale = np.abs(numbers(other)).max()
-        np.testing.assert_allclose(numbers(one), numbers(other), atol=tolerance * scale)
 
 
 def test_float16_by_hand() -> None:
@@ -62,27 +42,6 @@ def test_float16_by_hand() -> None:
         numbers(scores), np.tile(table, (1, size, 1, 1)), atol=2e-4
     )
     np.testing.assert_allclose(numbers(found), size * (table @ value), atol=5e-3)
-
-
-def test_dropout_acts_in_training_alone() -> None:
-    layer, plain = layer_of(dropout=0.5, seed=3), layer_of()
-    np.testing.assert_array_equal(layer(*inputs()), plain(*inputs()))
-    first, second = (numbers(layer(*inputs(), training=True)) for _ in range(2))
-    assert np.abs(first - numbers(plain(*inputs()))).max() > 0.1
-    assert np.abs(first - second).max() > 0.1
-
-
-@pytest.mark.parametrize("mask", ["none", "all"])
-def test_xla_gives_the_same_values_gradients_and_dropout(mask: str) -> None:
-    results = []
-    for jit_compile in (False, True):
-        options = {"jit_compile": jit_compile, "dropout": 0.4, "seed": 5}
-        layer = made(MultiHeadAttention(N, H, use_gate=True, **options), *SHAPES)
-        results.append(differentiate(layer, inputs(), **MASKS[mask], training=True))
-    (one, gradients), (other, wanted) = results
-    np.testing.assert_allclose(other, one, atol=2e-5)
-    for found, right in zip(wanted, gradients, strict=True):
-        np.testing.assert_allclose(found, right, atol=1e-4)
 
 
 def test_it_learns_to_copy() -> None:
