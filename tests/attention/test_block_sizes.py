@@ -21,8 +21,8 @@ from tests.support.attention_cases import (
     value_and_gradients,
 )
 
-# Two blocks of 256 and a part of one; K of N heads share keys and values.
-B, T, S, N, K, H, V = 1, 521, 541, 4, 2, 3, 5
+# More than one block of 256; K of N heads share keys and values.
+B, T, S, N, K, H, V = 1, 307, 331, 4, 2, 3, 5
 MASKS: dict[str, tuple[Any, Any]] = {
     "causal": (
         lambda: keras_mha.CausalMask(offset=S - T),

@@ -93,6 +93,7 @@ CASES = [
         {"position": RelativePositionBias(N, 8), "qk_norm": "rms"},
         [VECTORS],
         mixes=True,
+        has_policy=False,
     ),
     LayerCase(
         MultiHeadAttention,
@@ -105,6 +106,7 @@ CASES = [
         {"num_heads": N, "key_dim": H},
         {"position": RotaryEmbedding(fraction=0.8)},
         [VECTORS, OTHERS],
+        has_policy=False,
     ),
     LayerCase(
         FeedForward,
@@ -145,7 +147,7 @@ CASES = [
     LayerCase(
         TransformerEncoderBlock,
         {"num_heads": N, "hidden_dim": HIDDEN, "key_dim": H},
-        {"normalization": keras.layers.RMSNormalization(axis=[-1]), "rezero": True},
+        {"normalization": keras.layers.LayerNormalization(axis=[-1]), "rezero": True},
         [VECTORS],
         mixes=True,
         has_policy=False,
@@ -155,7 +157,6 @@ CASES = [
         {"num_heads": N, "hidden_dim": HIDDEN, "key_dim": H},
         BLOCK,
         [VECTORS],
-        mixes=True,
     ),
     LayerCase(
         TransformerDecoderBlock,
@@ -167,11 +168,10 @@ CASES = [
         },
         {
             "position": RelativePositionBias(N, 8),
-            "normalization": keras.layers.RMSNormalization(axis=[-1]),
+            "normalization": keras.layers.LayerNormalization(axis=[-1]),
             "rezero": True,
         },
         [VECTORS, OTHERS],
-        mixes=True,
         has_policy=False,
     ),
     LayerCase(
