@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from typing_extensions import override
 
 from keras_mha.attention.cache import Cache
 from keras_mha.attention.mask_arguments import as_padding
 from keras_mha.layers.arguments import check_flag
+from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.layers.positions import RelativePositionBias
+from keras_mha.layers.residual_norm import trace_spec
 from keras_mha.layers.seeded_layer import keep_frozen, whole
-from keras_mha.layers.transformer_block import TransformerBlock
+from keras_mha.layers.transformer_block import (
+    TransformerBlock,
+    block_options,
+    check_part,
+    list_options,
+    make_part,
+    once_positional,
+    pick,
+)
 from keras_mha.typing import Shape, Tensor
+
+# Options of the block that hold for the attention to the memory too: those of all its
+# dense layers, and how attention is computed.
+_OF_MEMORY = (
+    *(
+        name
+        for name in block_options(FeedForward)
+        if name in block_options(MultiHeadAttention)
+    ),
+    "jit_compile",
+    "flash_attention",
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
@@ -35,38 +62,13 @@ class TransformerDecoderBlock(TransformerBlock):
         num_heads: N.
         hidden_dim: Width of the feed-forward network's hidden layer.
         key_dim: H. Defaults to `D / num_heads`.
-        activation: Activation of the feed-forward network.
-        gated: Whether the feed-forward network is gated.
-        placement: `"pre"`, `"post"` or `"sandwich"`; see `ResidualNorm`.
-        normalization: `"layer"`, `"rms"`, or a layer, of which each place gets a
-            clone.
-        dropout: Share of each sublayer's outputs dropped in training.
-        attention_dropout: Share of the attention probabilities dropped in
-            training. Defaults to `dropout`.
-        stochastic_depth: Probability that an example skips a sublayer in training.
-        layer_scale: Initial value of a learned factor for each feature of the
-            branches. Defaults to none.
-        rezero: Whether one learned factor, zero at first, scales each branch.
-        epsilon: Added to the variance by the normalizations named by a string.
-        use_bias: Whether the dense layers have biases.
-        kernel_initializer: Initializer of the kernels.
-        kernel_regularizer: Regularizer of the kernels.
-        jit_compile: True, False or `"auto"`; see `MultiHeadSelfAttention`.
-        seed: Integer seed of every dropout; each draws differently.
-        num_key_value_heads: K; see `MultiHeadSelfAttention`, as for the rest.
-        position: `"rotary"`, `"alibi"`, `"relative"`, or a layer.
-        qk_norm: `"rms"` or `"layer"`.
-        logits_soft_cap: Bound of the scores.
-        use_sinks: Whether heads have sinks.
-        use_gate: Whether heads have an output gate.
-        sliding_window: Size of the window.
-        flash_attention: Whether memory must be linear in T.
-        hidden_dropout: Share of the feed-forward network's hidden values dropped in
-            training. Defaults to `dropout`.
         cross_attention: Whether the block attends to a memory, such as an encoder's
-            outputs, with `num_heads` heads of its own. Options of the scores hold
-            for the self-attention alone.
-        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+            outputs. True makes a `MultiHeadAttention` with the N and H of the
+            self-attention and the block's `use_bias`, initializers, regularizers,
+            constraints, `jit_compile` and `flash_attention`. A dictionary holds
+            options of it that differ; a `MultiHeadAttention` is copied as it is.
+        **options: As for `TransformerEncoderBlock`. `position="relative"` here has
+            buckets for earlier positions only, as in T5's decoder.
 
     Call arguments:
         inputs: Floating `(B, T, D)`.
@@ -111,82 +113,50 @@ class TransformerDecoderBlock(TransformerBlock):
     True
     """
 
+    @list_options(inspect.signature(TransformerBlock.__init__).parameters.values())
+    @once_positional
     def __init__(
         self,
-        num_heads: int,
-        hidden_dim: int,
+        num_heads: int | None = None,
+        hidden_dim: int | None = None,
         key_dim: int | None = None,
-        activation: Any = "gelu",
-        gated: bool = False,
-        placement: str = "pre",
-        normalization: str | keras.layers.Layer = "layer",
-        dropout: float = 0.0,
-        attention_dropout: float | None = None,
-        stochastic_depth: float = 0.0,
-        layer_scale: float | None = None,
-        rezero: bool = False,
-        epsilon: float = 1e-6,
-        use_bias: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        jit_compile: bool | str = "auto",
-        seed: int | None = None,
         *,
-        num_key_value_heads: int | None = None,
-        position: str | keras.layers.Layer | None = None,
-        qk_norm: str | None = None,
-        logits_soft_cap: float | None = None,
-        use_sinks: bool = False,
-        use_gate: bool = False,
-        sliding_window: int | None = None,
-        flash_attention: bool | None = None,
-        hidden_dropout: float | None = None,
-        cross_attention: bool = False,
-        **kwargs: Any,
+        cross_attention: bool | Mapping[str, Any] | MultiHeadAttention = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            seeds=6,
-            num_heads=num_heads,
-            hidden_dim=hidden_dim,
-            key_dim=key_dim,
-            activation=activation,
-            gated=gated,
-            placement=placement,
-            normalization=normalization,
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            stochastic_depth=stochastic_depth,
-            layer_scale=layer_scale,
-            rezero=rezero,
-            epsilon=epsilon,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
-            jit_compile=jit_compile,
-            num_key_value_heads=num_key_value_heads,
-            position=position,
-            qk_norm=qk_norm,
-            logits_soft_cap=logits_soft_cap,
-            use_sinks=use_sinks,
-            use_gate=use_gate,
-            sliding_window=sliding_window,
-            flash_attention=flash_attention,
-            hidden_dropout=hidden_dropout,
-            seed=seed,
-            **kwargs,
+        super().__init__(num_heads, hidden_dim, key_dim, **options)
+        memory: Any = None
+        if cross_attention is None or isinstance(cross_attention, bool | np.bool_):
+            self.cross_attention = check_flag(cross_attention, "cross_attention")
+        else:
+            memory = cross_attention
+            check_part("cross_attention", memory, MultiHeadAttention)
+            self.cross_attention = True
+        copies = isinstance(memory, MultiHeadAttention)
+        self._memory_told = None if copies else list(memory or ())
+        # Inside a function: Keras would save a layer in an attribute as the block's.
+        self._make_memory_attention = functools.partial(
+            make_part, MultiHeadAttention, memory, **pick(options, _OF_MEMORY)
         )
-        self.cross_attention = check_flag(cross_attention, "cross_attention")
-        self._memory_options = {
-            "num_heads": num_heads,
-            "dropout": self._share_of_attention(dropout),
-            "flash_attention": flash_attention,
-            "jit_compile": jit_compile,
-        }
-        self._key_dim = key_dim
+        if memory is not None:
+            self._memory_attention()  # raises now what `build` would
 
     @override
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "cross_attention": self.cross_attention}
+        config = super().get_config()
+        return {**config, "cross_attention": self._cross_attention_config(config)}
+
+    @classmethod
+    @override
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        if config.get("position") == "relative":
+            # Of version 0.1.0, whose decoders had buckets for later positions too.
+            position = RelativePositionBias(
+                config["num_heads"], dtype=config.get("dtype"), name="relative"
+            )
+            position = keras.saving.serialize_keras_object(position)
+            config = {**config, "position": position}
+        return super().from_config(config)
 
     @override
     def build(self, inputs_shape: Shape, memory_shape: Shape | None = None) -> None:
@@ -197,17 +167,9 @@ class TransformerDecoderBlock(TransformerBlock):
                     "A block with `cross_attention` is built with a `memory`: call it "
                     "with one first. Received: memory=None"
                 )
-            width = inputs_shape[-1]
-            key_dim = self._key_dim or width // self._memory_options["num_heads"]
+            attention = self._memory_attention()
+            attention.build(inputs_shape, memory_shape)
             with whole():
-                attention = MultiHeadAttention(
-                    key_dim=key_dim,
-                    seed=self._seeds[4],
-                    name="cross_attention",
-                    **self._memory_options,
-                    **self._dense,
-                )
-                attention.build(inputs_shape, memory_shape)
                 self.memory_attention = self._with_residual(
                     attention, self.attention.normalization, "memory_attention", 5
                 )
@@ -319,7 +281,59 @@ class TransformerDecoderBlock(TransformerBlock):
     @override
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Traces `call`, which has as many outputs as there are caches.
-        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        return trace_spec(self, *args, **kwargs)
+
+    @override
+    def _make(self, part: type, **options: Any) -> keras.layers.Layer:
+        if options.get("position") == "relative":
+            options["position"] = RelativePositionBias(
+                options["num_heads"],
+                bidirectional=False,
+                dtype=self.dtype_policy,
+                name="relative",
+            )
+        return super()._make(part, **options)
+
+    def _memory_attention(self) -> MultiHeadAttention:
+        """Makes the attention to the memory."""
+        with whole():
+            return self._make_memory_attention(
+                num_heads=self.attention.sublayer.num_heads,
+                key_dim=self._head_size(),
+                dropout=self._told["attention"]["dropout"],
+                seed=self._seeds[4],
+                dtype=self.dtype_policy,
+                name="cross_attention",
+            )
+
+    def _head_size(self) -> int:
+        """H of the self-attention; before `build`, which may decide it, any number."""
+        attention = self.attention.sublayer
+        if attention.built:
+            return attention.qkv_dense.head_sizes[0]
+        return attention.key_dim or 1
+
+    def _cross_attention_config(self, config: dict[str, Any]) -> Any:
+        """What `cross_attention` must be to get the attention that there is."""
+        if not self.cross_attention:
+            return False
+        built = hasattr(self, "memory_attention")
+        layer = self.memory_attention.sublayer if built else self._memory_attention()
+        if self._memory_told is None:
+            return keras.saving.serialize_keras_object(layer)
+        usual = {
+            # Its configuration knows of pruning, where the layer itself does not.
+            "num_heads": self.attention.sublayer.get_config()["num_heads"],
+            "num_key_value_heads": None,
+            "key_dim": self._head_size(),
+            "value_dim": self._head_size(),
+            **pick(config, _OF_MEMORY),
+        }
+        return {
+            name: value
+            for name, value in layer.get_config().items()
+            if name in self._memory_told or value != usual.get(name, value)
+        } or True
 
     def _check_memory(
         self,
@@ -338,7 +352,7 @@ class TransformerDecoderBlock(TransformerBlock):
         wants_memory = self.cross_attention and cache is None
         if (memory is not None) != wants_memory:
             raise ValueError(
-                "`memory` is for blocks made with `cross_attention=True`, which need "
+                "`memory` is for blocks with `cross_attention=True`, which need "
                 "it unless their cache holds it. Received: "
                 f"cross_attention={self.cross_attention}, "
                 f"memory={'None' if memory is None else tuple(memory.shape)}, "
@@ -346,7 +360,7 @@ class TransformerDecoderBlock(TransformerBlock):
             )
         if memory is None and memory_mask is not None:
             raise ValueError(
-                "`memory_mask` needs a `memory`; a cache holds the mask of its own. "
+                "`memory_mask` needs a `memory`; a cache holds its mask already. "
                 f"Received: memory=None, memory_mask of shape {memory_mask.shape}"
             )
         if memory is None:

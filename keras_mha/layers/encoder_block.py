@@ -27,35 +27,26 @@ class TransformerEncoderBlock(TransformerBlock):
         num_heads: N.
         hidden_dim: Width of the feed-forward network's hidden layer.
         key_dim: H. Defaults to `D / num_heads`.
-        activation: Activation of the feed-forward network.
-        gated: Whether the feed-forward network is gated.
-        placement: `"pre"`, `"post"` or `"sandwich"`; see `ResidualNorm`.
-        normalization: `"layer"`, `"rms"`, or a layer, of which each place gets a
-            clone.
         dropout: Share of each sublayer's outputs dropped in training.
         attention_dropout: Share of the attention probabilities dropped in
             training. Defaults to `dropout`.
-        stochastic_depth: Probability that an example skips a sublayer in training.
-        layer_scale: Initial value of a learned factor for each feature of the
-            branches. Defaults to none.
-        rezero: Whether one learned factor, zero at first, scales each branch.
-        epsilon: Added to the variance by the normalizations named by a string.
-        use_bias: Whether the dense layers have biases.
-        kernel_initializer: Initializer of the kernels.
-        kernel_regularizer: Regularizer of the kernels.
-        jit_compile: True, False or `"auto"`; see `MultiHeadSelfAttention`.
-        seed: Integer seed of every dropout; each draws differently.
-        num_key_value_heads: K; see `MultiHeadSelfAttention`, as for the rest.
-        position: `"rotary"`, `"alibi"`, `"relative"`, or a layer.
-        qk_norm: `"rms"` or `"layer"`.
-        logits_soft_cap: Bound of the scores.
-        use_sinks: Whether heads have sinks.
-        use_gate: Whether heads have an output gate.
-        sliding_window: Size of the window.
-        flash_attention: Whether memory must be linear in T.
         hidden_dropout: Share of the feed-forward network's hidden values dropped in
             training. Defaults to `dropout`.
-        **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+        seed: Integer seed of every dropout; each draws differently.
+        attention: Options of the self-attention only, as a dictionary; or a
+            `MultiHeadSelfAttention`, which the block copies, in place of `num_heads`
+            and all other options of it.
+        feed_forward: Options of the feed-forward network only, as a dictionary; or a
+            layer from `(B, T, D)` to `(B, T, D)`, which the block copies, in place of
+            `hidden_dim` and all other options of it.
+        **options: Options of the parts. Each goes to every part that has it:
+            `MultiHeadSelfAttention` (`num_key_value_heads`, `position`, `qk_norm`,
+            `sliding_window`, ...), `FeedForward` (`activation`, `gated`, ...) and
+            `ResidualNorm` (`placement`, `normalization`, `stochastic_depth`, ...);
+            `use_bias`, initializers, regularizers and constraints thus hold for both
+            attention and network. A `normalization` layer is cloned for each place.
+            The arguments of `keras.layers.Layer`, such as `name`, `dtype` and
+            `activity_regularizer`, are the block's.
 
     Call arguments:
         inputs: Floating `(B, T, D)`.
@@ -73,8 +64,8 @@ class TransformerEncoderBlock(TransformerBlock):
         `(B, T, D)`; with `return_attention_scores`, also `(B, N, T, T)`.
 
     Raises:
-        ValueError: If an argument is out of its domain.
-        TypeError: If a mask is floating.
+        ValueError: If an argument is out of its domain, or a part is told it twice.
+        TypeError: If a mask is floating, or no part takes an argument.
 
     Example:
 
@@ -83,71 +74,20 @@ class TransformerEncoderBlock(TransformerBlock):
     >>> block = keras_mha.TransformerEncoderBlock(num_heads=2, hidden_dim=16)
     >>> tuple(block(np.ones((3, 5, 8), "float32"), use_causal_mask=True).shape)
     (3, 5, 8)
-    """
 
-    def __init__(
-        self,
-        num_heads: int,
-        hidden_dim: int,
-        key_dim: int | None = None,
-        activation: Any = "gelu",
-        gated: bool = False,
-        placement: str = "pre",
-        normalization: str | keras.layers.Layer = "layer",
-        dropout: float = 0.0,
-        attention_dropout: float | None = None,
-        stochastic_depth: float = 0.0,
-        layer_scale: float | None = None,
-        rezero: bool = False,
-        epsilon: float = 1e-6,
-        use_bias: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        jit_compile: bool | str = "auto",
-        seed: int | None = None,
-        *,
-        num_key_value_heads: int | None = None,
-        position: str | keras.layers.Layer | None = None,
-        qk_norm: str | None = None,
-        logits_soft_cap: float | None = None,
-        use_sinks: bool = False,
-        use_gate: bool = False,
-        sliding_window: int | None = None,
-        flash_attention: bool | None = None,
-        hidden_dropout: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            seeds=4,
-            num_heads=num_heads,
-            hidden_dim=hidden_dim,
-            key_dim=key_dim,
-            activation=activation,
-            gated=gated,
-            placement=placement,
-            normalization=normalization,
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            stochastic_depth=stochastic_depth,
-            layer_scale=layer_scale,
-            rezero=rezero,
-            epsilon=epsilon,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
-            jit_compile=jit_compile,
-            num_key_value_heads=num_key_value_heads,
-            position=position,
-            qk_norm=qk_norm,
-            logits_soft_cap=logits_soft_cap,
-            use_sinks=use_sinks,
-            use_gate=use_gate,
-            sliding_window=sliding_window,
-            flash_attention=flash_attention,
-            hidden_dropout=hidden_dropout,
-            seed=seed,
-            **kwargs,
-        )
+    Options of one part only, and of both:
+
+    >>> block = keras_mha.TransformerEncoderBlock(
+    ...     num_heads=4,
+    ...     hidden_dim=16,
+    ...     position="rotary",
+    ...     gated=True,
+    ...     use_bias=False,
+    ...     attention={"use_bias": True},
+    ... )
+    >>> block.attention.sublayer.use_bias, block.feed_forward.sublayer.use_bias
+    (True, False)
+    """
 
     @override
     def build(self, input_shape: Shape) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -42,6 +43,8 @@ class FeedForward(SeededLayer):
         kernel_regularizer: Regularizer of the kernels.
         bias_regularizer: Regularizer of the biases.
         seed: Integer seed of the dropout.
+        kernel_constraint: Constraint on the kernels.
+        bias_constraint: Constraint on the biases.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -66,7 +69,7 @@ class FeedForward(SeededLayer):
     def __init__(
         self,
         hidden_dim: int,
-        activation: Any = "gelu",
+        activation: str | Callable[[Any], Any] = "gelu",
         gated: bool = False,
         dropout: float = 0.0,
         output_dim: int | None = None,
@@ -76,6 +79,9 @@ class FeedForward(SeededLayer):
         kernel_regularizer: Any = None,
         bias_regularizer: Any = None,
         seed: int | None = None,
+        *,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -90,6 +96,8 @@ class FeedForward(SeededLayer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
         self.seed = check_seed(seed)
         if self.dropout > 0:
             self._add_generator(self.seed)
@@ -97,6 +105,7 @@ class FeedForward(SeededLayer):
     @override
     def get_config(self) -> dict[str, Any]:
         initializers, regularizers = keras.initializers, keras.regularizers
+        constraints = keras.constraints
         return {
             **super().get_config(),
             **dtype_config(self),
@@ -110,6 +119,8 @@ class FeedForward(SeededLayer):
             "bias_initializer": initializers.serialize(self.bias_initializer),
             "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
             "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
             "seed": self.seed,
         }
 
@@ -149,6 +160,8 @@ class FeedForward(SeededLayer):
                 bias_initializer=clone_initializer(self.bias_initializer),
                 kernel_regularizer=self.kernel_regularizer,
                 bias_regularizer=self.bias_regularizer,
+                kernel_constraint=self.kernel_constraint,
+                bias_constraint=self.bias_constraint,
                 dtype=self.dtype_policy,
                 name=name,
             )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from keras import ops
 from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
-from keras_mha.layers.arguments import check_flag, check_number, check_seed
+from keras_mha.layers.arguments import check_flag, check_name, check_number, check_seed
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
 from keras_mha.typing import Shape, Tensor
 
-_PLACEMENTS = ("pre", "post", "sandwich")
+Placement = Literal["pre", "post", "sandwich"]
+NormalizationName = Literal["layer", "rms"]
 _EPSILON = 1e-6
 
 
@@ -49,7 +50,7 @@ class ResidualNorm(SeededLayer):
             input.
         placement: `"pre"`, `"post"` or `"sandwich"`.
         normalization: `"layer"`, `"rms"`, or a layer; for `"sandwich"` a layer
-            given is used first and a clone of it second.
+            comes first and a clone of it second.
         dropout: Share of the sublayer's outputs dropped in training.
         stochastic_depth: Probability that an example skips the sublayer in
             training; where it does not, its branch is scaled by
@@ -89,8 +90,8 @@ class ResidualNorm(SeededLayer):
     def __init__(
         self,
         sublayer: keras.layers.Layer,
-        placement: str = "pre",
-        normalization: str | keras.layers.Layer = "layer",
+        placement: Placement = "pre",
+        normalization: NormalizationName | keras.layers.Layer = "layer",
         dropout: float = 0.0,
         stochastic_depth: float = 0.0,
         layer_scale: float | None = None,
@@ -107,11 +108,6 @@ class ResidualNorm(SeededLayer):
         # Keras reads the signature of `call` once, while the layer is made.
         self.call = _sign(self.call, sublayer.call)
         super().__init__(**kwargs)
-        if placement not in _PLACEMENTS:
-            raise ValueError(
-                f"`placement` must be one of {_PLACEMENTS}. "
-                f"Received: placement={placement!r}"
-            )
         if layer_scale is not None:
             layer_scale = check_number(layer_scale, "layer_scale")
         rezero = check_flag(rezero, "rezero")
@@ -121,8 +117,9 @@ class ResidualNorm(SeededLayer):
                 f"choose one. Received: layer_scale={layer_scale}, rezero={rezero}"
             )
         self.supports_masking = True
+        self.input_spec = sublayer.input_spec  # of the inputs, as yet without a width
         self.sublayer = sublayer
-        self.placement = placement
+        self.placement: Placement = check_name(placement, "placement", Placement)
         self.dropout = check_rate(dropout, "dropout")
         self.stochastic_depth = check_rate(stochastic_depth, "stochastic_depth")
         self.layer_scale = layer_scale
@@ -170,7 +167,7 @@ class ResidualNorm(SeededLayer):
 
     @override
     def build(self, input_shape: Shape) -> None:
-        # A layer given, or one that was loaded, may be built already. One that
+        # A layer that was passed or loaded may be built already. One that
         # builds from several shapes does so when it is called.
         for layer in (self.norm, self.output_norm, self.sublayer):
             if layer is not None and not layer.built and _takes_one_shape(layer):
@@ -217,7 +214,7 @@ class ResidualNorm(SeededLayer):
     @override
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Traces `call`, which also builds a sublayer that takes several shapes.
-        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        return trace_spec(self, *args, **kwargs)
 
     def _normalization(
         self, normalization: str | keras.layers.Layer
@@ -261,17 +258,33 @@ class ResidualNorm(SeededLayer):
         return branch
 
     def _check_shape(self, inputs: Tensor, outputs: Tensor) -> None:
-        received, made = tuple(inputs.shape), tuple(outputs.shape)
-        fits = len(received) == len(made) and all(
+        before, after = tuple(inputs.shape), tuple(outputs.shape)
+        fits = len(before) == len(after) and all(
             None in pair or pair[0] == pair[1]
-            for pair in zip(received, made, strict=True)
+            for pair in zip(before, after, strict=True)
         )
         if not fits:
             raise ValueError(
                 "A residual needs a sublayer whose first output has the shape of its "
                 f"input. Received: sublayer '{self.sublayer.name}' with input "
-                f"{received} and output {made}"
+                f"{before} and output {after}"
             )
+
+
+def trace_spec(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+    """Returns the symbolic outputs of a layer, by tracing its `call`."""
+
+    def dense(tensor: Any) -> Any:
+        # Keras marks the product of a dense tensor and a number as sparse.
+        if isinstance(tensor, keras.KerasTensor) and tensor.sparse:
+            return keras.KerasTensor(tensor.shape, tensor.dtype)
+        return tensor
+
+    arguments: Any = keras.tree.map_structure(dense, (args, kwargs))
+    args, kwargs = arguments
+    # Under `keras.RematScope`, `keras.ops.pad` fails in a graph unless inside `whole`.
+    with whole():
+        return keras.Operation.compute_output_spec(layer, *args, **kwargs)
 
 
 def clone_layer(
@@ -281,7 +294,7 @@ def clone_layer(
 
     Args:
         layer: The layer.
-        name: Name of the clone. Defaults to one of its own.
+        name: Name of the clone. Defaults to a new one.
     """
     clone = layer.__class__.from_config({**layer.get_config(), "name": name})
     clone.supports_masking = layer.supports_masking
@@ -301,7 +314,9 @@ def _sign(call: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., A
     first, *others = inspect.signature(like).parameters.values()
     kinds = inspect.Parameter
     if not any(other.name == "training" for other in others):
-        others.append(kinds("training", kinds.KEYWORD_ONLY, default=None))
+        rest = others and others[-1].kind is kinds.VAR_KEYWORD
+        place = len(others) - 1 if rest else len(others)
+        others.insert(place, kinds("training", kinds.KEYWORD_ONLY, default=None))
 
     def signed(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         return call(inputs, *args, **kwargs)

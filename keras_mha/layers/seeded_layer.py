@@ -61,7 +61,7 @@ class SeededLayer(keras.layers.Layer):
                     set_keras_mask(tensor, get_keras_mask(leaves[place]))
                     filled[place] = tensor
                 args, kwargs = keras.tree.pack_sequence_as(arguments, filled)
-                with _replay(seeds):
+                with _replay(seeds), whole():
                     outputs = layer_call(*args, **kwargs)
                 output_masks[:] = map(get_keras_mask, keras.tree.flatten(outputs))
                 return outputs

@@ -342,7 +342,7 @@ def test_key_dim_defaults_to_an_even_share() -> None:
 
 
 def test_a_memory_is_neither_missing_nor_superfluous() -> None:
-    text = r"`memory` is for blocks made with `cross_attention=True`.*"
+    text = r"`memory` is for blocks with `cross_attention=True`.*"
     wanted = rf"{text}cross_attention=True, memory=None"
     unwanted = rf"{text}cross_attention=False, memory=\(2, 5, 11\)"
     with_memory, without = block(), block(memory=False)

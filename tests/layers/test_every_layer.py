@@ -34,6 +34,7 @@ DENSE = {
     "kernel_regularizer": "l2",
     "bias_regularizer": "l1",
 }
+CONSTRAINTS = {"kernel_constraint": "non_neg", "bias_constraint": "max_norm"}
 ATTENTION = {
     **DENSE,
     "value_dim": V,
@@ -41,8 +42,7 @@ ATTENTION = {
     "use_bias": False,
     "output_shape": (3, 5),
     "activity_regularizer": "l1",
-    "kernel_constraint": "non_neg",
-    "bias_constraint": "max_norm",
+    **CONSTRAINTS,
     "jit_compile": True,
     "seed": 7,
 }
@@ -73,11 +73,13 @@ BLOCK = {
     "attention_dropout": 0.1,
     "hidden_dropout": 0.2,
     "use_bias": False,
-    "kernel_initializer": "he_normal",
-    "kernel_regularizer": "l2",
+    **DENSE,
+    **CONSTRAINTS,
+    "value_dim": V,
     "jit_compile": False,
+    "attention": {"use_bias": True},
+    "feed_forward": {"seed": 3},  # what parts share goes to the block
 }
-# Arguments that exclude each other are in separate cases of one class.
 # Arguments that exclude each other are in separate cases of one class.
 CASES = [
     LayerCase(
@@ -113,6 +115,7 @@ CASES = [
         {"hidden_dim": HIDDEN},
         {
             **DENSE,
+            **CONSTRAINTS,
             "activation": "silu",
             "gated": True,
             "dropout": 0.3,
