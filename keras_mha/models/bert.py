@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,13 +18,22 @@ from keras_mha.layers.arguments import (
     check_optional,
     check_positive,
     check_seed,
+    constructor_options,
 )
+from keras_mha.layers.dropout import Dropout
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.typing import Tensor
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions")
+_INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids"),
+    *("packed_segment_ids", "positions"),
+)
+# BERT's own code calls its token types so; here they are sequences packed in one row.
+_OLD_SEGMENTS, _SEGMENTS = "segment_ids", "packed_segment_ids"
+# Options of the blocks that make them BERT's.
+_SET_HERE = ("hidden_dropout", "placement", "normalization")
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
@@ -66,15 +76,19 @@ class BertEncoder(keras.Model):
         seed: Integer seed of every dropout.
         key_dim: H. Defaults to D / N; needed where `num_heads` is a sequence or no
             divisor of D.
-        **kwargs: Arguments of `keras.Model`, such as `name` and `dtype`.
+        **kwargs: Further options of the blocks, as `TransformerEncoderBlock` takes
+            them (`position`, `qk_norm`, ...), with which `keras_mha.convert.save_bert`
+            cannot write the encoder; and arguments of `keras.Model`, such as `name`
+            and `dtype`.
 
     Call arguments:
         inputs: A dictionary of integer tensors:
             `input_ids` `(B, T)`;
             `attention_mask` `(B, T)`, 0 where there is padding and 1 elsewhere;
             `token_type_ids` `(B, T)`, 0 everywhere if left out.
-            Of sequences that `pack_sequences` laid side by side, `segment_ids` takes
-            the place of `attention_mask`, and `positions` belongs to it.
+            Of sequences that `pack_sequences` laid side by side, its `segment_ids` go
+            to `packed_segment_ids` in place of `attention_mask`, together with its
+            `positions`.
         training: Whether dropout is active.
 
     Returns:
@@ -82,9 +96,9 @@ class BertEncoder(keras.Model):
         tuple of these and the pooled `(B, D)`. What stands at padding has no meaning.
 
     Raises:
-        ValueError: If an argument is out of its domain, `key_dim` is needed and not
-            given, or `inputs` lacks a name or has an unknown one.
-        TypeError: If `inputs` is no dictionary.
+        ValueError: If an argument is out of its domain, `key_dim` is needed
+            and missing, or `inputs` lacks a name or has an unknown one.
+        TypeError: If `inputs` is not a dictionary.
 
     Example:
 
@@ -106,7 +120,7 @@ class BertEncoder(keras.Model):
         num_heads: int | Sequence[int] = 12,
         hidden_dim: int = 3072,
         num_token_types: int = 2,
-        activation: Any = "gelu",
+        activation: str | Callable[[Any], Any] = "gelu",
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
         epsilon: float = 1e-12,
@@ -117,7 +131,14 @@ class BertEncoder(keras.Model):
         key_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
+        options = {
+            name: kwargs.pop(name)
+            for name in constructor_options(TransformerEncoderBlock)
+            if name in kwargs and name not in _SET_HERE
+        }
         super().__init__(**kwargs)
+        #: The names of the options that the blocks have beyond BERT's.
+        self.block_options = sorted(options)
         self.vocabulary_size = check_positive(vocabulary_size, "vocabulary_size")
         self.sequence_length = check_positive(sequence_length, "sequence_length")
         self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
@@ -158,10 +179,10 @@ class BertEncoder(keras.Model):
         self.embedding_norm = keras.layers.LayerNormalization(
             epsilon=self.epsilon, dtype=self.dtype_policy, name="embedding_norm"
         )
-        self.embedding_dropout = keras.layers.Dropout(
+        self.embedding_dropout = Dropout(
             self.dropout, seed=self.seed, dtype=self.dtype_policy, name="dropout"
         )
-        self.blocks = [self._block(i) for i in range(self.num_layers)]
+        self.blocks = [self._block(i, options) for i in range(self.num_layers)]
         self.pooler_dense = (
             keras.layers.Dense(
                 self.embedding_dim,
@@ -176,8 +197,10 @@ class BertEncoder(keras.Model):
 
     @override
     def get_config(self) -> dict[str, Any]:
+        block = self.blocks[0].get_config()
         return {
             **super().get_config(),
+            **{name: block[name] for name in self.block_options},
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "vocabulary_size": self.vocabulary_size,
             "sequence_length": self.sequence_length,
@@ -201,6 +224,11 @@ class BertEncoder(keras.Model):
             "key_dim": self.key_dim,
         }
 
+    @classmethod
+    @override
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        return cls(**keras.saving.deserialize_keras_object(config, custom_objects))
+
     @override
     def build(self, input_shape: Any = None) -> None:
         del input_shape  # no weight depends on it
@@ -216,9 +244,9 @@ class BertEncoder(keras.Model):
 
     @override
     def call(self, inputs: Mapping[str, Tensor], training: bool | None = None) -> Any:
-        _check_inputs(inputs)
+        inputs = _check_inputs(inputs)
         outputs = self.embed(inputs, training=training)
-        segment_ids = inputs.get("segment_ids")
+        segment_ids = inputs.get(_SEGMENTS)
         mask = _mask(inputs) if segment_ids is None else None
         for block in self.blocks:
             outputs = block(
@@ -231,7 +259,7 @@ class BertEncoder(keras.Model):
     def embed(
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> Tensor:
-        """Returns what the first block is given, `(B, T, D)`.
+        """Returns the inputs of the first block, `(B, T, D)`.
 
         Args:
             inputs: As the model's.
@@ -249,7 +277,7 @@ class BertEncoder(keras.Model):
 
     @override
     def compute_mask(self, inputs: Mapping[str, Tensor], previous_mask: Any) -> Any:
-        del previous_mask  # that of the ids, of which they have none
+        del previous_mask  # ids carry none
         mask = _mask(inputs)
         return mask if self.pooler_dense is None else (mask, None)
 
@@ -258,7 +286,7 @@ class BertEncoder(keras.Model):
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> Any:
         del training
-        _check_inputs(inputs)
+        inputs = _check_inputs(inputs)
         shape = (*inputs["input_ids"].shape, self.embedding_dim)
         outputs = keras.KerasTensor(shape, dtype=self.compute_dtype)
         if self.pooler_dense is None:
@@ -266,12 +294,13 @@ class BertEncoder(keras.Model):
         pooled = (shape[0], self.embedding_dim)
         return outputs, keras.KerasTensor(pooled, dtype=self.compute_dtype)
 
-    def _block(self, place: int) -> TransformerEncoderBlock:
+    def _block(self, place: int, options: Mapping[str, Any]) -> TransformerEncoderBlock:
         heads = self.num_heads
         return TransformerEncoderBlock(
             heads if isinstance(heads, int) else heads[place],
             self.hidden_dim,
             self.key_dim,
+            **options,
             activation=self.activation,
             placement="post",
             dropout=self.dropout,
@@ -288,58 +317,72 @@ class BertEncoder(keras.Model):
 def _check_heads(num_heads: Any, num_layers: int) -> int | tuple[int, ...]:
     """Returns one number of heads, or that of each block."""
     several = isinstance(num_heads, Sequence) and not isinstance(num_heads, str | bytes)
-    given = tuple(num_heads) if several else (num_heads,)
-    found = tuple(n for n in map(plain_integer, given) if n is not None and n > 0)
-    if len(found) != len(given) or (several and len(found) != num_layers):
+    numbers = tuple(num_heads) if several else (num_heads,)
+    heads = tuple(n for n in map(plain_integer, numbers) if n is not None and n > 0)
+    if len(heads) != len(numbers) or (several and len(heads) != num_layers):
         raise ValueError(
             "`num_heads` must be a positive integer, or a sequence of `num_layers` "
             f"of them. Received: num_heads={num_heads!r} and num_layers={num_layers}"
         )
-    return found if several else found[0]
+    return heads if several else heads[0]
 
 
 def _head_size(
     key_dim: object, embedding_dim: int, num_heads: int | tuple[int, ...]
 ) -> int:
     """Returns H."""
-    given = check_optional(key_dim, "key_dim")
-    if given is not None:
-        return given
+    size = check_optional(key_dim, "key_dim")
+    if size is not None:
+        return size
     if not isinstance(num_heads, int) or embedding_dim % num_heads:
         raise ValueError(
-            "`key_dim` must be given where `num_heads` is a sequence, or "
+            "`key_dim` is needed where `num_heads` is a sequence, or "
             "`embedding_dim` is not a multiple of `num_heads`. Received: key_dim=None, "
             f"embedding_dim={embedding_dim} and num_heads={num_heads}"
         )
     return embedding_dim // num_heads
 
 
-def _check_inputs(inputs: Mapping[str, Tensor]) -> None:
+def _check_inputs(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Returns the inputs, with the present spelling of their names."""
     if not isinstance(inputs, Mapping):
         raise TypeError(
             "`inputs` must be a dictionary with 'input_ids' and 'attention_mask'. "
             f"Received: a {type(inputs).__name__}"
         )
+    if _OLD_SEGMENTS in inputs:
+        warnings.warn(
+            f"The input '{_OLD_SEGMENTS}' of `BertEncoder` is now '{_SEGMENTS}'. "
+            "Token types, which BERT's code calls segments, are 'token_type_ids'.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        inputs = {
+            _SEGMENTS if name == _OLD_SEGMENTS else name: value
+            for name, value in inputs.items()
+        }
     names = sorted(inputs)
     unknown = [name for name in names if name not in _INPUTS]
     if unknown:
         raise ValueError(
             f"`inputs` must have no other names than {_INPUTS}. Received: {unknown}"
         )
-    if "input_ids" not in names or not {"attention_mask", "segment_ids"} & {*names}:
+    if "input_ids" not in names or not {"attention_mask", _SEGMENTS} & {*names}:
         raise ValueError(
-            "`inputs` must have 'input_ids', and 'attention_mask' or 'segment_ids'. "
+            f"`inputs` must have 'input_ids', and 'attention_mask' or '{_SEGMENTS}'. "
             f"Received: {names}"
         )
-    if {"attention_mask", "segment_ids"} <= {*names}:
+    if {"attention_mask", _SEGMENTS} <= {*names}:
         raise ValueError(
-            "`inputs` must have 'attention_mask' or 'segment_ids', not both: negative "
+            f"`inputs` must have 'attention_mask' or '{_SEGMENTS}', not both: negative "
             f"segment ids are padding. Received: {names}"
         )
+    return inputs
 
 
 def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
     """Where there is a token, boolean `(B, T)`."""
-    if "segment_ids" in inputs:
-        return ops.greater_equal(inputs["segment_ids"], 0)
+    segment_ids = inputs.get(_SEGMENTS, inputs.get(_OLD_SEGMENTS))
+    if segment_ids is not None:
+        return ops.greater_equal(segment_ids, 0)
     return ops.not_equal(inputs["attention_mask"], 0)

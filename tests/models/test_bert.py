@@ -8,8 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_mha import pack_sequences, unpack_sequences
+from keras_mha.convert import save_bert
 from keras_mha.export import export_saved_model, export_tflite
 from keras_mha.models import BertEncoder
 
@@ -147,18 +149,17 @@ def test_packed_rows_give_the_same() -> None:
     rows = [row[:n] for row, n in zip(IDS, LENGTHS, strict=True)]
     packed = pack_sequences(rows, row_length=LONGEST)
     assert packed.values.shape[0] < B
-    outputs = encoder(
-        {
-            "input_ids": packed.values,
-            "segment_ids": packed.segment_ids,
-            "positions": packed.positions,
-        }
-    )
+    inputs = {"input_ids": packed.values, "positions": packed.positions}
+    outputs = encoder({**inputs, "packed_segment_ids": packed.segment_ids})
     found = np.asarray(unpack_sequences(outputs, packed.index))
     expected = np.asarray(encoder(INPUTS))
     np.testing.assert_allclose(
         found[MASK[:, : found.shape[1]]], expected[MASK], atol=1e-5
     )
+    with pytest.warns(DeprecationWarning, match="is now 'packed_segment_ids'"):
+        old = encoder({**inputs, "segment_ids": packed.segment_ids})
+    np.testing.assert_array_equal(old, outputs)
+    assert old._keras_mask is not None
 
 
 def test_dropout_by_seed() -> None:
@@ -178,6 +179,41 @@ def scoring_model(encoder: BertEncoder) -> keras.Model:
     outputs = encoder({"input_ids": ids, "attention_mask": mask})
     pooled = keras.layers.GlobalAveragePooling1D()(outputs)
     return keras.Model(ids, keras.layers.Dense(1, name="score")(pooled))
+
+
+def test_options_of_the_blocks_are_handed_on(tmp_path: Path) -> None:
+    encoder = made(position="rotary", key_dim=6, qk_norm="rms", gated=True, dropout=0.0)
+    attention = encoder.blocks[1].attention.sublayer
+    network = encoder.blocks[1].feed_forward.sublayer
+    assert (attention.get_config()["qk_norm"], network.gated) == ("rms", True)
+    assert encoder.block_options == ["gated", "position", "qk_norm"]
+    encoder.save(tmp_path / "encoder.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "encoder.keras")
+    np.testing.assert_array_equal(loaded(INPUTS), encoder(INPUTS))
+    with pytest.raises(ValueError, match=r"beyond BERT's.*gated, position, qk_norm"):
+        save_bert(encoder, tmp_path / "files")
+    with pytest.raises(ValueError, match="placement"):
+        made(placement="pre")
+
+
+def test_the_dropout_of_embeddings_is_the_same_in_xla() -> None:
+    encoder = made(seed=3, dropout=0.4)
+    inputs = tf.ones((2, 5, D))
+
+    def call() -> np.ndarray:
+        state = np.array([3, 0], "uint32")
+        encoder.embedding_dropout.seed_generator.state.assign(state)
+        function = tf.function(
+            lambda: encoder.embedding_dropout(inputs, training=True),
+            jit_compile=compiled,
+        )
+        return np.asarray(function())
+
+    compiled = False
+    graph = call()
+    compiled = True
+    np.testing.assert_array_equal(call(), graph)
+    assert set(np.unique(graph)) == {0.0, np.float32(1 / 0.6)}
 
 
 def test_every_weight_is_trained() -> None:
@@ -209,12 +245,12 @@ def test_exports(tmp_path: Path) -> None:
     [
         (
             {"num_heads": 4},
-            "`key_dim` must be given .* multiple of `num_heads`. Received: "
+            "`key_dim` is needed .* multiple of `num_heads`. Received: "
             "key_dim=None, embedding_dim=15 and num_heads=4",
         ),
         (
             {"num_heads": [3, 3]},
-            r"`key_dim` must be given where `num_heads` is a sequence.*=\(3, 3\)",
+            r"`key_dim` is needed where `num_heads` is a sequence.*=\(3, 3\)",
         ),
         ({"key_dim": 0}, "`key_dim`.*a positive integer.*key_dim=0"),
         ({"key_dim": 5.0}, "`key_dim`.*a positive integer.*key_dim=5.0"),
@@ -252,10 +288,14 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     ("inputs", "error", "message"),
     [
         (IDS, TypeError, "`inputs` must be a dictionary"),
-        ({"input_ids": IDS}, ValueError, "'attention_mask' or 'segment_ids'.*input_id"),
+        (
+            {"input_ids": IDS},
+            ValueError,
+            "'attention_mask' or 'packed_segment_ids'.*input_id",
+        ),
         ({"attention_mask": IDS}, ValueError, "must have 'input_ids'"),
         ({**INPUTS, "mask": IDS}, ValueError, r"no other names.*Received: \['mask'\]"),
-        ({**INPUTS, "segment_ids": IDS}, ValueError, "not both"),
+        ({**INPUTS, "packed_segment_ids": IDS}, ValueError, "not both"),
         (
             {name: np.ones((2, LONGEST + 1), "int32") for name in INPUTS},
             ValueError,

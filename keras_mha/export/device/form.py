@@ -20,6 +20,7 @@ from keras_mha.export.device import layers as device_layers
 from keras_mha.export.device.layers import Form, NoDeviceFormError, Swap
 from keras_mha.export.endpoint import Endpoint
 from keras_mha.layers.decoder_block import TransformerDecoderBlock
+from keras_mha.layers.dropout import Dropout
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.feed_forward import FeedForward
@@ -65,6 +66,7 @@ PLAIN: tuple[type, ...] = (
     _layers.Softmax,
     _layers.Identity,
     _layers.Dropout,
+    Dropout,
     _layers.SpatialDropout1D,
     _layers.GaussianNoise,
     _layers.Reshape,

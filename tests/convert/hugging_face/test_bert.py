@@ -290,7 +290,7 @@ QUERY = "encoder.layer.1.attention.self.query.weight"
         ),
         (
             {**tiny.random_tensors(), "encoder.layer.2.x": np.ones(1, np.float32)},
-            r"has not: \['encoder.layer.2.x'\]",
+            r"does not have: \['encoder.layer.2.x'\]",
         ),
         (
             {**tiny.random_tensors(), f"bert.{QUERY}": np.ones(1, np.float32)},
@@ -334,7 +334,7 @@ def test_wrong_configs(tmp_path: Path, config: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 10**5])
 def test_a_config_that_is_none(directory: Path, content: bytes) -> None:
     (directory / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json (is no sound JSON|must hold)"):
+    with pytest.raises(ValueError, match=r"config.json (is not sound JSON|must hold)"):
         load_bert(directory)
 
 
@@ -355,7 +355,9 @@ def header(content: dict[str, Any], data: bytes = b"") -> bytes:
 )
 def test_weights_that_are_none(directory: Path, content: bytes) -> None:
     (directory / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors is no sound safetensors"):
+    with pytest.raises(
+        ValueError, match="model.safetensors is not a sound safetensors"
+    ):
         load_bert(directory)
 
 
@@ -364,7 +366,7 @@ def test_every_cut_of_the_file_is_refused(directory: Path) -> None:
     whole = path.read_bytes()
     for length in np.linspace(0, len(whole) - 1, 40).astype(int):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="no sound safetensors"):
+        with pytest.raises(ValueError, match="not a sound safetensors"):
             load_bert(directory)
 
 
