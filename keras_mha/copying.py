@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-# What layers are given beside functions and layers.
+# Arguments of layers that are neither functions nor layers.
 _PARTS = (
     keras.initializers.Initializer,
     keras.regularizers.Regularizer,
@@ -39,10 +39,10 @@ class Copier(abc.ABC):
         Its weights are not those of the original before `carry_state` was called.
         """
         if id(layer) not in self.copies:
-            made = self._make(layer)
-            self.copies[id(layer)] = made
-            self._originals[id(made)] = layer
-            self._pairs.append((layer, made))
+            copied = self._make(layer)
+            self.copies[id(layer)] = copied
+            self._originals[id(copied)] = layer
+            self._pairs.append((layer, copied))
         return self.copies[id(layer)]
 
     def carry_state(self) -> None:
@@ -50,10 +50,10 @@ class Copier(abc.ABC):
 
         Holders come before what they hold: Keras hands `trainable` on inwards.
         """
-        found: dict[int, Any] = {}
+        partners: dict[int, Any] = {}
         for original, copied in reversed(self._pairs):
             for one, other in self._sublayers(original, copied):
-                if found.setdefault(id(one), other) is not other:
+                if partners.setdefault(id(one), other) is not other:
                     raise ValueError(
                         "A layer inside a wrapper that is used outside it as well "
                         f"would become two. Received: {described(one)}"
@@ -147,15 +147,15 @@ def own_objects(layer: Any) -> AbstractContextManager[Any]:
     Raises:
         ValueError: If two of them have one name, by which Keras would find them.
     """
-    found: dict[str, Any] = {}
-    for own in _objects_of(layer):
-        if found.setdefault(own.__name__, own) is not own:
+    objects: dict[str, Any] = {}
+    for each in _objects_of(layer):
+        if objects.setdefault(each.__name__, each) is not each:
             raise ValueError(
                 "Classes and functions that Keras finds by name must not share one "
-                f"name inside a layer. Received: {own.__name__!r} twice in "
+                f"name inside a layer. Received: {each.__name__!r} twice in "
                 f"{described(layer)}"
             )
-    return keras.saving.custom_object_scope(found)
+    return keras.saving.custom_object_scope(objects)
 
 
 def described(layer: Any) -> str:
@@ -170,21 +170,21 @@ def set_trainable(weight: Any, trainable: bool) -> None:
 
 
 def _objects_of(layer: Any) -> Iterator[Any]:
-    """What Keras does not find by itself."""
+    """Yields what Keras does not find by itself."""
     layers = layer._flatten_layers() if isinstance(layer, keras.layers.Layer) else []
     for inner in layers:
         kind = type(inner)
-        # A function in the place of a method is no argument.
+        # A function that replaces a method is not an argument.
         functions = [
             value
             for name, value in vars(inner).items()
             if inspect.isfunction(value) and not callable(getattr(kind, name, None))
         ]
         parts = [type(x) for x in vars(inner).values() if isinstance(x, _PARTS)]
-        for own in (kind, *functions, *parts):
-            registered = keras.saving.get_registered_name(own) != own.__name__
-            if not registered and not own.__module__.startswith("keras."):
-                yield own
+        for each in (kind, *functions, *parts):
+            registered = keras.saving.get_registered_name(each) != each.__name__
+            if not registered and not each.__module__.startswith("keras."):
+                yield each
 
 
 def _is_functional(layer: Any) -> bool:
@@ -206,7 +206,7 @@ def _copy_input(tensor: Any) -> Any:
 def _clone(layer: Any) -> Any:
     if type(layer) is keras.layers.Lambda:
         # Its configuration has the function as code, which Keras does not load.
-        made: Any = keras.layers.Lambda(
+        copied: Any = keras.layers.Lambda(
             layer.function,
             output_shape=layer._output_shape,
             mask=layer.mask,
@@ -214,12 +214,12 @@ def _clone(layer: Any) -> Any:
             name=layer.name,
             dtype=layer.dtype_policy,
         )
-        return made
+        return copied
     with own_objects(layer):
-        made = type(layer).from_config(layer.get_config())
+        copied = type(layer).from_config(layer.get_config())
     # A vocabulary must be there before the layer is called.
-    _carry_assets(layer, made)
-    return made
+    _carry_assets(layer, copied)
+    return copied
 
 
 def _children(one: Any, other: Any) -> list[tuple[Any, Any]]:

@@ -70,7 +70,7 @@ def from_stock(layer: Any) -> MultiHeadAttention:
     else:
         names = ("num_heads", "key_dim", "value_dim", "output_shape", "attention_axes")
         options.update({name: getattr(layer, f"_{name}") for name in names})
-    made = MultiHeadAttention(
+    converted = MultiHeadAttention(
         **options,
         # Keras' configurations leave it out.
         flash_attention=layer._flash_attention,
@@ -78,9 +78,9 @@ def from_stock(layer: Any) -> MultiHeadAttention:
         **_layer_options(layer),
     )
     if layer.built:
-        made.build_from_config(layer.get_build_config())
-        copy_weights(layer, made)
-    return made
+        converted.build_from_config(layer.get_build_config())
+        copy_weights(layer, converted)
+    return converted
 
 
 def to_stock(layer: Any) -> Any:
@@ -89,15 +89,15 @@ def to_stock(layer: Any) -> Any:
     Raises:
         ValueError: If Keras' layer lacks an option that the layer uses.
     """
-    made = _unbuilt_stock(layer, *_head_sizes(layer))
+    converted = _unbuilt_stock(layer, *_head_sizes(layer))
     if layer.built:
         config = layer.get_build_config()
         if isinstance(layer, MultiHeadSelfAttention):
             shape = config["input_shape"]
             config = {"shapes_dict": {"query_shape": shape, "value_shape": shape}}
-        made.build_from_config(config)
-        copy_weights(layer, made)
-    return made
+        converted.build_from_config(config)
+        copy_weights(layer, converted)
+    return converted
 
 
 def _unbuilt_stock(layer: Any, key_dim: int, value_dim: int) -> Any:
@@ -119,10 +119,10 @@ def _unbuilt_stock(layer: Any, key_dim: int, value_dim: int) -> Any:
         refused["flash_attention"] = True
     if refused:
         kind = "GroupQueryAttention" if grouped else "MultiHeadAttention"
-        given = ", ".join(f"{name}={value!r}" for name, value in refused.items())
+        listed = ", ".join(f"{name}={value!r}" for name, value in refused.items())
         raise ValueError(
             f"`keras.layers.{kind}` has no option like that. "
-            f"Received: layer '{layer.name}' with {given}"
+            f"Received: layer '{layer.name}' with {listed}"
         )
     options = {
         "dropout": layer.dropout,
@@ -255,5 +255,5 @@ def _copy_fused(fused: FusedProjection, parts: list[Any]) -> None:
             continue
         columns: list[Tensor] = fused.cut(ops.convert_to_tensor(weight))
         for part, target in zip(columns, parts, strict=True):
-            own = getattr(target, name)
-            own.assign(ops.reshape(part, own.shape))
+            weight = getattr(target, name)
+            weight.assign(ops.reshape(part, weight.shape))

@@ -1,4 +1,4 @@
-"""Attention layers of Keras into ours and back, alone or in whole models."""
+"""Converts attention layers of Keras to ours and back, single or in whole models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def from_keras(layer_or_model: Any) -> Any:
     In a Functional or Sequential model every such layer is swapped, in models inside
     the model and inside wrappers such as `TimeDistributed` too. All other layers are
     copied with their weights, vocabularies and what `trainable` says. Names stay, and
-    layers that were shared are. The model given is left as it is and shares nothing
+    layers that were shared are. The original model is left as it is and shares nothing
     with the new one, which is not compiled: call `compile`; an optimizer's state does
     not carry over.
 
@@ -52,10 +52,10 @@ def from_keras(layer_or_model: Any) -> Any:
         layer_or_model: A layer of one of the two classes, or a model.
 
     Returns:
-        A new layer, or a new model of the class given.
+        A new layer, or a new model of the same class.
 
     Raises:
-        TypeError: If it is no such layer or model, or holds a layer that makes
+        TypeError: If it is not such a layer or model, or holds a layer that makes
             attention in code of its own.
         ValueError: If the model holds no such layer, or something cannot be copied:
             weights quantized in another way than int8, or layers whose configuration
@@ -104,10 +104,10 @@ def to_keras(layer_or_model: Any) -> Any:
             Functional or Sequential model that holds some.
 
     Returns:
-        A new layer, or a new model: of the class given, except as said above.
+        A new layer, or a new model: of the same class, except as said above.
 
     Raises:
-        TypeError: If it is no such layer or model, or holds a layer that makes our
+        TypeError: If it is not such a layer or model, or holds a layer that makes our
             attention in code of its own, as transformer blocks do.
         ValueError: If Keras' layer has no such thing as an option or a call argument
             that is used: `position`, `qk_norm`, `logits_soft_cap`, `use_sinks`,
@@ -144,33 +144,36 @@ def _convert_model(model: Any, rule: Rule) -> Any:
 
 
 def _call_ours(
-    original: Any, made: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Any, converted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     del original  # takes the same arguments
-    return made(*args, **kwargs)
+    return converted(*args, **kwargs)
 
 
 def _call_stock(
-    original: Any, made: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Any, converted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    given = inspect.signature(original.call).bind(*args, **kwargs).arguments
-    taken = set(inspect.signature(made.call).parameters)
+    arguments = inspect.signature(original.call).bind(*args, **kwargs).arguments
+    taken = set(inspect.signature(converted.call).parameters)
     if _is_fused(original):
-        given["query"] = given["value"] = given.pop("inputs")
+        arguments["query"] = arguments["value"] = arguments.pop("inputs")
         # Keras hides padded queries by the mask that the inputs carry.
-        given["value_mask"] = given.pop("mask", None)
+        arguments["value_mask"] = arguments.pop("mask", None)
     refused = [
-        name for name, value in given.items() if name not in taken and value is not None
+        name
+        for name, value in arguments.items()
+        if name not in taken and value is not None
     ]
-    mask = given.get("attention_mask")
+    mask = arguments.get("attention_mask")
     if mask is not None and not ops.is_tensor(mask) and not hasattr(mask, "dtype"):
         refused.append("attention_mask")
     if refused:
         raise ValueError(
             "Keras' layer cannot be called with that. Received: layer "
-            f"'{made.name}' called with {', '.join(f'`{name}`' for name in refused)}"
+            f"'{converted.name}' called with "
+            f"{', '.join(f'`{name}`' for name in refused)}"
         )
-    return made(**{name: given[name] for name in given if name in taken})
+    return converted(**{name: arguments[name] for name in arguments if name in taken})
 
 
 def _is_fused(layer: Any) -> bool:

@@ -53,7 +53,7 @@ def from_torch(
     torch's is; `torch.nn.TransformerEncoderLayer` becomes `TransformerEncoderBlock`.
     The layer is built and has a copy of the weights, cast to its own dtype (`dtype`;
     Keras' global policy by default). A module tells its options; a state dict does
-    not, and what it leaves open is given by the keywords. Weights that are frozen in
+    not, and the keywords say what it leaves open. Weights that are frozen in
     torch (`requires_grad`) are not frozen here. PyTorch need not be installed for a
     state dict of NumPy arrays.
 
@@ -93,7 +93,7 @@ def from_torch(
     Raises:
         TypeError: If the source is something else, or weights are not floating.
         ValueError: If a weight is missing, unexpected or of the wrong shape; a keyword
-            is missing, or given though the module or the weights tell it; or the
+            is missing, or passed though the module or the weights tell it; or the
             module has
             `add_bias_kv` (`bias_k`, `bias_v`), `add_zero_attn` or an activation that
             we have not.
@@ -110,15 +110,15 @@ def from_torch(
     >>> tuple(layer(np.ones((3, 5, 6), "float32")).shape)
     (3, 5, 6)
     """
-    given = {
+    keywords = {
         "num_heads": num_heads,
         "norm_first": norm_first,
         "activation": activation,
         "layer_norm_eps": layer_norm_eps,
         "dropout": dropout,
     }
-    given["attention_dropout"] = kwargs.pop("attention_dropout", None)
-    given = {name: value for name, value in given.items() if value is not None}
+    keywords["attention_dropout"] = kwargs.pop("attention_dropout", None)
+    keywords = {name: value for name, value in keywords.items() if value is not None}
     if told := sorted(_TOLD & {*kwargs}):
         raise ValueError(
             "The weights, or other keywords of `from_torch`, decide this. Received: "
@@ -126,27 +126,27 @@ def from_torch(
         )
     self_attention = check_flag(self_attention, "self_attention")
     if isinstance(source, Mapping):
-        options, weights = given, source
+        options, weights = keywords, source
     else:
-        options, weights = _read_module(source, given), source.state_dict()
+        options, weights = _read_module(source, keywords), source.state_dict()
     arrays = Arrays({name: to_array(name, each) for name, each in weights.items()})
     if "self_attn.out_proj.weight" in arrays.left or "linear1.weight" in arrays.left:
         if self_attention:
             raise ValueError(
-                "`self_attention` is for attention alone; an encoder layer's always is "
-                "self-attention. Received: self_attention=True"
+                "`self_attention` is for attention modules; an encoder layer has no "
+                "other. Received: self_attention=True"
             )
-        made = _make_block(arrays, options, kwargs)
+        converted = _make_block(arrays, options, kwargs)
     else:
-        made = _make_attention(arrays, options, self_attention, kwargs)
+        converted = _make_attention(arrays, options, self_attention, kwargs)
     arrays.check_all_taken()
-    return made
+    return converted
 
 
-# What modules tell.
+# Options from modules.
 
 
-def _read_module(module: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _read_module(module: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     # Who has a module has imported torch.
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(module, torch.nn.Module):
@@ -155,10 +155,10 @@ def _read_module(module: Any, given: dict[str, Any]) -> dict[str, Any]:
             "`torch.nn.TransformerEncoderLayer`, or the state dict of one. "
             f"Received: {type(module).__name__}"
         )
-    if given:
+    if keywords:
         raise ValueError(
             "A module tells this itself; the keywords are for a state dict. "
-            f"Received: {', '.join(given)}"
+            f"Received: {', '.join(keywords)}"
         )
     if type(module) is torch.nn.MultiheadAttention:
         return _read_attention(module)
@@ -188,7 +188,7 @@ def _read_encoder_layer(module: Any, torch: Any) -> dict[str, Any]:
     rates = {module.dropout.p, module.dropout1.p, module.dropout2.p}
     if len(epsilons) > 1 or len(rates) > 1:
         raise ValueError(
-            "Our block has one epsilon and one dropout beside that of the attention. "
+            "Our block has one epsilon, and one dropout apart from the attention's. "
             f"Received: module with epsilons {sorted(epsilons)} and dropouts "
             f"{sorted(rates)}"
         )
@@ -218,7 +218,7 @@ def _read_activation(activation: Any, torch: Any) -> str:
     )
 
 
-# What is made.
+# Layers from weights.
 
 
 def _make_attention(
@@ -236,12 +236,12 @@ def _make_attention(
         **kwargs,
     }
     if not self_attention:
-        made = MultiHeadAttention(**arguments)
-        made.build(*((None, None, D) for D in (width, value_width, key_width)))
+        converted = MultiHeadAttention(**arguments)
+        converted.build(*((None, None, D) for D in (width, value_width, key_width)))
         for name in PARTS:
-            assign(getattr(made, f"{name}_dense"), weights[name])
-        assign(made.output_dense, weights["output"])
-        return made
+            assign(getattr(converted, f"{name}_dense"), weights[name])
+        assign(converted.output_dense, weights["output"])
+        return converted
     if not width == value_width == key_width:
         raise ValueError(
             "Self-attention has queries, keys and values of one width. Received: "
@@ -320,6 +320,6 @@ def _check_options(
     others = [name for name in options if name not in (*needed, *taken)]
     if others:
         raise ValueError(
-            "Attention alone has no such thing; an encoder layer's weights would be "
+            "Attention has no such thing; the weights of an encoder layer would be "
             f"named `linear1.weight` and so on. Received: {', '.join(others)}"
         )

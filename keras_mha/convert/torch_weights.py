@@ -48,7 +48,7 @@ class Arrays:
         for name in self.left:
             if name.rpartition(".")[2] in ("bias_k", "bias_v"):
                 raise ValueError(
-                    "Our attention has no learned key and value beside those of the "
+                    "Our attention has no learned key and value next to those of the "
                     f"inputs (`add_bias_kv`). Received: {name}"
                 )
         if self.left:
@@ -60,8 +60,8 @@ class Arrays:
     def _check_name(self, name: str) -> None:
         if name not in self.left:
             raise ValueError(
-                f"The state dict must have `{name}`; of a larger model, pass the part "
-                "alone, with the prefix removed from its names. "
+                f"The state dict must have `{name}`; of a larger model, pass only "
+                "the part, with the prefix removed from its names. "
                 f"Received: {', '.join(map(repr, self.names))}"
             )
 
@@ -111,7 +111,7 @@ def take_linear(
 def take_with_bias(
     arrays: Arrays, prefix: str, shape: Shape, use_bias: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Takes a weight of this shape, and the bias beside it."""
+    """Takes a weight of this shape, and the bias that goes with it."""
     weight = arrays.take(f"{prefix}weight", shape)
     return weight, arrays.take(f"{prefix}bias", shape[:1]) if use_bias else None
 

@@ -136,7 +136,7 @@ def pruning_curve(
         The curve.
 
     Raises:
-        TypeError: If `model` is no Keras layer, or `metric` is neither.
+        TypeError: If `model` is not a Keras layer, or `metric` is neither.
         ValueError: If `importance` does not fit the model's heads, labels or outputs
             are not what accuracy compares, or the model does not fit (see
             `attention_maps`).

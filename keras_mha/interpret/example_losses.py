@@ -19,12 +19,12 @@ def check_loss(loss: Any) -> None:
     """Refuses what `example_losses` does not take.
 
     Raises:
-        TypeError: If it is no name, `keras.losses.Loss` or function.
+        TypeError: If it is not a name, a `keras.losses.Loss` or a function.
         ValueError: If there is none.
     """
     if loss is None:
         raise ValueError(
-            "`loss` must be given where `model` was not compiled with one. "
+            "`loss` is needed where `model` was not compiled with one. "
             "Received: loss=None"
         )
     if not isinstance(loss, str) and not callable(loss):
@@ -60,12 +60,12 @@ def example_losses(loss: Any, labels: Any, outputs: Any, rows: int) -> Tensor:
     >>> example_losses("mae", labels, outputs, 2).numpy().tolist()
     [0.5, 0.5]
     """
-    found: Any = get_loss(loss, labels, outputs)
-    as_floats = partial(ops.convert_to_tensor, dtype=found.dtype)
+    resolved: Any = get_loss(loss, labels, outputs)
+    as_floats = partial(ops.convert_to_tensor, dtype=resolved.dtype)
     named = isinstance(loss, str | type | keras.losses.Loss)
     # What `compile` hands a function is of one structure; ours may take others.
     several = keras.tree.is_nested(labels) or keras.tree.is_nested(outputs)
-    function: Any = loss if several and not named else found.call
+    function: Any = loss if several and not named else resolved.call
     unreduced: Any = function(
         keras.tree.map_structure(as_floats, labels),
         keras.tree.map_structure(as_floats, outputs),
@@ -80,12 +80,12 @@ def example_losses(loss: Any, labels: Any, outputs: Any, rows: int) -> Tensor:
         )
     if len(shape) == 1 and not named:
         return losses  # the function knows best which positions to average
-    kept = ops.ones(shape, "bool")
+    counted = ops.ones(shape, "bool")
     for mask in masks:
         if mask is not None:
-            kept = ops.logical_and(kept, _spread(mask, shape))
-    sums = ops.sum(ops.reshape(ops.where(kept, losses, 0), (rows, -1)), axis=1)
-    counts = ops.sum(ops.reshape(ops.cast(kept, losses.dtype), (rows, -1)), axis=1)
+            counted = ops.logical_and(counted, _spread(mask, shape))
+    sums = ops.sum(ops.reshape(ops.where(counted, losses, 0), (rows, -1)), axis=1)
+    counts = ops.sum(ops.reshape(ops.cast(counted, losses.dtype), (rows, -1)), axis=1)
     return ops.divide_no_nan(sums, counts)
 
 

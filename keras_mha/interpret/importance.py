@@ -68,7 +68,7 @@ def head_importance(
         names it. A layer's heads count once, over all its calls.
 
     Raises:
-        TypeError: If `model` is no Keras layer, or `loss` no loss.
+        TypeError: If `model` is not a Keras layer, or `loss` not a loss.
         ValueError: If the model does not fit (see `attention_maps`), there is no
             loss, no example or no label, losses are not one or more for each example
             or do not have the axes of the outputs' mask, a layer sees other rows than
@@ -86,10 +86,10 @@ def head_importance(
     >>> x = keras.layers.GlobalAveragePooling1D()(x)
     >>> model = keras.Model(ids, keras.layers.Dense(2, "softmax")(x))
     >>> reviews, labels = np.array([[3, 1, 4], [1, 5, 0]]), np.array([1, 0])
-    >>> found = head_importance(
+    >>> importance = head_importance(
     ...     model, reviews, labels, loss="sparse_categorical_crossentropy"
     ... )
-    >>> {path: numbers.shape for path, numbers in found.items()}
+    >>> {path: numbers.shape for path, numbers in importance.items()}
     {'block/attention/self_attention': (2,)}
     """
     if keras.config.backend() != "tensorflow":

@@ -49,11 +49,11 @@ def head_gradients(
     with tape as masks.tape:
         with watching(model, masks):
             outputs = run_model(model, inputs)
-        # An example's loss depends on its own row of the masks alone.
+        # An example's loss depends only on its own row of the masks.
         losses = losses_of(labels, outputs, B)
     gradients = _scaled_gradients(tape, losses, masks.by_path)
-    found = {path: np.zeros((B, layer.num_heads)) for path, layer in layers.items()}
-    return found | gradients
+    zeros = {path: np.zeros((B, layer.num_heads)) for path, layer in layers.items()}
+    return zeros | gradients
 
 
 def _scaled_gradients(
@@ -64,12 +64,12 @@ def _scaled_gradients(
     They are taken of scaled losses, so that float16 inside the model does not round
     them to zero: each example's is the one of the first scale where it is finite.
     """
-    found = {path: np.zeros(mask.shape) for path, mask in masks.items()}
+    gradients = {path: np.zeros(mask.shape) for path, mask in masks.items()}
     left = np.ones(int(losses.shape[0]), bool)
     for scale in _SCALES:
         scales = tf.fill(losses.shape, tf.constant(scale, losses.dtype))
         scaled: Any = tape.gradient(losses, masks, output_gradients=scales)
-        cut = [path for path, gradient in scaled.items() if gradient is None]
+        cut = [path for path, each in scaled.items() if each is None]
         if cut:
             raise ValueError(
                 "The loss must depend on every attention layer that is called, by a "
@@ -80,11 +80,11 @@ def _scaled_gradients(
         finite = np.all([np.isfinite(g).all(axis=1) for g in arrays.values()], axis=0)
         taken = left & finite if scale != _SCALES[-1] else left
         for path, array in arrays.items():
-            found[path][taken] = array[taken] / scale
+            gradients[path][taken] = array[taken] / scale
         left &= ~taken
         if not left.any():
             break
-    return found
+    return gradients
 
 
 class _Masks(Observer):

@@ -36,7 +36,7 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
     effect on the answer. Wiegreffe and Pinter 2019, "Attention is not not
     explanation", object that such other maps are hard for a trained model to learn,
     and give tests of when maps tell something: run one before you rely on a map. In
-    later layers, positions stand for mixtures of words besides; see
+    later layers, positions also stand for mixtures of words; see
     `keras_mha.interpret.attention_rollout`.
 
     Letters: B batch, T query length, S key length, N query heads.
@@ -46,10 +46,10 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
             keras_mha, at any depth.
         inputs: What one would hand to `model.predict`: an array, a tensor, a list of
             strings, a dictionary by input name, or a list with one entry for each of
-            several inputs. If `model` is a layer and no `keras.Model`, whose `call`
-            takes several tensors besides `mask`, a list holds these arguments in their
-            order, as in `[query, value]`; a dictionary holds arguments of any layer by
-            name. A layer that was built on a list or dictionary gets one.
+            several inputs. If `model` is a layer and not a `keras.Model`, and its
+            `call` takes several tensors other than `mask`, a list holds these arguments
+            in their order, as in `[query, value]`; a dictionary holds arguments of any
+            layer by name. A layer that was built on a list or dictionary gets one.
 
     Returns:
         Probabilities `(B, N, T, S)` in float32, or float64 for layers of that dtype,
@@ -60,9 +60,9 @@ def attention_maps(model: keras.layers.Layer, inputs: Any) -> dict[str, np.ndarr
         Over several attention axes the shape is `(B, ..., N, T..., S...)`.
 
     Raises:
-        TypeError: If `model` is no Keras layer.
+        TypeError: If `model` is not a Keras layer.
         ValueError: If it is not built, has no attention layer or calls none, or has
-            one of Keras' own, which tell nobody their scores.
+            one of Keras, which do not show their scores.
             `keras_mha.convert.from_keras` swaps `keras.layers.MultiHeadAttention` and
             `keras.layers.GroupQueryAttention`. It swaps no subclass of them, nor
             `keras.layers.Attention` and `keras.layers.AdditiveAttention`: put ours in

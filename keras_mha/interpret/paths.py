@@ -39,7 +39,7 @@ def layer_paths(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
     >>> list(layer_paths(outer))
     ['inner', 'inner/dense', 'relu']
     """
-    found: dict[str, keras.layers.Layer] = {}
+    paths: dict[str, keras.layers.Layer] = {}
     seen: set[int] = set()
 
     def walk(parent: Any, prefix: str) -> None:
@@ -47,19 +47,19 @@ def layer_paths(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
             if id(child) in seen:
                 continue
             seen.add(id(child))
-            path = next(p for p in _numbered(prefix + child.name) if p not in found)
-            found[path] = child
+            path = next(p for p in _numbered(prefix + child.name) if p not in paths)
+            paths[path] = child
             walk(child, f"{path}/")
 
     walk(model, "")
-    return found
+    return paths
 
 
 def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
     """The attention layers inside a model by path, or the one that it is by name.
 
     Raises:
-        TypeError: If `model` is no Keras layer or model.
+        TypeError: If `model` is not a Keras layer or model.
         ValueError: If it is not built, has no attention layer, or has one of Keras'.
     """
     if not isinstance(model, keras.layers.Layer):
@@ -68,26 +68,26 @@ def attention_layers(model: keras.layers.Layer) -> dict[str, AttentionLayer]:
     if isinstance(model, (AttentionLayer, *_STOCK)):
         paths = {model.name: model}
     _check_stock(paths)
-    found: dict[str, Any] = {
+    attention: dict[str, Any] = {
         path: layer
         for path, layer in paths.items()
         if isinstance(layer, AttentionLayer)
     }
-    if not found:
+    if not attention:
         raise ValueError(
             f"`model` has no attention layer. Received: {type(model).__name__} "
             f"{model.name!r}"
         )
-    if not model.built or not all(layer.built for layer in found.values()):
+    if not model.built or not all(layer.built for layer in attention.values()):
         raise ValueError(
             "`model` must be built: call it once. Received: an unbuilt "
             f"{type(model).__name__} {model.name!r}"
         )
-    return found
+    return attention
 
 
 def _check_stock(paths: Mapping[str, keras.layers.Layer]) -> None:
-    """Refuses attention of Keras' own, and says what to do about each layer."""
+    """Refuses attention layers of Keras, and says what to do about each layer."""
     stock = {path: type(la) for path, la in paths.items() if isinstance(la, _STOCK)}
     if not stock:
         return
@@ -108,7 +108,7 @@ def _check_stock(paths: Mapping[str, keras.layers.Layer]) -> None:
             f"in their place in the code that makes the model, {others}."
         )
     raise ValueError(
-        "`model` must attend by layers of keras_mha alone; Keras' own tell nobody "
+        "`model` must attend by layers of keras_mha only; Keras' layers do not show "
         f"their scores.{advice} Received: Keras' layers {list(stock)}"
     )
 
@@ -126,8 +126,8 @@ def watching(model: keras.layers.Layer, observer: Observer) -> Iterator[None]:
         with keras.StatelessScope(), observe(observer):
             yield
     finally:
-        for layer, kept in zip(layers, losses, strict=True):
-            layer._losses[:] = kept
+        for layer, earlier in zip(layers, losses, strict=True):
+            layer._losses[:] = earlier
 
 
 def as_tensors(inputs: Any) -> Any:
@@ -207,7 +207,7 @@ def count_rows(tensors: Any) -> int:
     """B of what `as_tensors` made.
 
     Raises:
-        ValueError: If there are no rows, or the inputs differ in their number.
+        ValueError: If there are no rows, or more in one input than in another.
     """
     rows = {int(tensor.shape[0]) for tensor in keras.tree.flatten(tensors)}
     if len(rows) != 1 or 0 in rows:
@@ -237,11 +237,11 @@ def pair_batches(
         pairs: Any = as_tensors(inputs), as_tensors(labels)
         for start in range(0, count_rows(pairs), batch_size):
             rows = slice(start, start + batch_size)
-            given, wanted = (
+            some, targets = (
                 keras.tree.map_structure(operator.itemgetter(rows), each)
                 for each in pairs
             )
-            yield given, wanted
+            yield some, targets
         return
     if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping | np.ndarray):
         raise ValueError(

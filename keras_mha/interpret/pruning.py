@@ -15,7 +15,6 @@ from keras_mha.attention.numeric import plain_integer
 from keras_mha.copying import Copier, described, own_objects, set_trainable
 from keras_mha.interpret.paths import attention_layers, layer_paths
 from keras_mha.layers.attention_layer import AttentionLayer
-from keras_mha.layers.decoder_block import TransformerDecoderBlock
 from keras_mha.layers.positions import ALiBi, RelativePositionBias
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.layers.transformer_block import TransformerBlock
@@ -23,9 +22,7 @@ from keras_mha.models.bert import BertEncoder
 
 Cut = Callable[[np.ndarray], np.ndarray]
 _Model = TypeVar("_Model", bound=keras.layers.Layer)
-# What a block's configuration says of the self-attention in it.
-_OF_BLOCKS = ("num_heads", "key_dim", "num_key_value_heads", "position")
-# And what a `BertEncoder`'s says of its blocks.
+# What the configuration of a `BertEncoder` says of its blocks.
 _OF_ENCODERS = ("num_heads", "key_dim")
 
 
@@ -55,11 +52,10 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
         The new model, of the class of `model`.
 
     Raises:
-        TypeError: If `model` is no Keras layer.
-        ValueError: If there is no such layer or head, a layer would keep no head or
+        TypeError: If `model` is not a Keras layer.
+        ValueError: If a layer or head does not exist, a layer would keep no head or
             groups of different sizes; if a layer has ALiBi, whose slopes depend on the
-            number of heads; if the two attentions of a `TransformerDecoderBlock` would
-            keep different numbers of heads; if weights are quantized or have low-rank
+            number of heads; if weights are quantized or have low-rank
             factors; if the configuration of a model or layer does not hold the
             attention layer; if two functions or classes of yours in one layer have the
             same name; or the model does not fit (see `attention_maps`).
@@ -85,7 +81,7 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
     _check_weights(model)
     pruner = _Pruner(
         {
-            id(layers[path]): _Kept.of(layers[path], path, removed)
+            id(layers[path]): _Remaining.of(layers[path], path, removed)
             for path, removed in check_heads(layers, heads).items()
         }
     )
@@ -100,34 +96,36 @@ def check_heads(
     """Returns the heads by path, each once and in order, without empty entries.
 
     Raises:
-        ValueError: If there is no such layer or head.
+        ValueError: If a layer or head does not exist.
     """
-    found = {}
-    for path, given in heads.items():
+    removed = {}
+    for path, listed in heads.items():
         if path not in layers:
             raise ValueError(
                 f"`heads` must name attention layers of the model, {list(layers)}. "
                 f"Received: {path!r}"
             )
         N = layers[path].num_heads
-        numbers = [plain_integer(head) for head in given]
+        numbers = [plain_integer(head) for head in listed]
         if not all(n is not None and 0 <= n < N for n in numbers):
             raise ValueError(
                 f"`heads` of {path!r} must be integers from 0 to {N - 1}. "
-                f"Received: {list(given)}"
+                f"Received: {list(listed)}"
             )
         if numbers:
-            found[path] = tuple(sorted({n for n in numbers if n is not None}))
-    return found
+            removed[path] = tuple(sorted({n for n in numbers if n is not None}))
+    return removed
 
 
-class _Kept(NamedTuple):
+class _Remaining(NamedTuple):
     """The query heads of a layer that stay, by the key and value head they share."""
 
     groups: dict[int, list[int]]
 
     @classmethod
-    def of(cls, layer: AttentionLayer, path: str, removed: tuple[int, ...]) -> _Kept:
+    def of(
+        cls, layer: AttentionLayer, path: str, removed: tuple[int, ...]
+    ) -> _Remaining:
         size = layer.num_heads // layer.num_key_value_heads
         groups: dict[int, list[int]] = {}
         for head in range(layer.num_heads):
@@ -159,7 +157,7 @@ class _Kept(NamedTuple):
 class _Pruner(Copier):
     """Copies models without the heads that go."""
 
-    def __init__(self, plan: Mapping[int, _Kept]) -> None:
+    def __init__(self, plan: Mapping[int, _Remaining]) -> None:
         super().__init__()
         self.plan = plan  # by identity: names may repeat
 
@@ -183,11 +181,11 @@ class _Pruner(Copier):
         cuts = _cuts(one, self.plan[id(one)])
         values = [cuts.get(id(x), np.asarray)(np.asarray(x)) for x in one.variables]
         wanted = [value.shape for value in values]
-        made = [tuple(variable.shape) for variable in other.variables]
-        if wanted != made:
+        shapes = [tuple(variable.shape) for variable in other.variables]
+        if wanted != shapes:
             raise ValueError(
-                "What is made from a configuration must have the heads that it tells "
-                f"of. Received: {described(one)} with weights of shapes {made} in the "
+                "A layer made from a configuration must have the heads that it says. "
+                f"Received: {described(one)} with weights of shapes {shapes} in the "
                 f"place of {wanted}"
             )
         # Outer layers come first: they hand `trainable` on to inner ones.
@@ -200,7 +198,9 @@ class _Pruner(Copier):
             set_trainable(new, old.trainable)
 
 
-def _config(holder: keras.layers.Layer, plan: Mapping[int, _Kept]) -> dict[str, Any]:
+def _config(
+    holder: keras.layers.Layer, plan: Mapping[int, _Remaining]
+) -> dict[str, Any]:
     """The configuration of a layer without the heads that go, at any depth.
 
     Whatever inside it is asked for its configuration meanwhile answers so too: names
@@ -242,15 +242,13 @@ def _config(holder: keras.layers.Layer, plan: Mapping[int, _Kept]) -> dict[str, 
 
 
 def _changes(
-    layer: keras.layers.Layer, config: dict[str, Any], plan: Mapping[int, _Kept]
+    layer: keras.layers.Layer, config: dict[str, Any], plan: Mapping[int, _Remaining]
 ) -> dict[str, Any]:
     """What a layer says itself of all the attention in it."""
     if isinstance(layer, AttentionLayer):
         return _attention_config(layer, config, plan[id(layer)])
     if isinstance(layer, TransformerBlock):
-        _check_even(layer, plan)
-        # It has asked its self-attention.
-        return {name: config[name] for name in _OF_BLOCKS if name in config}
+        return config  # it has asked the attention in it
     # A subclass may fix the sizes, and not take them.
     if isinstance(layer, BertEncoder) and {*_OF_ENCODERS} <= {*config}:
         return _encoder_config(layer, plan)
@@ -258,40 +256,26 @@ def _changes(
 
 
 def _attention_config(
-    layer: AttentionLayer, config: dict[str, Any], kept: _Kept
+    layer: AttentionLayer, config: dict[str, Any], remaining: _Remaining
 ) -> dict[str, Any]:
     H, V = _head_sizes(layer)
     shares = config["num_key_value_heads"] is not None
     position = config["position"]
     if isinstance(position, dict) and "num_heads" in position["config"]:
-        inner = {**position["config"], "num_heads": len(kept.heads)}
+        inner = {**position["config"], "num_heads": len(remaining.heads)}
         position = {**position, "config": inner}
     return {
-        "num_heads": len(kept.heads),
-        "num_key_value_heads": len(kept.groups) if shares else None,
+        "num_heads": len(remaining.heads),
+        "num_key_value_heads": len(remaining.groups) if shares else None,
         "key_dim": H,
         "value_dim": V,
         "position": position,
     }
 
 
-def _check_even(block: TransformerBlock, plan: Mapping[int, _Kept]) -> None:
-    if not isinstance(block, TransformerDecoderBlock) or not block.cross_attention:
-        return
-    both = [block.attention.sublayer, block.memory_attention.sublayer]
-    left = {
-        layer.name: len(plan[id(layer)].heads) if id(layer) in plan else layer.num_heads
-        for layer in both
-    }
-    if len(set(left.values())) > 1:
-        raise ValueError(
-            "A `TransformerDecoderBlock` has one number of heads: as many must go from "
-            f"its self-attention as from its cross-attention. Received: {block.name!r} "
-            f"with {left} left"
-        )
-
-
-def _encoder_config(encoder: BertEncoder, plan: Mapping[int, _Kept]) -> dict[str, Any]:
+def _encoder_config(
+    encoder: BertEncoder, plan: Mapping[int, _Remaining]
+) -> dict[str, Any]:
     """What a `BertEncoder` says of its blocks' attention."""
     layers = [block.attention.sublayer for block in encoder.blocks]
     left = [
@@ -309,7 +293,7 @@ def _head_sizes(layer: AttentionLayer) -> tuple[int, int]:
     return sizes.key_dim, sizes.value_dim
 
 
-def _cuts(layer: AttentionLayer, kept: _Kept) -> dict[int, Cut]:
+def _cuts(layer: AttentionLayer, remaining: _Remaining) -> dict[int, Cut]:
     """How to cut each weight that belongs to heads, by the weight's identity.
 
     Letters: D model width, N query heads, K key/value heads, H head size.
@@ -322,24 +306,26 @@ def _cuts(layer: AttentionLayer, kept: _Kept) -> dict[int, Cut]:
         if bias is not None and dense.bias is not None:
             cuts[id(dense.bias)] = bias
 
-    of_heads = _take(kept.heads, axis=-2)  # of `(D, N, H)` and `(N, H)`
+    of_heads = _take(remaining.heads, axis=-2)  # of `(D, N, H)` and `(N, H)`
     if isinstance(layer, MultiHeadSelfAttention):
-        fused = _take_fused(kept, _head_sizes(layer)[0], layer)
+        fused = _take_fused(remaining, _head_sizes(layer)[0], layer)
         cut(parts.qkv_dense, fused, fused)
         gate = getattr(parts, "gate_dense", None)
     else:
-        of_groups = _take(list(kept.groups), axis=-2)  # of `(D, K, H)` and `(K, H)`
+        of_groups = _take(
+            list(remaining.groups), axis=-2
+        )  # of `(D, K, H)` and `(K, H)`
         cut(parts.query_dense, of_heads, of_heads)
         cut(parts.key_dense, of_groups, of_groups)
         cut(parts.value_dense, of_groups, of_groups)
         gate = getattr(parts, "_gate_dense", None)
     if gate is not None:
         cut(gate, of_heads, of_heads)
-    cut(parts.output_dense, _take(kept.heads, axis=0), None)
+    cut(parts.output_dense, _take(remaining.heads, axis=0), None)
     if hasattr(parts, "sinks"):
-        cuts[id(parts.sinks)] = _take(kept.heads, axis=0)
+        cuts[id(parts.sinks)] = _take(remaining.heads, axis=0)
     if isinstance(layer.position_layer, RelativePositionBias):
-        cuts[id(layer.position_layer.embeddings)] = _take(kept.heads, axis=-1)
+        cuts[id(layer.position_layer.embeddings)] = _take(remaining.heads, axis=-1)
     return cuts
 
 
@@ -347,7 +333,7 @@ def _take(places: list[int], axis: int) -> Cut:
     return lambda array: np.take(array, places, axis)
 
 
-def _take_fused(kept: _Kept, key_dim: int, layer: AttentionLayer) -> Cut:
+def _take_fused(remaining: _Remaining, key_dim: int, layer: AttentionLayer) -> Cut:
     """Cuts `(..., K, G H + H + V)`: each group's queries, then its key and value."""
     size = layer.num_heads // layer.num_key_value_heads
 
@@ -358,7 +344,7 @@ def _take_fused(kept: _Kept, key_dim: int, layer: AttentionLayer) -> Cut:
                 [np.arange(key_dim) + head % size * key_dim for head in heads]
                 + [shared]
             )
-            for group, heads in kept.groups.items()
+            for group, heads in remaining.groups.items()
         }
         return np.stack([array[..., k, columns[k]] for k in columns], axis=-2)
 

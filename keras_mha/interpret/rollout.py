@@ -40,7 +40,7 @@ def attention_rollout(
         maps: Maps `(B, N, T, T)` of self-attention, from the first layer to the last
             of one stack, as `attention_maps` returns them. Heads and their number
             may differ. Of a model with several stacks, or with attention to other
-            inputs, hand on the maps of one stack alone.
+            inputs, pass the maps of one stack only.
         padding_mask: `(B, T)`, true or non-zero = a real position. Rows and columns
             of the rest are zero in the result. By default no position is padding;
             one that sees nothing then keeps its own input, `I`.

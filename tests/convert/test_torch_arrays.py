@@ -1,7 +1,7 @@
 """Weights of PyTorch in NumPy arrays, where no torch is installed.
 
-Letters: B batch, T query length, S key length, N heads, H head size, E = N H width, DK
-and DV widths of keys and values.
+Letters: B batch, T query length, S key length, N heads, H head size, E = N H width, F
+hidden width, DK and DV widths of keys and values.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import pytest
 from keras_mha.convert import from_torch
 from tests.support.attention_cases import numbers
 from tests.support.layers import ROOT, normal
+from tests.support.torch_encoder import encode, random_state
 
-B, T, S, N, H, DK, DV = 2, 5, 7, 3, 11, 13, 17
+B, T, S, N, H, F, DK, DV = 2, 5, 7, 3, 11, 19, 13, 17
 E = N * H
 
 
@@ -81,6 +82,52 @@ def test_separate_arrays() -> None:
     np.testing.assert_allclose(found, expected(kernels, bias, out, *inputs), atol=2e-5)
     with pytest.raises(ValueError, match="Received: v_proj_weight of shape"):
         from_torch({**state, "v_proj_weight": kernels[2][1:]}, num_heads=N)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_an_encoder_layer(norm_first: bool, activation: str, bias: bool) -> None:
+    state, inputs = random_state(N, H, F, bias=bias), normal(B, T, E)
+    options: dict[str, Any] = {"norm_first": norm_first, "activation": activation}
+    # As large as a variance: one left out, or left at its default, would show.
+    block = from_torch(state, num_heads=N, layer_norm_eps=0.3, **options)
+    wanted = encode(state, inputs, N, epsilon=0.3, **options)
+    np.testing.assert_allclose(numbers(block(inputs)), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_the_epsilon_of_an_encoder_layer_is_torchs(norm_first: bool) -> None:
+    state, inputs = random_state(N, H, F), normal(B, T, E, scale=0.01)
+    options: dict[str, Any] = {"norm_first": norm_first, "activation": "relu"}
+    found = numbers(from_torch(state, num_heads=N, **options)(inputs))
+    wanted = encode(state, inputs, N, epsilon=1e-5, **options)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"norm_first": False},
+        {"activation": "gelu"},
+        {"epsilon": 1e-5},
+        {"swapped": True},
+    ],
+    ids=str,
+)
+def test_the_reference_tells_encoder_layers_apart(wrong: dict[str, Any]) -> None:
+    state, inputs = random_state(N, H, F), normal(B, T, E)
+    options = {"norm_first": True, "activation": "relu", "epsilon": 0.3}
+    right = encode(state, inputs, N, **options)
+    if "swapped" in wrong:
+        state |= {
+            f"norm{one}.{part}": state[f"norm{3 - one}.{part}"]
+            for one in (1, 2)
+            for part in ("weight", "bias")
+        }
+    else:
+        options |= wrong
+    assert np.abs(encode(state, inputs, N, **options) - right).max() > 0.05
 
 
 def test_no_torch_is_loaded_for_arrays() -> None:

@@ -405,7 +405,7 @@ def detached(labels: Any, outputs: Any) -> Any:
 def test_wrong_arguments() -> None:
     model, _ = two_layers()
     given = [VECTORS, REAL]
-    with pytest.raises(ValueError, match="`loss` must be given"):
+    with pytest.raises(ValueError, match="`loss` is needed"):
         head_importance(model, given, TARGETS)
     with pytest.raises(TypeError, match="`loss` must be .* Received: loss=3"):
         head_importance(model, given, TARGETS, loss=3)

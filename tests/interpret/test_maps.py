@@ -472,5 +472,5 @@ def test_advice_on_layers_of_keras_is_true() -> None:
 def test_a_layer_of_keras_alone_is_refused(kind: Any) -> None:
     layer = kind(N, H, name="alone")
     layer.build((B, T, D), (B, T, D))
-    with pytest.raises(ValueError, match="layers of keras_mha alone.*\\['alone'\\]"):
+    with pytest.raises(ValueError, match="layers of keras_mha only.*\\['alone'\\]"):
         keras_mha.attention_maps(layer, [INPUTS, INPUTS])
