@@ -279,7 +279,6 @@ def test_a_layer_made_frozen_stays_so() -> None:
     assert not any(weight.trainable for weight in converted.weights)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_quantized_and_adapted_weights(quantized: bool, adapted: bool) -> None:

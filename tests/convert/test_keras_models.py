@@ -373,7 +373,6 @@ def test_vocabularies_and_statistics_are_copied() -> None:
     check_equal(from_keras(original), original)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 @pytest.mark.parametrize("mode", ["int8", "lora"])
 def test_quantized_and_adapted_models(mode: str) -> None:

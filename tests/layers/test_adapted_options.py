@@ -105,7 +105,6 @@ def model_of(kind: str, layer: Any) -> keras.Model:
     return keras.Model(inputs, layer(*inputs))
 
 
-@pytest.mark.slow
 @each_kind
 @each_set
 def test_int8_is_close_saved_and_loaded(
@@ -151,7 +150,6 @@ def test_a_quantized_layer_decodes(options: str) -> None:
     )
 
 
-@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("position", ["rotary", "alibi", "relative"])
 def test_what_tells_positions_is_left_as_it_is_without_a_warning(
@@ -165,7 +163,6 @@ def test_what_tells_positions_is_left_as_it_is_without_a_warning(
     assert all("InputLayer" in text for text in texts)
 
 
-@pytest.mark.slow
 def test_a_decoder_block_quantizes_and_decodes() -> None:
     inputs, memory = keras.Input((T, DQ)), keras.Input((S, DQ))
     block = TransformerDecoderBlock(

@@ -319,7 +319,6 @@ def test_int8_is_close(through: str, called_before: bool) -> None:
         assert 0 < relative_error(outputs, expected) < INT8_TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_quantized_kernels_are_those_of_keras(mode: str) -> None:
     # A column has its own scale, so quantizing the fused kernel or its parts is one.
@@ -339,7 +338,6 @@ def cross_model_of(layer: keras.layers.Layer) -> keras.Model:
     return keras.Model(inputs, layer(inputs, inputs))
 
 
-@pytest.mark.slow
 def test_both_attention_layers_quantize_alike() -> None:
     layer, other = attention(), MultiHeadAttention(N, H, V)
     other.build((B, T, D), (B, T, D))
@@ -367,7 +365,6 @@ def test_quantizing_before_the_first_call_is_refused() -> None:
         MultiHeadSelfAttention(N, H).quantize("int8")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_a_quantized_model_is_saved_and_loaded(
@@ -396,7 +393,6 @@ def test_a_quantized_model_is_saved_and_loaded(
 # Both.
 
 
-@pytest.mark.slow
 def test_adapted_then_int8(tmp_path: Path) -> None:
     layer, inputs = adapted(), normal(B, T, D)
     model = model_of(layer)
@@ -412,7 +408,6 @@ def test_adapted_then_int8(tmp_path: Path) -> None:
     check_quantized_files(model, tmp_path)
 
 
-@pytest.mark.slow
 def test_int8_then_adapted(tmp_path: Path) -> None:
     layer, inputs = attention(), normal(B, T, D)
     model = model_of(layer)

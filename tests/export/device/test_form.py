@@ -351,7 +351,6 @@ def dense_stack(x: Any) -> Any:
     return keras.layers.Dense(7, activation="tanh")(BLOCK(2, 17, key_dim=4)(x))
 
 
-@pytest.mark.slow
 def test_int8_layers_are_dequantized_exactly() -> None:
     model = tagger(dense_stack)
     plain = tagger(dense_stack)
