@@ -1,4 +1,4 @@
-"""What a call of the layer costs before any mathematics: frames, files and time.
+"""Counts the frames and files that a call of the layer enters, and times it.
 
 python -m benchmarks.calls [--rounds 40]
 
