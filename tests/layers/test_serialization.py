@@ -35,6 +35,7 @@ PUBLIC = [
     each
     for each in vars(keras_mha).values()
     if isinstance(each, type) and issubclass(each, keras.layers.Layer)
+    if each is not keras_mha.DistanceBias  # a base without a call
 ]
 
 
