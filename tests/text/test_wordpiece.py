@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_mha.text import WordpieceTokenizer, learn_wordpiece_vocabulary
+from tests.support.check_layer import LayerCase, check_layer, parts_of
 
 VOCABULARY = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]"),
@@ -160,18 +161,20 @@ def test_in_a_dataset_and_made_in_its_graph() -> None:
     assert found.numpy().tolist() == rows(made[0], ["a film", "fine"])
 
 
-def test_configuration_round_trip() -> None:
-    tokenizer = WordpieceTokenizer(
-        VOCABULARY, max_length=13, lowercase=False, pad_to=3, name="cut"
-    )
-    config = tokenizer.get_config()
-    assert config["vocabulary"] == VOCABULARY
-    assert (config["max_length"], config["lowercase"], config["pad_to"]) == (13, 0, 3)
-    clone = WordpieceTokenizer.from_config(config)
-    assert clone.get_config() == config
-    assert clone.get_vocabulary() == VOCABULARY
-    serialized = keras.saving.serialize_keras_object(tokenizer)
-    assert serialized["registered_name"] == "keras_mha>WordpieceTokenizer"
+CASE = LayerCase(
+    WordpieceTokenizer,
+    {"vocabulary": VOCABULARY},
+    {"max_length": 13, "lowercase": False, "pad_to": 13},
+    [np.array(["a fine film", "films !", ""], object)],
+    carries_mask=False,
+    compiles=False,
+    has_policy=False,
+)
+
+
+@pytest.mark.parametrize("part", parts_of(CASE))
+def test_the_contract_of_a_layer(part: str) -> None:
+    check_layer(CASE, part)
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
