@@ -1,4 +1,4 @@
-"""What is added to the scores before the softmax.
+"""Values added to the scores before the softmax.
 
 Letters: B batch, T query length, S key length, N query heads.
 """

@@ -1,4 +1,4 @@
-"""What callers give as masks, checked and brought to one form.
+"""Checks the masks that callers pass, and brings them to one form.
 
 Letters: B batch, T query length, S key length, N query heads, D model width.
 """

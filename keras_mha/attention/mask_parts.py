@@ -220,7 +220,7 @@ def positions(length: Tensor) -> Tensor:
 
 
 def band(mask: MaskParts, rows: Tensor, columns: Tensor) -> Tensor | None:
-    """The part of a mask that depends on positions alone.
+    """Spells out the part of a mask that depends on positions only.
 
     Args:
         mask: The mask; its bounds count.
@@ -246,7 +246,7 @@ def same_segment(mask: MaskParts) -> Tensor:
 
 
 def intersect(*masks: Tensor | None) -> Tensor | None:
-    """Returns the logical AND of the masks that are given, or `None`.
+    """Returns the logical AND of masks, or `None` if all of them are.
 
     One of fewer dimensions than another holds for all of the other's last ones.
 
@@ -258,10 +258,10 @@ def intersect(*masks: Tensor | None) -> Tensor | None:
     >>> np.asarray(both).tolist()
     [True, False]
     """
-    given = [mask for mask in masks if mask is not None]
-    rank = max((len(mask.shape) for mask in given), default=0)
+    present = [mask for mask in masks if mask is not None]
+    rank = max((len(mask.shape) for mask in present), default=0)
     merged = None
-    for mask in given:
+    for mask in present:
         missing = tuple(range(len(mask.shape), rank))
         expanded = ops.expand_dims(mask, axis=missing) if missing else mask
         merged = expanded if merged is None else ops.logical_and(merged, expanded)
@@ -295,7 +295,7 @@ def clear_padding(inputs: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def _visible_pairs(mask: Any, queries: Tensor, keys: Tensor) -> Tensor:
-    """What a mask of another kind says of all pairs, checked."""
+    """Calls a mask of another kind for all pairs, and checks what it returns."""
     pairs: Any = ops.convert_to_tensor(mask.visible(queries, keys))
     shape, lengths = tuple(pairs.shape), (queries.shape[0], keys.shape[0])
     fits = 2 <= len(shape) <= 4 and all(

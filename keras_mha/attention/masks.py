@@ -1,4 +1,4 @@
-"""What may attend to what: values that compose with `&`.
+"""Masks: values that say which queries attend to which keys, and compose with `&`.
 
 To add a kind of mask, subclass `Mask` and say in `visible` which pairs attend. Every
 implementation then serves it or leaves it to one that does. A kind that the fast ones
@@ -276,6 +276,14 @@ class PaddingMask(_Kind):
         query_lengths: Tensor | None = None,
         key_lengths: Tensor | None = None,
     ) -> None:
+        keys_twice = lengths and key_lengths is not None
+        queries_twice = len(lengths) > 1 and query_lengths is not None
+        if len(lengths) > 2 or keys_twice or queries_twice:
+            raise TypeError(
+                "`PaddingMask` takes `key_lengths` and `query_lengths` once each. "
+                f"Received: {len(lengths)} arguments by position, "
+                f"query_lengths={query_lengths!r} and key_lengths={key_lengths!r}"
+            )
         if len(lengths) > 1:
             warnings.warn(
                 "`PaddingMask(key_lengths, query_lengths)` by position is deprecated, "
@@ -283,17 +291,6 @@ class PaddingMask(_Kind):
                 "`key_lengths=` by name",
                 DeprecationWarning,
                 stacklevel=2,
-            )
-        if len(lengths) > 2 or (lengths and key_lengths is not None):
-            raise TypeError(
-                "`PaddingMask` takes `key_lengths` once and `query_lengths` by name. "
-                f"Received: {len(lengths)} arguments by position and "
-                f"key_lengths={key_lengths!r}"
-            )
-        if len(lengths) == 2 and query_lengths is not None:
-            raise TypeError(
-                "`PaddingMask` takes `query_lengths` once. Received: it by position "
-                "and by name"
             )
         by_position = dict(zip(("key_lengths", "query_lengths"), lengths, strict=False))
         self._set(
@@ -490,7 +487,7 @@ class CombinedMask(_Kind):
 def with_table(
     mask: MaskParts, table: Any, score_shape: Shape, attention_rank: int
 ) -> MaskParts:
-    """Joins what a layer was given as `attention_mask` to its other masks.
+    """Joins a layer's `attention_mask` to its other masks.
 
     Args:
         mask: The other masks.

@@ -99,22 +99,22 @@ def attend(
         scores = ops.tanh(scores * (1.0 / logits_soft_cap)) * logits_soft_cap
     scores = add_bias(scores, bias, T, S)
     if visible is not None:
-        # finite: a row of -inf alone would turn into NaN before it is zeroed
+        # Finite, because a row of nothing but -inf would turn into NaN first.
         scores = ops.where(visible, scores, float(np.finfo(wide).min))
     probabilities = softmax(scores, bias.sinks)
     if visible is not None:
         probabilities = ops.where(visible, probabilities, ops.zeros_like(probabilities))
     probabilities = ops.cast(probabilities, dtype)
-    kept = probabilities
+    weights = probabilities
     if dropout > 0:
-        shape: Any = ops.shape(kept)
+        shape: Any = ops.shape(weights)
         noise = draw_pair_noise(seed, shape[:3], S)
-        kept = ops.where(
+        weights = ops.where(
             keep_pairs(noise, dropout),
-            kept * (1.0 / (1.0 - dropout)),
-            ops.zeros_like(kept),
+            weights * (1.0 / (1.0 - dropout)),
+            ops.zeros_like(weights),
         )
-    mixed = grouped_matmul(kept, value)
+    mixed = grouped_matmul(weights, value)
     return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
 
 

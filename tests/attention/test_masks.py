@@ -217,12 +217,14 @@ def test_clear_padding_gives_padding_no_gradient() -> None:
     np.testing.assert_array_equal(gradient[..., 0], np.where(QUERY_PADDING, 2.0, 0.0))
 
 
-def _parts(draw_from: st.DataObject, offset: int) -> list[tuple[Any, dict[str, Any]]]:
+def _parts(draw_from: st.DataObject) -> list[tuple[Any, dict[str, Any]]]:
     """Masks and boolean tables, each with the oracle's words for it."""
     random = np.random.default_rng(draw_from.draw(st.integers(0, 2**32 - 1)))
     shape = draw_from.draw(
         st.sampled_from([(T, S), (B, T, S), (B, 1, T, S), (B, N, T, S), (B, 1, 1, S)])
     )
+    offset, *shifts = map(int, random.integers(-2, 4, size=3))
+    moved = ops.convert_to_tensor(shifts[0], "int32")
     sizes = random.integers(1, 9, size=2)
     queries, keys = random.integers(-1, 3, (B, T)), random.integers(-1, 3, (B, S))
     row = random.integers(0, 3, S)
@@ -232,10 +234,10 @@ def _parts(draw_from: st.DataObject, offset: int) -> list[tuple[Any, dict[str, A
         (CausalMask(offset), {"is_causal": True, "offset": offset}),
         *(
             (
-                SlidingWindowMask(int(size), offset),
-                {"sliding_window": int(size), "offset": offset},
+                SlidingWindowMask(int(size), shift),
+                {"sliding_window": int(size), "offset": int(shift)},
             )
-            for size in sizes
+            for size, shift in zip(sizes, (moved, shifts[1]), strict=True)
         ),
         (PaddingMask(key_lengths), {"key_padding": key_lengths}),
         (
@@ -250,9 +252,9 @@ def _parts(draw_from: st.DataObject, offset: int) -> list[tuple[Any, dict[str, A
         (ops.convert_to_tensor(~table[..., ::-1].copy()), {"pairs": ~table[..., ::-1]}),
         (table[..., ::-1].astype("int32").tolist(), {"pairs": table[..., ::-1]}),
     ]
-    ids = draw_from.draw(st.sampled_from([(queries, keys), (queries[0], row)]))
-    segments = dict(zip(("query_segments", "key_segments"), ids, strict=True))
-    parts.append((SegmentMask(*ids), segments))
+    for ids in ((queries, keys), (queries[0], row)):
+        segments = dict(zip(("query_segments", "key_segments"), ids, strict=True))
+        parts.append((SegmentMask(*ids), segments))
     chosen = draw_from.draw(
         st.lists(st.sampled_from(range(len(parts))), min_size=2, unique=True)
     )
@@ -263,7 +265,7 @@ def _parts(draw_from: st.DataObject, offset: int) -> list[tuple[Any, dict[str, A
 def test_any_order_of_and_is_the_and_of_the_tables(data: st.DataObject) -> None:
     """Grown from one mask to the left and to the right, so that tables stand on
     either side."""
-    parts = _parts(data, data.draw(st.integers(-2, 3)))
+    parts = _parts(data)
     starts = [i for i, (part, _) in enumerate(parts) if isinstance(part, Mask)]
     start = data.draw(st.sampled_from(starts or [0]))
     left, right = start, start + 1
@@ -282,6 +284,49 @@ def test_any_order_of_and_is_the_and_of_the_tables(data: st.DataObject) -> None:
         expected &= oracle.visible_pairs(shape, **words)
     found = booleans(materialize(merged.take_apart(), T, S))
     np.testing.assert_array_equal(np.broadcast_to(found, shape), expected)
+
+
+def test_masks_with_offsets_of_their_own_meet() -> None:
+    mask = CausalMask(offset=2) & SlidingWindowMask(3)
+    assert mask.take_apart() == MaskParts(lower=-2, upper=2)
+    assert (CausalMask(1) & CausalMask(1)).offset == 1
+    with pytest.raises(ValueError, match=r"offsets of their own: \[2, 0\]"):
+        _ = mask.offset
+
+
+def test_kinds_are_types() -> None:
+    kinds = (CausalMask(), SlidingWindowMask(3), PaddingMask([2]), SegmentMask([0, 1]))
+    types = (CausalMask, SlidingWindowMask, PaddingMask, SegmentMask)
+    for place, mask in enumerate(kinds):
+        assert [isinstance(mask, kind) for kind in types] == [
+            number == place for number in range(4)
+        ]
+        assert isinstance(mask, Mask)
+        assert isinstance(mask & kinds[0], Mask)
+        with pytest.raises(AttributeError, match="does not change.*offset=3"):
+            mask.offset = 3
+
+
+def test_lengths_of_queries_by_position_are_deprecated() -> None:
+    """They mean what they meant, and say so."""
+    with pytest.warns(DeprecationWarning, match="pass `query_lengths=`"):
+        old = PaddingMask([6, S], [T, 2])
+    new = PaddingMask(query_lengths=[T, 2], key_lengths=[6, S])
+    for one in (old, new):
+        table = materialize(one.take_apart(), T, S)
+        shown = oracle.visible_pairs(
+            (B, N, T, S), query_padding=np.array([T, 2]), key_padding=np.array([6, S])
+        )
+        np.testing.assert_array_equal(
+            np.broadcast_to(booleans(table), shown.shape), shown
+        )
+    for args, words in (
+        (([1], [1]), {"query_lengths": [1]}),
+        (([1],), {"key_lengths": [1]}),
+        (([1], [1], [1]), {}),
+    ):
+        with pytest.raises(TypeError, match="`PaddingMask` takes .* once each"):
+            PaddingMask(*args, **words)
 
 
 def test_equal_windows_meet_in_the_narrower() -> None:

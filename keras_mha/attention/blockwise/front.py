@@ -109,7 +109,7 @@ def attend(
     >>> np.asarray(mixed).ravel().tolist()
     [1.0, 2.0]
     """
-    del keys_are_finite  # clearing a block costs little beside its products
+    del keys_are_finite  # clearing a block costs little next to its products
     call: dict[str, Any] = {
         "scale": scale,
         "logits_soft_cap": logits_soft_cap,
