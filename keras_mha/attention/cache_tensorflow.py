@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 from keras import ops
 
-from keras_mha.attention.xla_tensorflow import in_xla
+from keras_mha.attention.blockwise.loops_tensorflow import in_xla
 from keras_mha.typing import Tensor
 
 

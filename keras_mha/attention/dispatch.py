@@ -7,28 +7,23 @@ Each implementation is a module with
 - `refusal(**call)`: why else it cannot serve a call, or `None`;
 - `is_preferred(query, key, mask)`: whether "auto" should take it, if "auto" asks it;
 - `attend(query, key, value, mask, bias, **options)`.
+
+Arguments were checked before: by `dot_product_attention`, or by a layer.
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head
+size of queries and keys, V head size of values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from keras import ops
-
 from keras_mha.attention import portable, reference
-from keras_mha.attention.axes import (
-    fold_heads,
-    fold_padding,
-    fold_pairs,
-    is_folded,
-    unfold_heads,
-    unfold_scores,
-)
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.blockwise import front as blockwise
 from keras_mha.attention.fused import front as fused
@@ -36,7 +31,6 @@ from keras_mha.attention.mask_parts import (
     NOTHING,
     MaskParts,
     clear_padding,
-    spell_others,
     untaken,
 )
 from keras_mha.typing import Tensor
@@ -47,11 +41,169 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "portable": portable,
     "fused": fused,
 }
+# In the order in which "auto" asks them.
+_AUTOMATIC = (fused, blockwise)
 
 _implementation: ContextVar[str] = ContextVar("implementation", default="auto")
 
-# In the order in which "auto" asks them.
-_AUTOMATIC = ("fused", "blockwise")
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MaskParts = NOTHING,
+    bias: Bias = Bias(),  # noqa: B008 - a tuple, which nobody can change
+    seed: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    dropout: float = 0.0,
+    return_scores: bool = False,
+    implementation: str = "auto",
+    keys_are_finite: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention on projected heads; pure, so that it can be compiled as it is.
+
+    Args:
+        query: `(B, T, N, H)`.
+        key: `(B, S, K, H)`.
+        value: `(B, S, K, V)`.
+        mask: What may attend to what.
+        bias: What joins the scores.
+        seed: Seed tensor `(2,)`; needed where `dropout > 0`.
+        scale: Factor of the scores. Defaults to `1 / sqrt(H)`.
+        logits_soft_cap: Bound of the scores before the bias.
+        dropout: Share of the probabilities to drop.
+        return_scores: Whether the probabilities are wanted. Where they are not,
+            a compiled function need not store them.
+        implementation: A key of `IMPLEMENTATIONS`, or `"auto"`.
+        keys_are_finite: Whether keys and values are known to hold neither NaN nor
+            infinities where they are hidden, so that they need not be cleared.
+
+    Returns:
+        The mixed values `(B, T, N, V)`, and the probabilities before dropout
+        `(B, N, T, S)` or `None`.
+
+    Raises:
+        ValueError: If the implementation asked for cannot serve the call.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_mha.attention.dispatch import attend
+    >>> heads = np.zeros((2, 3, 5, 7), "float32")
+    >>> mixed, scores = attend(heads, heads, heads, return_scores=True)
+    >>> tuple(mixed.shape), tuple(scores.shape)
+    ((2, 3, 5, 7), (2, 5, 3, 3))
+    """
+    chosen = select(
+        implementation,
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        logits_soft_cap=logits_soft_cap,
+        dropout=dropout,
+        return_scores=return_scores,
+    )
+    mixed, scores = chosen.attend(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        logits_soft_cap=logits_soft_cap,
+        dropout=dropout,
+        seed=seed,
+        keys_are_finite=keys_are_finite,
+    )
+    return mixed, scores if return_scores else None
+
+
+def select(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MaskParts,
+    bias: Bias,
+    *,
+    logits_soft_cap: float | None,
+    dropout: float,
+    return_scores: bool,
+) -> ModuleType:
+    """Returns the module that serves a call.
+
+    Each implementation names in `TAKES` the parts of masks that it knows, and a mask
+    that has more goes to the next. Each says by `refusal` why else it cannot serve a
+    call, if so, and those that "auto" asks say by `is_preferred` whether they should.
+    Where T, S or the batch is known to be zero, "reference" returns the zeros
+    instead of any other.
+
+    Args:
+        name: A key of `IMPLEMENTATIONS`, or "auto".
+        query: `(B, T, N, H)`.
+        key: `(B, S, K, H)`.
+        value: `(B, S, K, V)`.
+        mask: What may attend to what.
+        bias: What joins the scores.
+        logits_soft_cap: Bound of the scores before the bias.
+        dropout: Share of the probabilities to drop.
+        return_scores: Whether the probabilities are wanted.
+
+    Raises:
+        ValueError: If the implementation asked for cannot serve the call.
+    """
+    call: dict[str, Any] = {
+        "query": query,
+        "value": value,
+        "bias": bias,
+        "logits_soft_cap": logits_soft_cap,
+        "dropout": dropout,
+        "return_scores": return_scores,
+    }
+    is_empty = 0 in (*query.shape[:3], key.shape[1])
+    if name == "auto":
+        for module in () if is_empty else _AUTOMATIC:
+            able = _refusal(module, mask, call) is None
+            if able and module.is_preferred(query, key, mask):
+                return module
+        return reference
+    reason = _refusal(IMPLEMENTATIONS[name], mask, call)
+    if reason is not None:
+        able = [
+            other
+            for other, module in IMPLEMENTATIONS.items()
+            if _refusal(module, mask, call) is None
+        ]
+        raise ValueError(
+            f"`implementation={name!r}` {reason}; these can: {able}. "
+            f"Received: implementation={name!r}"
+        )
+    return reference if is_empty else IMPLEMENTATIONS[name]
+
+
+def _refusal(module: ModuleType, mask: MaskParts, call: dict[str, Any]) -> str | None:
+    left = [] if mask is NOTHING else untaken(mask, module.TAKES)
+    if left:
+        return f"does not take a mask with {', '.join(left)}"
+    return module.refusal(**call)
+
+
+def check_implementation(name: str, argument: str) -> str:
+    """Returns `name` if it is "auto" or names an implementation.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    names = ["auto", *IMPLEMENTATIONS]
+    if name not in names:
+        raise ValueError(
+            f"`{argument}` must be one of {names}. Received: {argument}={name!r}"
+        )
+    return name
 
 
 @contextmanager
@@ -64,7 +216,7 @@ def implementation_scope(name: str) -> Iterator[None]:
         name: `"auto"`, or the name of an implementation.
 
     Raises:
-        ValueError: If there is no implementation of that name.
+        ValueError: If no implementation has that name.
 
     Example:
 
@@ -96,219 +248,3 @@ def prepare_inputs(inputs: Tensor, padding: Tensor | None) -> Tensor:
     if current_implementation() == "portable":
         return inputs
     return clear_padding(inputs, padding)
-
-
-def check_implementation(name: str, argument: str) -> str:
-    """Returns `name` if there is an implementation of that name, or it is "auto".
-
-    Raises:
-        ValueError: Otherwise.
-    """
-    names = ["auto", *IMPLEMENTATIONS]
-    if name not in names:
-        raise ValueError(
-            f"`{argument}` must be one of {names}. Received: {argument}={name!r}"
-        )
-    return name
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MaskParts,
-    bias: Bias = Bias(),  # noqa: B008 - a tuple, which nobody can change
-    seed: Tensor | None = None,
-    *,
-    axes: tuple[int, ...] = (1,),
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    dropout: float = 0.0,
-    return_scores: bool = False,
-    implementation: str = "auto",
-    keys_are_finite: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention on projected heads; pure, so that it can be compiled as it is.
-
-    Args:
-        query: `(B, T, N, H)`, or with more axes between the first and the last two.
-        key: `(B, S, K, H)`, likewise.
-        value: `(B, S, K, V)`, likewise.
-        mask: What may attend to what, in the axes of the tensors above: padding
-            `(B, ...)`, pairs of the scores' rank.
-        bias: What joins the scores; several axes take none but sinks.
-        seed: Seed tensor `(2,)`; needed where `dropout > 0`.
-        axes: The axes that attend.
-        scale: Factor of the scores. Defaults to `1 / sqrt(H)`.
-        logits_soft_cap: Bound of the scores before the bias.
-        dropout: Share of the probabilities to drop.
-        return_scores: Whether the probabilities are wanted. Where they are not,
-            a compiled function need not store them.
-        implementation: A key of `IMPLEMENTATIONS`, or `"auto"`.
-        keys_are_finite: Whether keys and values are known to hold neither NaN nor
-            infinities where they are hidden, so that they need not be cleared.
-
-    Returns:
-        The mixed values `(B, T, N, V)`, and the probabilities before dropout
-        `(B, N, T, S)` or `None`. With other axes, `(B, ..., N, V)` and
-        `(B, ..., N, T..., S...)`.
-
-    Raises:
-        ValueError: If what depends on the order of positions is asked for over
-            several axes, or the implementation asked for cannot serve the call.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.dispatch import attend
-    >>> from keras_mha.attention.mask_parts import NOTHING
-    >>> heads = np.zeros((2, 3, 5, 7), "float32")
-    >>> mixed, scores = attend(heads, heads, heads, NOTHING, return_scores=True)
-    >>> tuple(mixed.shape), tuple(scores.shape)
-    ((2, 3, 5, 7), (2, 5, 3, 3))
-    """
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    queries, keys, values = query, key, value
-    folds = not is_folded(len(query.shape), axes)
-    if folds:
-        check_order(mask, axes)
-        mask = _fold_mask(mask, query, key, axes)
-        queries, keys, values = (
-            fold_heads(tensor, axes) for tensor in (query, key, value)
-        )
-    chosen = select(
-        implementation,
-        queries,
-        keys,
-        values,
-        mask,
-        bias,
-        logits_soft_cap=logits_soft_cap,
-        dropout=dropout,
-        return_scores=return_scores,
-    )
-    mixed, scores = chosen.attend(
-        queries,
-        keys,
-        values,
-        mask,
-        bias,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        dropout=dropout,
-        seed=seed,
-        keys_are_finite=keys_are_finite,
-    )
-    scores = scores if return_scores else None
-    if folds:
-        mixed = unfold_heads(mixed, query, axes)
-        if return_scores:
-            scores = unfold_scores(scores, query, key, axes)
-    return mixed, scores
-
-
-def select(
-    name: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: MaskParts,
-    bias: Bias,
-    *,
-    logits_soft_cap: float | None,
-    dropout: float,
-    return_scores: bool,
-) -> ModuleType:
-    """Returns the module that serves a call.
-
-    Each implementation names in `TAKES` the parts of masks that it knows, and a mask
-    that has more goes to the next. Each says by `refusal` why else it cannot serve a
-    call, if so, and those that "auto" asks say by `is_preferred` whether they should.
-    Where there is nothing to compute, as T, S or the batch is known to be zero,
-    "reference" gives the zeros in place of all.
-
-    Args:
-        name: A key of `IMPLEMENTATIONS`, or "auto".
-        query: `(B, T, N, H)`.
-        key: `(B, S, K, H)`.
-        value: `(B, S, K, V)`.
-        mask: What may attend to what.
-        bias: What joins the scores.
-        logits_soft_cap: Bound of the scores before the bias.
-        dropout: Share of the probabilities to drop.
-        return_scores: Whether the probabilities are wanted.
-
-    Raises:
-        ValueError: If the implementation asked for cannot serve the call.
-    """
-    call: dict[str, Any] = {
-        "query": query,
-        "value": value,
-        "bias": bias,
-        "logits_soft_cap": logits_soft_cap,
-        "dropout": dropout,
-        "return_scores": return_scores,
-    }
-    is_empty = 0 in (*query.shape[:3], key.shape[1])
-    if name == "auto":
-        if is_empty:
-            return IMPLEMENTATIONS["reference"]
-        for module in map(IMPLEMENTATIONS.__getitem__, _AUTOMATIC):
-            able = _refusal(module, mask, call) is None
-            if able and module.is_preferred(query, key, mask):
-                return module
-        return IMPLEMENTATIONS["reference"]
-    reason = _refusal(IMPLEMENTATIONS[name], mask, call)
-    if reason is not None:
-        able = [
-            key
-            for key, module in IMPLEMENTATIONS.items()
-            if _refusal(module, mask, call) is None
-        ]
-        raise ValueError(
-            f"`implementation={name!r}` {reason}; these can: {able}. "
-            f"Received: implementation={name!r}"
-        )
-    return IMPLEMENTATIONS["reference" if is_empty else name]
-
-
-def _refusal(module: ModuleType, mask: MaskParts, call: dict[str, Any]) -> str | None:
-    left = [] if mask is NOTHING else untaken(mask, module.TAKES)
-    if left:
-        return f"does not take a mask with {', '.join(left)}"
-    return module.refusal(**call)
-
-
-def check_order(mask: MaskParts, axes: tuple[int, ...]) -> None:
-    """Refuses what depends on the order of positions, over several axes.
-
-    Raises:
-        ValueError: If `mask` is causal or has a window and `axes` has no one order.
-    """
-    if len(axes) > 1 and mask.is_ordered:
-        raise ValueError(
-            "`use_causal_mask` and `sliding_window` need a single attention axis: "
-            "several have no one order of positions. "
-            f"Received: attention_axes={axes} and keys limited to distances from "
-            f"{mask.lower} to {mask.upper}"
-        )
-
-
-def _fold_mask(
-    mask: MaskParts, query: Tensor, key: Tensor, axes: tuple[int, ...]
-) -> MaskParts:
-    """Brings what is in the axes of queries and keys to `(B', T)` and `(B', S)`."""
-    if mask.others is not None:
-        (axis,) = axes
-        lengths = ops.shape(query)[axis], ops.shape(key)[axis]
-        mask = spell_others(mask, *lengths, rank=len(query.shape))
-    return mask._replace(
-        query_padding=_map(fold_padding, mask.query_padding, query, axes),
-        key_padding=_map(fold_padding, mask.key_padding, key, axes),
-        pairs=_map(fold_pairs, mask.pairs, query, key, axes),
-    )
-
-
-def _map(function: Callable[..., Tensor], mask: Tensor | None, *rest: Any) -> Any:
-    return None if mask is None else function(mask, *rest)

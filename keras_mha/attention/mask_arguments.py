@@ -115,10 +115,12 @@ def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:
     mask = as_boolean(mask, name)
     received = tuple(mask.shape)
     leading = tuple(inputs)[: len(received)]
-    fits = 2 <= len(received) < len(inputs) and all(
-        None in pair or pair[0] == pair[1]
-        for pair in zip(received, leading, strict=True)
-    )
+    fits = 2 <= len(received) < len(inputs)
+    if fits and received != leading:
+        fits = all(
+            None in pair or pair[0] == pair[1]
+            for pair in zip(received, leading, strict=True)
+        )
     if not fits:
         raise ValueError(
             f"`{name}` must have the leading dimensions (B, T) of its inputs, whose "

@@ -259,7 +259,9 @@ def intersect(*masks: Tensor | None) -> Tensor | None:
     [True, False]
     """
     present = [mask for mask in masks if mask is not None]
-    rank = max((len(mask.shape) for mask in present), default=0)
+    if len(present) < 2:
+        return present[0] if present else None
+    rank = max([len(mask.shape) for mask in present])
     merged = None
     for mask in present:
         missing = tuple(range(len(mask.shape), rank))

@@ -82,19 +82,21 @@ def attend(
     """
     dtype = backend.standardize_dtype(query.dtype)
     wide = wider(dtype)
-    query = ops.transpose(ops.cast(query, wide), (0, 2, 1, 3)) * scale
-    key = ops.transpose(ops.cast(key, wide), (0, 2, 1, 3))
+    if wide != dtype:
+        query, key = ops.cast(query, wide), ops.cast(key, wide)
+    T, S = _sizes(query)[1], _sizes(key)[1]
+    query = ops.transpose(query, (0, 2, 1, 3)) * scale
+    key = ops.transpose(key, (0, 2, 3, 1))
     value = ops.transpose(value, (0, 2, 1, 3))
-    T, S = ops.shape(query)[2], ops.shape(key)[2]
 
     visible = None if mask is NOTHING else materialize(mask, T, S)
     if visible is not None:
         query = _clear(query, ops.any(visible, axis=3, keepdims=True))
         if not keys_are_finite:
             seen = _any_of_group(visible, query.shape[1], key.shape[1])
-            key, value = _clear(key, seen), _clear(value, seen)
+            key, value = _clear(key, ops.swapaxes(seen, 2, 3)), _clear(value, seen)
 
-    scores = grouped_matmul(query, ops.transpose(key, (0, 1, 3, 2)))
+    scores = grouped_matmul(query, key)
     if logits_soft_cap is not None:
         scores = ops.tanh(scores * (1.0 / logits_soft_cap)) * logits_soft_cap
     scores = add_bias(scores, bias, T, S)
@@ -103,8 +105,9 @@ def attend(
         scores = ops.where(visible, scores, float(np.finfo(wide).min))
     probabilities = softmax(scores, bias.sinks)
     if visible is not None:
-        probabilities = ops.where(visible, probabilities, ops.zeros_like(probabilities))
-    probabilities = ops.cast(probabilities, dtype)
+        probabilities = ops.where(visible, probabilities, 0.0)
+    if wide != dtype:
+        probabilities = ops.cast(probabilities, dtype)
     weights = probabilities
     if dropout > 0:
         shape: Any = ops.shape(weights)
@@ -132,8 +135,7 @@ def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     heads, shared = left.shape[1], right.shape[1]
     if heads == shared:
         return ops.matmul(left, right)
-    shape: Any = ops.shape(left)
-    batch, _, length, inner = shape
+    batch, _, length, inner = _sizes(left)
     left = ops.reshape(left, (batch, shared, heads // shared * length, inner))
     product = ops.matmul(left, right)
     return ops.reshape(product, (batch, heads, length, ops.shape(right)[-1]))
@@ -179,7 +181,7 @@ def softmax(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
 
 def _clear(inputs: Tensor, counts: Tensor) -> Tensor:
     """Zeroes what does not count, by selection: `0 * NaN` would be NaN."""
-    return ops.where(counts, inputs, ops.zeros_like(inputs))
+    return ops.where(counts, inputs, 0.0)
 
 
 def _any_of_group(visible: Tensor, heads: int, shared: int) -> Tensor:
@@ -193,3 +195,12 @@ def _any_of_group(visible: Tensor, heads: int, shared: int) -> Tensor:
         seen = ops.reshape(seen, (batch, shared, heads // shared, length))
         seen = ops.any(seen, axis=2)
     return ops.expand_dims(seen, -1)
+
+
+def _sizes(tensor: Tensor) -> tuple[Any, ...]:
+    """Sizes; `ops.shape` adds an operation even where all are known."""
+    known = tuple(tensor.shape)
+    if None not in known:
+        return known
+    shape: Any = ops.shape(tensor)
+    return tuple(shape)

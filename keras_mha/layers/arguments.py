@@ -137,14 +137,15 @@ def check_flag(value: object, name: str) -> bool:
 
 
 def check_name(value: Any, name: str, names: Any) -> Any:
-    """Returns `value` if it is one of the strings of a `Literal` type.
+    """Returns `value` if it is `None` or one of the strings of a `Literal` type.
 
     Raises:
         ValueError: Otherwise.
     """
-    if not isinstance(value, str) or value not in get_args(names):
+    if value is not None and value not in get_args(names):
         raise ValueError(
-            f"`{name}` must be one of {get_args(names)}. Received: {name}={value!r}"
+            f"`{name}` must be None or one of {sorted(get_args(names))}. "
+            f"Received: {name}={value!r}"
         )
     return value
 

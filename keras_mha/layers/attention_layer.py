@@ -1,4 +1,4 @@
-"""What self-attention and attention share as layers."""
+"""The base class of the attention layers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _QK_NORMS = {
 class AttentionOptions(TypedDict, total=False):
     """Arguments that the attention layers add to Keras' own, by keyword.
 
-    The constructor of `AttentionLayer` gives their defaults, checks and keeps them.
+    The constructor of `AttentionLayer` sets their defaults, checks and stores them.
     """
 
     jit_compile: compiled.JitCompile
@@ -74,8 +74,8 @@ class AttentionOptions(TypedDict, total=False):
 class AttentionLayer(SeededLayer):
     """Base of the attention layers: arguments, projections, seeds and boundary.
 
-    An option is named here, in `AttentionOptions` and in the constructor, and kept in
-    the attribute `_name`, from which `get_config` reads it.
+    An option is named here, in `AttentionOptions` and in the constructor, and stored
+    in the attribute `_name`, from which `get_config` reads it.
     """
 
     def __init__(
@@ -132,9 +132,7 @@ class AttentionLayer(SeededLayer):
             if flash_attention is None
             else check_flag(flash_attention, "flash_attention")
         )
-        self._qk_norm = (
-            None if qk_norm is None else check_name(qk_norm, "qk_norm", Norm)
-        )
+        self._qk_norm = check_name(qk_norm, "qk_norm", Norm)
         self._logits_soft_cap = (
             None
             if logits_soft_cap is None
@@ -151,7 +149,7 @@ class AttentionLayer(SeededLayer):
             self._add_generator(self.seed)
         self._position = position if isinstance(position, str) else None
         with whole():
-            self.position_layer = self._own_position(position)
+            self.position_layer = self._position_layer(position)
             self.query_norm, self.key_norm = (
                 None
                 if qk_norm is None
@@ -160,6 +158,9 @@ class AttentionLayer(SeededLayer):
                 )
                 for name in ("query_norm", "key_norm")
             )
+        self._turns = qk_norm is not None or isinstance(
+            self.position_layer, RotaryEmbedding
+        )
         for norm in (self.query_norm, self.key_norm):
             if norm is not None:
                 # Keras' RMSNormalization maps each position by itself, unsaid.
@@ -242,11 +243,11 @@ class AttentionLayer(SeededLayer):
                 **kwargs,
             )
 
-    def _own_position(self, position: Any) -> Any:
-        """Makes the layer that tells positions, or a copy of the one given."""
+    def _position_layer(self, position: Any) -> Any:
+        """Makes the layer for positions, or copies the one that the user passed."""
         if position is None:
             return None
-        made = {
+        makers = {
             "rotary": lambda: RotaryEmbedding(dtype=self.dtype_policy, name="rotary"),
             "alibi": lambda: ALiBi(
                 self._num_heads, dtype=self.dtype_policy, name="alibi"
@@ -255,8 +256,8 @@ class AttentionLayer(SeededLayer):
                 self._num_heads, dtype=self.dtype_policy, name="relative"
             ),
         }
-        if isinstance(position, str) and position in made:
-            return made[position]()
+        if isinstance(position, str) and position in makers:
+            return makers[position]()
         if isinstance(position, FunctionBias):
             position = position.function
         if callable(position) and not isinstance(position, keras.layers.Layer):
@@ -280,12 +281,13 @@ class AttentionLayer(SeededLayer):
         return clone_layer(position, name=position.name)
 
     def _build_scores(self, axes: tuple[int, ...], key_dim: int) -> None:
-        """Makes the weights that join the scores."""
+        """Builds the weights that act on the scores."""
         if len(axes) > 1 and self.position_layer is not None:
             raise ValueError(
                 "`position` needs a single attention axis: several have no one order "
                 f"of positions. Received: attention_axes={axes}"
             )
+        self._axis = min(axes)  # of positions, where there is one order of them
         if isinstance(self.position_layer, RotaryEmbedding):
             self.position_layer.options.size(key_dim)  # raises where it does not fit
         for norm in (self.query_norm, self.key_norm):
@@ -320,15 +322,14 @@ class AttentionLayer(SeededLayer):
         *,
         bias: Tensor | None = None,
         head_mask: Tensor | None = None,
-        axes: tuple[int, ...] = (1,),
         training: bool | None,
         return_scores: bool,
         keys_are_finite: bool = False,
         offset: Any = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs `dispatch.attend`; reads weights and seed here, outside the boundary."""
+        """Attends, and reads weights and seed here, outside the XLA boundary."""
         dropout = self._dropout if training else 0.0
-        parts = self._bias(bias, query, key, offset)
+        joined = self._bias(bias, query, key, offset)
         implementation = dispatch.current_implementation()
         if implementation == "auto" and self._flash_attention is not None:
             implementation = "blockwise" if self._flash_attention else "reference"
@@ -337,40 +338,17 @@ class AttentionLayer(SeededLayer):
         jit_compile = self._jit_compile
         observer = current_observer()
         if observer is not None:
-            jit_compile = False  # what is compiled is kept
+            jit_compile = False  # a compiled function would outlive the observer
             if observer.wants_scores:
                 implementation, return_scores = "reference", True
-        if jit_compile is True and mask.others is not None:
-            # The boundary takes tensors, and these masks hold any values.
-            dispatch.select(
-                implementation,
-                *(query, key, value, mask, parts),
-                logits_soft_cap=self._logits_soft_cap,
-                dropout=dropout,
-                return_scores=return_scores,
-            )
-            (axis,) = axes
-            lengths = ops.shape(query)[axis], ops.shape(key)[axis]
-            mask = spell_others(mask, *lengths, rank=len(query.shape))
-        layout = None
-        if jit_compile is True:
-            layout = (
-                *query.shape[-2:],
-                *value.shape[-2:],
-                mask.structure,
-                *map(_shared_axes, (mask.pairs, *parts)),
-            )
-        mixed, scores = compiled.call(
-            dispatch.attend,
+        mixed, scores = self._mix(
             query,
             key,
             value,
             mask,
-            parts,
+            joined,
             self._draw_seed() if dropout > 0 else None,
             jit_compile=jit_compile,
-            layout=layout,
-            axes=axes,
             scale=self._score_scale,
             logits_soft_cap=self._logits_soft_cap,
             dropout=dropout,
@@ -385,6 +363,38 @@ class AttentionLayer(SeededLayer):
             mixed = scale_heads(mixed, observer.head_mask(self, mixed))
         return mixed, scores
 
+    def _mix(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: MaskParts,
+        bias: Bias,
+        seed: Tensor | None,
+        *,
+        jit_compile: compiled.JitCompile,
+        implementation: str,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs `dispatch.attend`, through XLA if `jit_compile` is True."""
+        options["implementation"] = implementation
+        if jit_compile is not True:
+            return dispatch.attend(query, key, value, mask, bias, seed, **options)
+        if mask.others is not None:
+            # The boundary takes tensors, and these masks hold any values.
+            names = ("logits_soft_cap", "dropout", "return_scores")
+            call = {name: options[name] for name in names}
+            dispatch.select(implementation, query, key, value, mask, bias, **call)
+            mask = spell_others(mask, ops.shape(query)[1], ops.shape(key)[1])
+        layout = (
+            *query.shape[-2:],
+            *value.shape[-2:],
+            mask.structure,
+            *map(_shared_axes, (mask.pairs, *bias)),
+        )
+        tensors = (query, key, value, mask, bias, seed)
+        return compiled.call(dispatch.attend, *tensors, layout=layout, **options)
+
     def _offset(self, attention_mask: Any) -> Any:
         """How many keys a mask value counts before the first query."""
         if not isinstance(self.position_layer, DistanceBias):
@@ -394,19 +404,19 @@ class AttentionLayer(SeededLayer):
     def _bias(
         self, bias: Tensor | None, query: Tensor, key: Tensor, offset: Any
     ) -> Bias:
-        distances = None
+        distances = sinks = None
         if isinstance(self.position_layer, DistanceBias):
-            lengths = ops.shape(query)[1], ops.shape(key)[1]
-            distances = self.position_layer(all_distances(*lengths) - offset)
-        # Keras takes its variable for a tensor and would not convert it, and a
-        # `tf.function` inside another one cannot take a variable of Keras'.
-        sinks = ops.cast(self.sinks, "float32") if self._use_sinks else None
-        pairs = as_bias(bias, sinks, 0, 0, "attention_bias")
-        if distances is not None:
-            pairs = pairs._replace(distances=distances)
-            scores = (None, self._num_heads, query.shape[1], key.shape[1])
-            check_bias(pairs._replace(pairs=None), scores, "position")
-        return pairs
+            T, S = (ops.shape(heads)[self._axis] for heads in (query, key))
+            distances = self.position_layer(all_distances(T, S) - offset)
+            T, S = (heads.shape[self._axis] for heads in (query, key))
+            shape = (None, self._num_heads, T, S)
+            check_bias(Bias(distances=distances), shape, "position")
+        if self._use_sinks:
+            # Keras takes its variable for a tensor and would not convert it, and a
+            # `tf.function` inside another one cannot take a variable of Keras'.
+            sinks = ops.cast(self.sinks, "float32")
+        pairs = None if bias is None else as_bias(bias, None, 0, 0, "").pairs
+        return Bias(pairs, distances, sinks)
 
     def _check_factors(
         self, bias: Any, head_mask: Tensor | None, score_shape: Shape

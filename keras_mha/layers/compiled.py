@@ -1,8 +1,8 @@
 """The XLA boundary: compiles one pure function, wherever it is called from.
 
-What passes is tensors and static Python values, nothing else. Keras layers,
-variables, seed generators and losses stay outside: TensorFlow reuses a trace, also
-one made in Keras' symbolic pass, and whatever it read from them would be frozen.
+Only tensors and static Python values pass. Keras layers, variables, seed generators
+and losses stay outside: TensorFlow reuses a trace, even one from Keras' symbolic
+pass, and would freeze whatever that trace read from them.
 """
 
 from __future__ import annotations
@@ -45,27 +45,25 @@ def check_jit_compile(jit_compile: JitCompile) -> JitCompile:
 def call(
     function: Callable[..., Any],
     *tensors: Tensor,
-    jit_compile: JitCompile,
     layout: Hashable = None,
     **options: Hashable,
 ) -> Any:
-    """Calls a pure `function`, through XLA if `jit_compile` is True.
+    """Calls a pure `function` through XLA.
+
+    With op determinism on it is called as it is: not every XLA operation supports that.
 
     Args:
         function: A module-level function without side effects.
         *tensors: Its positional arguments: tensors, `None`, or named tuples of
             these and of static values.
-        jit_compile: Whether to compile. "auto" does not: on a CPU TensorFlow's
-            own kernels are faster (see `MultiHeadSelfAttention`), and on a GPU
-            `model.fit` compiles the whole model by itself.
-        layout: What tells callers apart whose tensors differ for good, such as
-            head sizes. They get compiled functions of their own; TensorFlow would
-            count their traces as one function's retracing, and warn.
+        layout: Distinguishes callers whose tensors always differ, for instance in
+            head sizes. Each gets its own compiled function; TensorFlow would count
+            their traces as retracing of one function, and warn.
         **options: Static keyword arguments of `function`.
     """
-    if jit_compile is True and not _is_deterministic():
-        return compiled(function, layout, **options)(*tensors)
-    return function(*tensors, **options)
+    if _is_deterministic():
+        return function(*tensors, **options)
+    return compiled(function, layout, **options)(*tensors)
 
 
 @functools.cache
@@ -85,7 +83,7 @@ def compiled(
 
 
 def _is_deterministic() -> bool:
-    """Whether op determinism is on, which not every XLA operation supports."""
+    """Whether op determinism is on."""
     from tensorflow.python.framework.config import is_op_determinism_enabled
 
     return is_op_determinism_enabled()

@@ -11,8 +11,8 @@ import keras
 def dtype_config(layer: keras.layers.Layer) -> dict[str, Any]:
     """Returns the entry `dtype` of a config, sublayers' quantization in it.
 
-    Without it a quantized layer would be saved with quantized weights and be made
-    anew with float ones, which cannot take them.
+    Without it a quantized layer would be saved with quantized weights and recreated
+    with float ones, which cannot take them.
     """
     policies = keras.dtype_policies
     policy = layer.dtype_policy

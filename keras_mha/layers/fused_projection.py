@@ -251,7 +251,9 @@ class FusedProjection(Projection):
             `(..., K, G H)`, of which the last two axes are `(N, H)` in order, then
             `(..., K, H)` and `(..., K, V)`.
         """
-        query, key, _ = self._sizes
+        query, key, value = self._sizes
+        if query == key == value:  # without arithmetic on the places to cut at
+            return ops.split(columns, 3, axis=-1)
         return ops.split(columns, (query, query + key), axis=-1)
 
     def _spread(self, deltas: dict[str, Tensor], zeros: Tensor) -> Tensor:

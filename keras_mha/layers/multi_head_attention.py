@@ -1,4 +1,4 @@
-"""Multi-head attention of queries to keys and values, Keras' layer mended."""
+"""Multi-head attention of queries to keys and values, a drop-in for Keras' layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.attention.axes import (
-    fold_padding,
-    fold_pairs,
-    resolve_axes,
-    score_shape,
-    unfold_scores,
-)
 from keras_mha.attention.cache import Cache
-from keras_mha.attention.dispatch import check_order, prepare_inputs
+from keras_mha.attention.dispatch import prepare_inputs
 from keras_mha.attention.mask_arguments import (
     as_padding,
     as_pair,
@@ -30,7 +23,6 @@ from keras_mha.attention.mask_parts import (
     intersect,
     materialize,
     meet,
-    spell_others,
     spell_padding,
 )
 from keras_mha.attention.masks import with_table
@@ -40,6 +32,15 @@ from keras_mha.layers.attention_layer import (
     AttentionLayer,
     AttentionOptions,
     scale_heads,
+)
+from keras_mha.layers.axes import (
+    attend_over,
+    check_order,
+    fold_mask,
+    is_folded,
+    resolve_axes,
+    score_shape,
+    unfold_scores,
 )
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.layers.projections import PARTS, Part, check_lora
@@ -138,7 +139,7 @@ class MultiHeadAttention(AttentionLayer):
             added to the scores; needs a single attention axis.
         head_mask: Floating `(N,)` or `(B, N)`: factor of each head's mixed values.
         cache: What `init_cache` returned, instead of `value` and `key`, which then
-            are `None`: their projections, made once for many queries.
+            are `None`: their projections, computed once for many queries.
 
     Returns:
         Outputs `(B, T, D)`, or `(B, T, *output_shape)`; with
@@ -349,7 +350,6 @@ class MultiHeadAttention(AttentionLayer):
                 mask,
                 bias=attention_bias,
                 head_mask=head_mask,
-                axes=axes,
                 training=training,
                 return_scores=return_attention_scores,
                 keys_are_finite=cache is not None,
@@ -561,10 +561,17 @@ class MultiHeadAttention(AttentionLayer):
             key,
             value,
             mask,
-            axes=axes,
             training=training,
             return_scores=return_attention_scores,
         )
+
+    @override
+    def _mix(self, query: Tensor, *others: Any, **options: Any) -> Any:
+        axes = self._axes(query.shape[:-1])
+        attend = super()._mix
+        if is_folded(len(query.shape), axes):
+            return attend(query, *others, **options)
+        return attend_over(axes, attend, query, *others, **options)
 
     def _project_keys(
         self, value: Tensor, key: Tensor, padding: Tensor | None
@@ -645,16 +652,11 @@ def _spell_out(
     mask: MaskParts, query: Tensor, key: Tensor, axes: tuple[int, ...]
 ) -> Tensor | None:
     """Returns a mask as one boolean tensor, of rank 3 where all heads share it."""
+    if not is_folded(len(query.shape), axes):
+        mask = fold_mask(mask, query, key, axes)
     queries: Any = ops.shape(query)
     keys: Any = ops.shape(key)
     T, S = (math.prod(shape[axis] for axis in axes) for shape in (queries, keys))
-    mask = spell_others(mask, T, S, rank=len(query.shape))
-    rows, columns, pairs = mask.query_padding, mask.key_padding, mask.pairs
-    mask = mask._replace(
-        query_padding=None if rows is None else fold_padding(rows, query, axes),
-        key_padding=None if columns is None else fold_padding(columns, key, axes),
-        pairs=None if pairs is None else fold_pairs(pairs, query, key, axes),
-    )
     visible = materialize(mask, T, S)
     if visible is None:
         return None
@@ -715,19 +717,19 @@ def _check_keys(
 
 
 def _check_single_axis(axes: tuple[int, ...], **arguments: Any) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if len(axes) > 1 and given:
+    names = [name for name, value in arguments.items() if value is not None]
+    if len(axes) > 1 and names:
         raise ValueError(
             "`segment_ids` and `attention_bias` need a single attention axis. "
-            f"Received: attention_axes={axes} and {', '.join(given)}"
+            f"Received: attention_axes={axes} and {', '.join(names)}"
         )
 
 
 def _check_axes(axes: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if axes is None:
         return None
-    given = axes if isinstance(axes, list | tuple) else (axes,)
-    numbers = [plain_integer(axis) for axis in given]
+    sequence = axes if isinstance(axes, list | tuple) else (axes,)
+    numbers = [plain_integer(axis) for axis in sequence]
     if None in numbers:
         raise ValueError(
             "`attention_axes` must be an int, or a list or tuple of ints. "

@@ -1,7 +1,7 @@
-"""What watches a model's attention layers while it runs, and masks their heads.
+"""Watches a model's attention layers while it runs, and masks their heads.
 
-Layers ask here instead of being changed: what is set holds for the calls of one thread
-and leaves no trace in the model.
+The layers ask here for an observer. It is set for the calls of one thread and leaves no
+trace in the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def observe(observer: Observer) -> Iterator[None]:
     """Tells `observer` of every attention layer called inside, in this thread.
 
     Args:
-        observer: Takes the place of one that watches already.
+        observer: Replaces the current observer, if any.
 
     Example:
 
@@ -69,5 +69,5 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 def current_observer() -> Observer | None:
-    """Returns what watches attention layers now, if anything does."""
+    """Returns the observer of this thread's calls, or `None`."""
     return _observer.get()

@@ -25,7 +25,7 @@ from keras_mha.typing import Shape, Tensor
 
 @keras.saving.register_keras_serializable(package="keras_mha")
 class RotaryEmbedding(keras.layers.Layer):
-    """Turns queries or keys by their position, so that scores see distances alone.
+    """Turns queries or keys by their position, so that scores depend only on distances.
 
     It has no weights; one layer serves queries and keys. See
     `keras_mha.attention.positions.rotate` for the formulas.
@@ -110,7 +110,7 @@ class RotaryEmbedding(keras.layers.Layer):
     def quantize(
         self, mode: Any = None, type_check: bool = True, config: Any = None
     ) -> None:
-        """Changes nothing: there is no kernel here. See `keras.Model.quantize`."""
+        """Changes nothing: the layer has no kernel. See `keras.Model.quantize`."""
         del mode, type_check, config
 
     @override
@@ -191,7 +191,7 @@ class DistanceBias(keras.layers.Layer):
     def quantize(
         self, mode: Any = None, type_check: bool = True, config: Any = None
     ) -> None:
-        """Changes nothing: there is no kernel here. See `keras.Model.quantize`."""
+        """Changes nothing: the layer has no kernel. See `keras.Model.quantize`."""
         del mode, type_check, config
 
     @override

@@ -1,4 +1,4 @@
-"""The dense layers around attention: what both attention layers build alike."""
+"""The dense layers around attention."""
 
 from __future__ import annotations
 
@@ -104,13 +104,13 @@ class Projection(keras.layers.EinsumDense):
         # One product of two matrices: TensorFlow would multiply the kernel with each
         # row of the batch, and sum up a gradient for each.
         rows = ops.reshape(inputs, (-1, size))
-        outputs = ops.matmul(rows, ops.reshape(kernel, (size, -1)))
-        if self.bias is not None:
-            outputs = outputs + ops.reshape(self.bias, (-1,))
+        outputs: Any = ops.matmul(rows, ops.reshape(kernel, (size, -1)))
         free: Any = inputs.shape[: self._free]
         if None in free:
             free = ops.shape(inputs)[: self._free]
         outputs = ops.reshape(outputs, (*free, *kernel.shape[self._summed :]))
+        if self.bias is not None:
+            outputs += self.bias
         return outputs if self.activation is None else self.activation(outputs)
 
     @override
@@ -207,7 +207,7 @@ def projection_arguments(
         rank: Number of dimensions of the inputs, the batch included.
         bound: How many of the last ones the projection sums over.
         output: Sizes of the dimensions that take their place.
-        use_bias: Whether there is a bias, of shape `output`.
+        use_bias: Whether to add a bias of shape `output`.
 
     Example:
 
@@ -218,9 +218,9 @@ def projection_arguments(
     letters = string.ascii_lowercase
     free = letters[: rank - bound]
     summed = letters[rank - bound : rank]
-    made = letters[rank : rank + len(output)]
+    new = letters[rank : rank + len(output)]
     return {
-        "equation": f"{free}{summed},{summed}{made}->{free}{made}",
+        "equation": f"{free}{summed},{summed}{new}->{free}{new}",
         "output_shape": (*([None] * (len(free) - 1)), *output),
-        "bias_axes": made if use_bias else None,
+        "bias_axes": new if use_bias else None,
     }

@@ -21,8 +21,8 @@ class SeededLayer(keras.layers.Layer):
 
     There a layer's call runs twice, once forward and once more when its gradient
     is needed. Drawing a seed each time would give the gradient of another dropout
-    than the one that was applied, so the second run is given the seeds of the
-    first. Keyword arguments and masks, which TensorFlow loses there, are kept.
+    than the one that was applied, so the second run gets the seeds of the first.
+    Keyword arguments and masks, which TensorFlow loses there, survive.
     Sublayers are made inside `whole()`: the layer is computed again as one, not
     each part of it once more by itself.
     """
@@ -61,12 +61,14 @@ class SeededLayer(keras.layers.Layer):
                     set_keras_mask(tensor, get_keras_mask(leaves[place]))
                     filled[place] = tensor
                 args, kwargs = keras.tree.pack_sequence_as(arguments, filled)
-                with _replay(seeds), whole():
+                # Keras would also compute each operation again by itself, and cannot
+                # in a graph if it has keyword arguments, as `ops.pad` does.
+                with whole(), _replay(seeds):
                     outputs = layer_call(*args, **kwargs)
                 output_masks[:] = map(get_keras_mask, keras.tree.flatten(outputs))
                 return outputs
 
-            # TensorFlow takes floating tensors alone, by position, and hands on
+            # TensorFlow takes only floating tensors, by position, and passes on
             # copies without the masks that they carry.
             tensors = [leaves[place] for place in places]
             outputs = rematerialize(replayed, *tensors)(*tensors)
@@ -85,9 +87,9 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def keep_frozen(layer: keras.layers.Layer) -> None:
-    """Freezes what `build` has just made, if the layer was made frozen.
+    """Freezes the weights that `build` has just created, if the layer is frozen.
 
-    Keras hands `trainable=False` on to the sublayers that there are at that moment.
+    Keras passes `trainable=False` on only to sublayers that exist at that moment.
     """
     if not layer.trainable:
         # TensorFlow skips an assignment of the value that is there.

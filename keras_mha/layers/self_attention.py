@@ -9,7 +9,6 @@ import keras
 from keras import ops
 from typing_extensions import override
 
-from keras_mha.attention.axes import score_shape
 from keras_mha.attention.cache import (
     Cache,
     check_cache,
@@ -296,11 +295,13 @@ class MultiHeadSelfAttention(AttentionLayer):
             length = ops.shape(inputs)[1]
             restrictions = spell_padding(restrictions, length, length)
             offset = self._offset(attention_mask)
-        inputs = prepare_inputs(inputs, restrictions.query_padding)
+        if restrictions.query_padding is not None:
+            inputs = prepare_inputs(inputs, restrictions.query_padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
-        start = 0 if cache is None else next_position(cache)
-        query = self._turn(query, self.query_norm, start)
-        key = self._turn(key, self.key_norm, start)
+        if self._turns:
+            start = 0 if cache is None else next_position(cache)
+            query = self._turn(query, self.query_norm, start)
+            key = self._turn(key, self.key_norm, start)
         overflows = None
         if cache is not None:
             _check_cached(
@@ -321,7 +322,9 @@ class MultiHeadSelfAttention(AttentionLayer):
             head_mask=head_mask,
             training=training,
             return_scores=return_attention_scores,
-            keys_are_finite=cache is not None,
+            # Without them only padded keys, which are zero now, are hidden from all.
+            keys_are_finite=cache is not None
+            or (attention_mask is None and segment_ids is None),
             offset=offset,
         )
         if self._use_gate:
@@ -336,7 +339,7 @@ class MultiHeadSelfAttention(AttentionLayer):
 
         A plain dictionary of tensors whose shapes do not change from call to call.
         Past `max_length` positions the outputs are NaN. With a sliding window no
-        more is kept than it shows, and decoding may go on for ever.
+        only its positions are stored, and decoding may go on for ever.
 
         Args:
             batch_size: B, an int or an integer scalar tensor.
@@ -418,8 +421,8 @@ class MultiHeadSelfAttention(AttentionLayer):
                 cache, (*heads, key_dim), (*heads, value_dim), self._sliding_window
             )
             return outputs, {
-                name: keras.KerasTensor(kept.shape, dtype=kept.dtype)
-                for name, kept in cache.items()
+                name: keras.KerasTensor(entry.shape, dtype=entry.dtype)
+                for name, entry in cache.items()
             }
         if not return_attention_scores:
             return outputs
@@ -477,7 +480,8 @@ class MultiHeadSelfAttention(AttentionLayer):
     ) -> MaskParts:
         """Brings all masks together, and checks them and all else that must fit."""
         scores = self._score_shape(inputs.shape)
-        self._check_factors(attention_bias, head_mask, scores)
+        if attention_bias is not None or head_mask is not None:
+            self._check_factors(attention_bias, head_mask, scores)
         padding = as_padding(padding_mask, inputs.shape, "mask")
         segments = as_segments(segment_ids, inputs.shape, "segment_ids")
         lower, upper = self._bounds[bool(use_causal_mask)]
@@ -498,15 +502,16 @@ class MultiHeadSelfAttention(AttentionLayer):
         return width // self._num_heads
 
     def _score_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
-        return score_shape(input_shape, input_shape, self._num_heads, (1,))
+        B, T, _ = input_shape
+        return B, self._num_heads, T, T
 
 
 def _check_cached(**arguments: Any) -> None:
-    given = [name for name, value in arguments.items() if value is not None]
-    if given:
+    names = [name for name, value in arguments.items() if value is not None]
+    if names:
         raise ValueError(
             "With a `cache` positions are in causal order, and only `mask` and "
-            f"`head_mask` join it. Received: {', '.join(given)}"
+            f"`head_mask` join it. Received: {', '.join(names)}"
         )
 
 

@@ -219,12 +219,12 @@ def test_another_width_than_that_of_the_first_call_is_refused() -> None:
 @pytest.mark.parametrize("name", ["mask", "attention_mask"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_floating_masks_are_refused(name: str, dtype: str) -> None:
-    ones = np.ones((B, T) if name == "mask" else (T, T))
+    numbers = np.ones((B, T)) if name == "mask" else np.full((T, T), 0.5)
     with pytest.raises(
         TypeError,
         match=f"`{name}` must be boolean or integer .*Received dtype .*`bool`.*bias",
     ):
-        self_attention()(normal(B, T, D), **{name: ops.cast(ones, dtype)})
+        self_attention()(normal(B, T, D), **{name: ops.cast(numbers, dtype)})
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])

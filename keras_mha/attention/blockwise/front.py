@@ -56,10 +56,8 @@ def is_preferred(query: Tensor, key: Tensor, mask: MaskParts) -> bool:
         mask: What may attend to what.
     """
     # JAX has dimensions that are neither known nor None.
-    B, T, N, S = (
-        size if isinstance(size, int) else None
-        for size in (*query.shape[:3], key.shape[1])
-    )
+    sizes = (*query.shape[:3], key.shape[1])
+    B, T, N, S = [size if isinstance(size, int) else None for size in sizes]
     if T is None or N is None or S is None:
         return False
     leaves_out = mask.is_ordered or mask.query_segments is not None
@@ -118,9 +116,8 @@ def attend(
     }
     tensors = (query, key, value, mask, bias)
     if backend.backend() == "tensorflow":
-        from keras_mha.attention import xla_tensorflow
-        from keras_mha.attention.blockwise import mix_tensorflow
+        from keras_mha.attention.blockwise import loops_tensorflow, mix_tensorflow
 
-        if not xla_tensorflow.in_xla():
+        if not loops_tensorflow.in_xla():
             return mix_tensorflow.attend(*tensors, **call), None
     return loops.attend(*tensors, **call), None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_mha.typing import Tensor
 
@@ -81,13 +82,21 @@ def join_heads(part: Tensor) -> Tensor:
     return tf.reshape(part, (b * n, T, width))
 
 
+def in_xla() -> bool:
+    """Whether what is being traced is for XLA, which needs shapes that stay."""
+    if tf.executing_eagerly():
+        return False
+    return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 def sizes_of(tensor: Tensor) -> tuple[Any, ...]:
     """Dimensions as integers where they are known, else as scalars."""
+    static = tuple(tensor.shape)
+    if None not in static:
+        return static
     dynamic = tf.shape(tensor)
-    return tuple(
-        dynamic[axis] if size is None else size
-        for axis, size in enumerate(tensor.shape)
-    )
+    pairs = enumerate(static)
+    return tuple([dynamic[axis] if size is None else size for axis, size in pairs])
 
 
 def least(one: Any, other: Any) -> Any:

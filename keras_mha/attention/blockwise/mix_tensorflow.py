@@ -101,7 +101,7 @@ def attend(
     sees = mask.query_padding if tables else rows_that_see(mask, T, S)
 
     wide = wider(dtype.name)
-    query, key, value = (tf.cast(x, wide) for x in (query, key, value))
+    query, key, value = [tf.cast(x, wide) for x in (query, key, value)]
     query = clear_padding(query * scale, sees)
     key = clear_padding(key, mask.key_padding)
     value = clear_padding(value, mask.key_padding)
@@ -113,7 +113,7 @@ def attend(
         query = tf.concat([query, tf.ones_like(query[..., :1])], axis=-1)
     call = Call(
         mask,
-        Bias(*(None if part is None else tf.cast(part, wide) for part in bias)),
+        Bias(*[None if part is None else tf.cast(part, wide) for part in bias]),
         draw_pair_noise(seed, (B, N, T), S) if dropout > 0 else None,
         dropout,
         logits_soft_cap,
@@ -121,7 +121,7 @@ def attend(
         N // K,
         tables,
     )
-    query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
+    query, key, value = [tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)]
     mixed = _mix(query, key, value, call)
     mixed = tf.transpose(mixed, (0, 2, 1, 3))
     return tf.cast(clear_padding(mixed, sees), dtype)
@@ -135,7 +135,7 @@ def _mix(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
     @tf.custom_gradient
     def mix(query: Any, key: Any, value: Any, *parts: Any) -> Any:
         left = iter(parts)
-        bias = Bias(*(None if part is None else next(left) for part in call.bias))
+        bias = Bias(*[None if part is None else next(left) for part in call.bias])
         inner = call._replace(bias=bias)
         mixed = _forward(query, key, value, inner, tiling)
 
@@ -321,10 +321,9 @@ def _load(
     nothing, and keys that none of them sees, are zero then.
     """
     queries = cut_along(query, tile.rows)
-    keys, values = (
-        tensor if call.is_whole else cut_along(tensor, tile.columns)
-        for tensor in (key, value)
-    )
+    keys, values = key, value
+    if not call.is_whole:
+        keys, values = cut_along(key, tile.columns), cut_along(value, tile.columns)
     if not call.tables:
         return queries, keys, values, None
     visible = _visible(tile, call)

@@ -145,6 +145,8 @@ def test_a_sliding_window_shows_its_band(causal: bool) -> None:
 @pytest.mark.parametrize("name", ["attention_mask", *PADDING])
 def test_floating_masks_are_refused(name: str) -> None:
     mask = MASKS["all"][name].astype("float32")
+    if name == "attention_mask":
+        mask = -mask
     text = rf"`{name}` must be boolean or integer .* Received dtype float32"
     with pytest.raises(TypeError, match=text):
         layer_of()(*inputs(), **{name: mask})

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 import keras_mha
-from keras_mha.attention.axes import (
+from keras_mha.attention.dispatch import attend
+from keras_mha.attention.mask_parts import MaskParts
+from keras_mha.layers.axes import (
+    attend_over,
+    check_order,
     fold_heads,
     fold_padding,
     fold_pairs,
@@ -19,8 +23,6 @@ from keras_mha.attention.axes import (
     unfold_heads,
     unfold_scores,
 )
-from keras_mha.attention.dispatch import attend
-from keras_mha.attention.mask_parts import MaskParts
 from tests.support import reference as oracle
 from tests.support.attention_cases import MaskWords, cast, draw, numbers, pairs
 
@@ -141,11 +143,13 @@ def test_attention_over_axes_equals_the_oracle(
         shown = shown & mask.pairs
     assert masks == "none" or not shown.all()
     expected = oracle.attend_axes(*heads, axes=axes, visible=shown)
-    found = attend(*cast(heads, "float32"), mask=mask, axes=axes, return_scores=True)
+    found = attend_over(
+        axes, attend, *cast(heads, "float32"), mask=mask, return_scores=True
+    )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(numbers(one), other, atol=3e-6)
     if masks != "none":
-        bare, _ = attend(*cast(heads, "float32"), mask=MaskParts(), axes=axes)
+        bare, _ = attend_over(axes, attend, *cast(heads, "float32"), mask=MaskParts())
         assert np.abs(numbers(bare) - expected[0]).max() > 1e-2
 
 
@@ -158,7 +162,7 @@ def test_causal_and_window_over_one_of_several_axes(
         shown = oracle.visible_pairs((1, 1, 5, 7), None, None, None, is_causal, window)
         expected, _ = oracle.attend_axes(*heads, axes=(axis,), visible=shown)
         mask = MaskWords(is_causal=is_causal, sliding_window=window).parts()
-        found, _ = attend(*cast(heads, "float32"), mask=mask, axes=(axis,))
+        found, _ = attend_over((axis,), attend, *cast(heads, "float32"), mask=mask)
         np.testing.assert_allclose(numbers(found), expected, atol=3e-6)
 
 
@@ -207,7 +211,7 @@ def test_causal_over_several_axes_raises(mask: MaskParts) -> None:
         rf"{mask.lower} to {mask.upper}"
     )
     with pytest.raises(ValueError, match=text):
-        attend(*layout_heads((4, 5), (3, 7)), mask=mask, axes=(1, 2))
+        check_order(mask, (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ Letters: B batch, T query length, S key length, N heads, H head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import ops
 
+from keras_mha.attention.mask_parts import MaskParts, spell_others
 from keras_mha.typing import Tensor
 
 
@@ -31,15 +32,15 @@ def resolve_axes(axes: int | Sequence[int] | None, rank: int) -> tuple[int, ...]
 
     Example:
 
-    >>> from keras_mha.attention.axes import resolve_axes
+    >>> from keras_mha.layers.axes import resolve_axes
     >>> resolve_axes((-2,), rank=4), resolve_axes(None, rank=4)
     ((2,), (1, 2))
     """
     if axes is None:
-        given = tuple(range(1, rank - 1))
+        chosen = tuple(range(1, rank - 1))
     else:
-        given = (axes,) if isinstance(axes, int) else tuple(axes)
-    resolved = tuple(axis + rank if axis < 0 else axis for axis in given)
+        chosen = (axes,) if isinstance(axes, int) else tuple(axes)
+    resolved = tuple(axis + rank if axis < 0 else axis for axis in chosen)
     inner = all(0 < axis < rank - 1 for axis in resolved)
     if not resolved or not inner or len(set(resolved)) < len(resolved):
         raise ValueError(
@@ -63,7 +64,7 @@ def score_shape(
 
     Example:
 
-    >>> from keras_mha.attention.axes import score_shape
+    >>> from keras_mha.layers.axes import score_shape
     >>> score_shape((2, 3, 11), (2, 5, 11), num_heads=7, axes=(1,))
     (2, 7, 3, 5)
     """
@@ -160,6 +161,74 @@ def fold_pairs(
     pairs = ops.broadcast_to(pairs, (*free, heads, *rows, *columns))
     sizes = math.prod(free), heads, math.prod(rows), math.prod(columns)
     return ops.reshape(pairs, sizes)
+
+
+def fold_mask(
+    mask: MaskParts, query: Tensor, key: Tensor, axes: tuple[int, ...]
+) -> MaskParts:
+    """Brings what is in the axes of queries and keys to `(B', T)` and `(B', S)`."""
+    if mask.others is not None:
+        (axis,) = axes
+        lengths = ops.shape(query)[axis], ops.shape(key)[axis]
+        mask = spell_others(mask, *lengths, rank=len(query.shape))
+    rows, columns, pairs = mask.query_padding, mask.key_padding, mask.pairs
+    return mask._replace(
+        query_padding=None if rows is None else fold_padding(rows, query, axes),
+        key_padding=None if columns is None else fold_padding(columns, key, axes),
+        pairs=None if pairs is None else fold_pairs(pairs, query, key, axes),
+    )
+
+
+def check_order(mask: MaskParts, axes: tuple[int, ...]) -> None:
+    """Refuses what depends on the order of positions, over several axes.
+
+    Raises:
+        ValueError: If `mask` is causal or has a window and `axes` has no one order.
+    """
+    if len(axes) > 1 and mask.is_ordered:
+        raise ValueError(
+            "`use_causal_mask` and `sliding_window` need a single attention axis: "
+            "several have no one order of positions. "
+            f"Received: attention_axes={axes} and keys limited to distances from "
+            f"{mask.lower} to {mask.upper}"
+        )
+
+
+def attend_over(
+    axes: tuple[int, ...],
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MaskParts,
+    *others: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Calls `attend`, which knows one axis, on heads with several.
+
+    Args:
+        axes: The attention axes.
+        attend: Maps heads `(B', T, N, H)`, a mask and the rest to the mixed values
+            `(B', T, N, V)` and the scores `(B', N, T, S)` or `None`.
+        query: `(B, ..., N, H)`.
+        key: `(B, ..., K, H)`.
+        value: `(B, ..., K, V)`.
+        mask: What may attend to what: padding `(B, ...)`, pairs of the scores' rank.
+        *others: Positional arguments of `attend` after these.
+        **options: Its keyword arguments.
+
+    Returns:
+        Mixed values `(B, ..., N, V)`, and scores `(B, ..., N, T..., S...)` or `None`.
+    """
+    mixed, scores = attend(
+        *(fold_heads(heads, axes) for heads in (query, key, value)),
+        fold_mask(mask, query, key, axes),
+        *others,
+        **options,
+    )
+    if scores is not None:
+        scores = unfold_scores(scores, query, key, axes)
+    return unfold_heads(mixed, query, axes), scores
 
 
 def unfold_scores(
