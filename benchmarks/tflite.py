@@ -108,13 +108,14 @@ def export_all(directory: Path, ids: np.ndarray) -> list[Contender]:
     stock = build_stock()
     stock.export(str(directory / "stock.tflite"), format="litert", verbose=False)
     contenders = [Contender("Keras, stock layers", directory / "stock.tflite", ids)]
-    for name, model, quantization in (
+    variants: tuple[tuple[str, Any, Any], ...] = (
         ("stock layers, our export", stock, None),
         ("our layers, float", build_ours(), None),
         ("our layers, float16", build_ours(), "float16"),
         ("our layers, dynamic int8", build_ours(), "dynamic_int8"),
         ("our layers, int8 dense", build_ours(), "int8_dense"),
-    ):
+    )
+    for name, model, quantization in variants:
         (file,) = export_tflite(
             model,
             directory,

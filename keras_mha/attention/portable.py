@@ -13,9 +13,6 @@ of the values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from keras import ops
@@ -27,8 +24,6 @@ from keras_mha.typing import Tensor
 
 TAKES = frozenset(MaskParts._fields)
 HIDDEN = 1e4  # what is taken off hidden scores; float16 ends at 65504
-
-_padded_queries: ContextVar[bool] = ContextVar("padded_queries", default=True)
 
 
 def refusal(*, dropout: float, **call: Any) -> str | None:
@@ -49,11 +44,14 @@ def attend(
     dropout: float = 0.0,
     seed: None = None,
     keys_are_finite: bool = True,
+    clear_padded_queries: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mixes the values by the similarity of queries and keys, for inference.
 
     Args and returns are those of `keras_mha.attention.reference.attend`, without
-    dropout.
+    dropout. Paddings may also be numbers, 1 and 0 in place of True and False. Without
+    `clear_padded_queries` the rows of padded queries hold anything finite, which saves
+    a product where nothing reads them, as in a model that is pooled by mask.
 
     Example:
 
@@ -65,6 +63,11 @@ def attend(
     >>> mixed, _ = attend(one, one, value, MaskParts(upper=0), Bias(), scale=1.0)
     >>> np.asarray(mixed).ravel().tolist()
     [1.0, 2.0]
+    >>> padding = np.array([[True, False]])
+    >>> mask = MaskParts(padding, padding)
+    >>> mixed, _ = attend(one, one, value, mask, Bias(), scale=1.0)
+    >>> np.asarray(mixed).ravel().tolist()
+    [1.0, 0.0]
     """
     del dropout, seed, keys_are_finite  # see `refusal`; here all is finite
     dtype = query.dtype
@@ -85,60 +88,10 @@ def attend(
         scores = scores + (visible - 1.0) * HIDDEN
     probabilities = softmax(scores, bias.sinks)
     mixed = grouped_matmul(probabilities, value)
-    counts = _counts(mask, visible, dtype, T)
+    counts = _counts(mask, visible, dtype, T, clear_padded_queries)
     if counts is not None:
         mixed, probabilities = mixed * counts, probabilities * counts
     return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
-
-
-@contextmanager
-def padded_queries_unread() -> Iterator[None]:
-    """Inside, rows of padded queries hold anything finite, which saves a product.
-
-    For models in which nothing reads them: their outputs are pooled by mask.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_mha.attention.bias import Bias
-    >>> from keras_mha.attention.mask_parts import MaskParts
-    >>> from keras_mha.attention.portable import attend, padded_queries_unread
-    >>> one, value = np.ones((1, 2, 1, 1)), np.array([1.0, 3.0]).reshape(1, 2, 1, 1)
-    >>> padding = np.array([[True, False]])
-    >>> mask = MaskParts(padding, padding)
-    >>> np.asarray(attend(one, one, value, mask, Bias(), scale=1.0)[0]).ravel().tolist()
-    [1.0, 0.0]
-    >>> with padded_queries_unread():
-    ...     mixed, _ = attend(one, one, value, mask, Bias(), scale=1.0)
-    >>> np.asarray(mixed).ravel().tolist()
-    [1.0, 1.0]
-    """
-    token = _padded_queries.set(False)
-    try:
-        yield
-    finally:
-        _padded_queries.reset(token)
-
-
-def padded_queries_are_read() -> bool:
-    """Returns whether rows of padded queries must be right now."""
-    return _padded_queries.get()
-
-
-def with_floats(padding: Tensor, floats: Tensor) -> Tensor:
-    """Returns a boolean mask that knows itself as floats, 1 for True and 0 for False.
-
-    Where the floats come from ids by arithmetic, a file that uses them alone holds no
-    boolean operation, which delegates do not take.
-    """
-    padding._keras_mha_floats = floats  # as Keras attaches masks to tensors
-    return padding
-
-
-def as_floats(padding: Tensor, dtype: Any) -> Tensor:
-    """Returns a boolean mask as floats, those it knows itself as if there are any."""
-    floats = getattr(padding, "_keras_mha_floats", None)
-    return ops.cast(padding if floats is None else floats, dtype)
 
 
 def _visible(mask: MaskParts, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None:
@@ -150,12 +103,12 @@ def _visible(mask: MaskParts, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None
     visible = None if pairs is None else ops.cast(pairs, dtype)
     if mask.key_padding is None:
         return visible
-    keys = ops.reshape(as_floats(mask.key_padding, dtype), (-1, 1, 1, S))
+    keys = ops.reshape(ops.cast(mask.key_padding, dtype), (-1, 1, 1, S))
     return keys if visible is None else keys * visible
 
 
 def _counts(
-    mask: MaskParts, visible: Tensor | None, dtype: Any, T: Tensor
+    mask: MaskParts, visible: Tensor | None, dtype: Any, T: Tensor, clear: bool
 ) -> Tensor | None:
     """0 for queries whose row is zero, else 1, `(B or 1, N or 1, T or 1, 1)`."""
     # In self-attention with padding alone, a query that is none sees itself. Without
@@ -171,7 +124,7 @@ def _counts(
     counts = None
     if visible is not None and not sees_itself:
         counts = ops.max(visible, axis=-1, keepdims=True)
-    if mask.query_padding is not None and padded_queries_are_read():
-        rows = ops.reshape(as_floats(mask.query_padding, dtype), (-1, 1, T, 1))
+    if mask.query_padding is not None and clear:
+        rows = ops.reshape(ops.cast(mask.query_padding, dtype), (-1, 1, T, 1))
         counts = rows if counts is None else counts * rows
     return counts

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mha.export import export_onnx, export_saved_model
+from keras_mha.export import export_onnx, export_saved_model, export_tflite
 from tests.support import small_models
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 3, 0, 0, 0]], "int32")
@@ -28,12 +28,24 @@ def to_onnx(model: keras.Model, directory: Path) -> None:
     export_onnx(model, directory / "model.onnx", samples=IDS)
 
 
+def to_tflite(model: keras.Model, directory: Path) -> None:
+    export_tflite(model, directory, samples=IDS, sequence_lengths=(5,))
+
+
+def to_tflite_texts(model: keras.Model, directory: Path) -> None:
+    export_tflite(
+        model, directory, samples=small_models.TEXTS, sequence_lengths=(7,), text=True
+    )
+
+
 @pytest.mark.parametrize(
     ("build", "export"),
     [
         (small_models.ids_model, serve_ids),
         (small_models.text_model, serve_texts),
         (small_models.ids_model, to_onnx),
+        (small_models.ids_model, to_tflite),
+        (small_models.text_model, to_tflite_texts),
     ],
 )
 def test_no_attribute_is_set_and_no_call_is_added(
@@ -45,7 +57,9 @@ def test_no_attribute_is_set_and_no_call_is_added(
     model = build()
     model.compile("sgd", "mse")
     model.make_train_function()
-    model(np.array(small_models.TEXTS) if export is serve_texts else IDS)  # once called
+    model(
+        np.array(small_models.TEXTS) if build is small_models.text_model else IDS
+    )  # once called
     layers = list(model._flatten_layers())
     plain = keras.layers.Layer.__setattr__
     absent = object()

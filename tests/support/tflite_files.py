@@ -10,6 +10,10 @@ import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import Builder
 
+from keras_mha.export.runtimes import tflite_schema
+from keras_mha.export.tflite.edit import give_narrow_tables_one_scale
+from keras_mha.export.tflite.graph import Contents, contents_of
+
 Shape = Sequence[int | None]
 
 
@@ -67,6 +71,17 @@ def edited(content: bytes, edit: Callable[[Any], None]) -> bytes:
     builder = Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
+
+
+def contents(content: bytes) -> Contents:
+    """What a file holds, read in this process."""
+    return contents_of(tflite_schema.read(content))
+
+
+def with_one_scale(content: bytes) -> bytes:
+    """The file with its narrow tables rounded by one scale, where they can be."""
+    model = tflite_schema.unpack(content)
+    return tflite_schema.pack(model) if give_narrow_tables_one_scale(model) else content
 
 
 S, N, H, V = 7, 2, 3, 11

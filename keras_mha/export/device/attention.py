@@ -13,26 +13,26 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_mha.attention.portable import (
-    HIDDEN,
-    as_floats,
-    padded_queries_are_read,
-)
+from keras_mha.attention import portable
+from keras_mha.attention.mask_parts import MaskParts
 from keras_mha.export.device.layers import (
     NoDeviceFormError,
+    PaddingMasks,
     Swap,
     float_bias,
     float_kernel,
     in_place_of_call,
 )
+from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.positions import RotaryEmbedding
 from keras_mha.typing import Tensor
 
 
-def self_attention(layer: Any) -> list[Swap]:
+def self_attention(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """`MultiHeadSelfAttention`: the columns of its kernel in the order of parts."""
     dense = layer.qkv_dense
     key_dim, value_dim = dense.head_sizes
@@ -62,22 +62,76 @@ def self_attention(layer: Any) -> list[Swap]:
         *swaps,
         *in_place_of_call(dense, project),
         Swap(dense, "split", lambda projected: projected),
+        _attend_portably(layer, masks),
     ]
 
 
-def attention(layer: Any) -> list[Swap]:
+def attention(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """`keras_mha.MultiHeadAttention`: one product where it attends to itself."""
+    _check_compute(layer, MultiHeadAttention)
     scale, swaps = _fold_scale(layer, layer.key_dim)
     transposed = _reaches_scores_untouched(layer)
-    return [*swaps, *_project_together(layer, scale, transposed)]
+    return [
+        *swaps,
+        *_project_together(layer, scale, transposed),
+        _attend_portably(layer, masks),
+    ]
 
 
-def stock_attention(layer: Any) -> list[Swap]:
+def _check_compute(layer: Any, base: Any) -> None:
+    """Refuses a subclass whose scores are its own."""
+    if type(layer)._compute_attention is not base._compute_attention:
+        raise NoDeviceFormError("it overrides `_compute_attention`")
+
+
+def _attend_portably(layer: Any, masks: PaddingMasks) -> Swap:
+    """Calls `keras_mha.attention.portable` with the padding masks as numbers."""
+    original = layer._attend
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: MaskParts,
+        *,
+        bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        axes: tuple[int, ...] = (1,),
+        offset: Any = 0,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if axes != (1,) or head_mask is not None:
+            options |= {"bias": bias, "head_mask": head_mask}
+            return original(
+                query, key, value, mask, axes=axes, offset=offset, **options
+            )
+        rows, columns = mask.query_padding, mask.key_padding
+        keys = None if columns is None else masks.as_floats(columns, key.dtype)
+        queries = keys  # the same tensor where both are: each query then sees itself
+        if rows is not columns:
+            queries = None if rows is None else masks.as_floats(rows, query.dtype)
+        scale = layer._score_scale
+        return portable.attend(
+            query,
+            key,
+            value,
+            mask._replace(query_padding=queries, key_padding=keys),
+            layer._bias(bias, query, key, offset),
+            scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            logits_soft_cap=layer._logits_soft_cap,
+            clear_padded_queries=masks.padded_queries_read,
+        )
+
+    return Swap(layer, "_attend", attend)
+
+
+def stock_attention(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """`keras.layers.MultiHeadAttention`, also with masks as arithmetic.
 
     A query that sees no key gets there the mean of all values, or, where there is
     dropout or scores are returned, none of them; and so it does here.
     """
+    _check_compute(layer, keras.layers.MultiHeadAttention)
     if layer._attention_axes != (1,):
         raise NoDeviceFormError(f"its `attention_axes` are {layer._attention_axes}")
 
@@ -93,12 +147,13 @@ def stock_attention(layer: Any) -> list[Swap]:
         """1 where a query sees a key and else 0, `(B or 1, T or 1, S)`, or rank 4."""
         T, S = ops.shape(query)[1], ops.shape(value)[1]
         parts: list[Tensor] = [
-            ops.reshape(as_floats(padding, query.dtype), (-1, 1, S))
+            ops.reshape(masks.as_floats(padding, query.dtype), (-1, 1, S))
             for padding in (value_mask, key_mask)
             if padding is not None
         ]
-        if query_mask is not None and padded_queries_are_read():
-            parts.append(ops.reshape(as_floats(query_mask, query.dtype), (-1, T, 1)))
+        if query_mask is not None and masks.padded_queries_read:
+            rows = masks.as_floats(query_mask, query.dtype)
+            parts.append(ops.reshape(rows, (-1, T, 1)))
         if use_causal_mask:
             parts.append(layer._compute_causal_mask(query, value))
         if layer._sliding_window is not None:
@@ -137,7 +192,7 @@ def stock_attention(layer: Any) -> list[Swap]:
                 query = query * ops.max(visible, axis=-1, keepdims=True)
         scores = ops.matmul(query, key)
         if visible is not None:
-            scores = scores + (visible - 1.0) * HIDDEN
+            scores = scores + (visible - 1.0) * portable.HIDDEN
         probabilities = ops.softmax(scores, axis=-1)
         if visible is not None and hides:
             probabilities = probabilities * visible

@@ -1,24 +1,27 @@
-"""A model's layers, called in the form that devices run.
+"""A copy of a model whose layers compute in the form that devices run.
 
-`FORMS` says which layer has which form: a new layer gets its own there.
+`FORMS` and `_MASK_FORMS` say which layer has which form: add a new layer there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import keras
-import numpy as np
 from keras.src.ops.numpy import GetItem, NotEqual
 
 from keras_mha.attention.dispatch import implementation_scope
-from keras_mha.attention.portable import padded_queries_unread
 from keras_mha.export.device import attention as device_attention
 from keras_mha.export.device import layers as device_layers
-from keras_mha.export.device.layers import Form, NoDeviceFormError, Swap
-from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.device.layers import (
+    Form,
+    MaskForm,
+    NoDeviceFormError,
+    PaddingMasks,
+    Swap,
+)
+from keras_mha.export.device.twin import twin
 from keras_mha.layers.decoder_block import TransformerDecoderBlock
 from keras_mha.layers.dropout import Dropout
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
@@ -37,20 +40,25 @@ FORMS: dict[type, Form] = {
     _layers.Dense: device_layers.dense,
     _layers.EinsumDense: device_layers.einsum_dense,
     Projection: device_layers.einsum_dense,
-    _layers.Embedding: device_layers.embedding,
     _layers.LayerNormalization: device_layers.layer_normalization,
     _layers.RMSNormalization: device_layers.rms_normalization,
+    GetItem: device_layers.get_item,
+}
+
+# Those that make padding masks, or read them.
+_MASK_FORMS: dict[type, MaskForm] = {
+    _layers.Embedding: device_layers.embedding,
     _layers.GlobalAveragePooling1D: device_layers.global_average_pooling,
     _layers.MultiHeadAttention: device_attention.stock_attention,
-    GetItem: device_layers.get_item,
     NotEqual: device_layers.not_equal,
     TokenAndPositionEmbedding: device_layers.token_and_position_embedding,
     MultiHeadSelfAttention: device_attention.self_attention,
     MultiHeadAttention: device_attention.attention,
 }
 
+Target: TypeAlias = Literal["cpu", "gpu"]
 # Where a target needs another form than the rest.
-TARGETS: dict[str, dict[type, Form]] = {
+TARGETS: dict[Target, dict[type, MaskForm]] = {
     "cpu": {},
     "gpu": {_layers.Embedding: device_layers.guarded_embedding},
 }
@@ -94,15 +102,16 @@ _DEQUANTIZED = (_layers.Dense, _layers.EinsumDense, _layers.Embedding)
 
 
 def register_device_form(layer_class: type, form: Form) -> None:
-    """Says what layers of a class do in files for devices.
+    """Registers what layers of a class do in files for devices.
 
     Args:
         layer_class: A subclass of `keras.layers.Layer`. The form also serves its
             subclasses that do not override `call`.
-        form: Takes a layer and returns `Swap`s, or raises `NoDeviceFormError`.
+        form: Takes a layer of a copy of the model and returns the `Swap`s to make in
+            it, or raises `NoDeviceFormError`.
 
     Raises:
-        TypeError: If `layer_class` is no such class, or `form` cannot be called.
+        TypeError: If `layer_class` is not such a class, or `form` cannot be called.
 
     Example:
 
@@ -131,19 +140,18 @@ def register_device_form(layer_class: type, form: Form) -> None:
     FORMS[layer_class] = form
 
 
-@contextmanager
 def device_form(
-    model: keras.Model, *, target: str = "cpu", padded_queries_read: bool = True
-) -> Iterator[None]:
-    """Inside, a model is called in its device form; its weights are untouched.
+    model: keras.Model, *, target: Target = "cpu", padded_queries_read: bool = True
+) -> keras.Model:
+    """Copies a model into its device form; the copy shares the model's variables.
 
-    Its layers' methods are replaced for that time, so no other thread may call it.
+    The model itself stays as it is, and other threads may call it meanwhile.
 
     Args:
         model: A built model, of any kind.
         target: A key of `TARGETS`.
         padded_queries_read: Whether what attention gives queries that are padding
-            must be right; see `reads_padded_queries`.
+            must be right. It need not where outputs are pooled by mask.
 
     Raises:
         ValueError: If a layer was quantized by Keras in another way than int8, or is
@@ -157,66 +165,39 @@ def device_form(
     >>> ids = keras.Input((None,), dtype="int32")
     >>> model = keras.Model(ids, keras.layers.Embedding(11, 5)(ids))
     >>> given = np.array([[3, 1, 4]])
-    >>> expected = model(given)
-    >>> with device_form(model):
-    ...     bool(np.allclose(model(given), expected))
+    >>> bool(np.allclose(device_form(model)(given), model(given)))
     True
     """
-    swaps, _ = _plan(model, target)
-    with ExitStack() as stack:
-        stack.enter_context(implementation_scope("portable"))
-        if not padded_queries_read:
-            stack.enter_context(padded_queries_unread())
-        for owner, name, value in swaps:
-            # Not through `setattr`, with which Keras tracks what layers own.
-            attributes = vars(owner)
-            if name in attributes:
-                stack.callback(attributes.__setitem__, name, attributes[name])
-            else:
-                stack.callback(attributes.__delitem__, name)
-            attributes[name] = value
-        yield
+    copied = twin(model)
+    masks = PaddingMasks(padded_queries_read=padded_queries_read)
+    swaps, _ = _plan(copied, target, masks)
+    # Not through `setattr`, with which Keras tracks what layers own.
+    for owner, name, value in swaps:
+        owner.__dict__[name] = value
+    call = copied.call
+
+    def call_portably(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with implementation_scope("portable"):
+                return call(*args, **kwargs)
+        finally:
+            masks.forget()
+
+    copied.__dict__["call"] = call_portably
+    return copied
 
 
 def layers_as_they_are(model: keras.Model) -> tuple[str, ...]:
     """Says for each layer of a model that has no device form why it has none."""
-    return _plan(model, "cpu")[1]
+    masks = PaddingMasks(padded_queries_read=True)
+    return _plan(twin(model), "cpu", masks)[1]
 
 
-def reads_padded_queries(endpoint: Endpoint, ids: np.ndarray, *, seed: int = 0) -> bool:
-    """Whether a model's answers depend on rows of attention whose query is padding.
-
-    They do not where outputs are pooled by mask, and attention need not clear them.
-    Found by trial: ids of which random ones are padding, in all places, are answered
-    with those rows cleared and not, and every bit is compared.
-
-    Args:
-        endpoint: The model as a function of ids.
-        ids: Integers `(n, T)`.
-        seed: Of the padding.
-    """
-    generator = np.random.default_rng(seed)
-    ids = np.resize(ids, (16, ids.shape[1]))
-    padded = generator.random(ids.shape) < np.linspace(0.3, 0.9, 16)[:, None]
-    # A row of padding alone is outside the form's domain.
-    seen = generator.integers(ids.shape[1], size=16)
-    padded[np.arange(16), seen] = False
-    visible = np.maximum(ids, 1)  # samples may be padded themselves
-    (name,) = endpoint.inputs
-    case = {name: np.where(padded, 0, visible).astype(ids.dtype)}
-    with device_form(endpoint.model):
-        cleared = endpoint.answer(case)
-    with device_form(endpoint.model, padded_queries_read=False):
-        answers = endpoint.answer(case)
-    return any(
-        not np.array_equal(cleared[output], answers[output], equal_nan=True)
-        for output in cleared
-    )
-
-
-def _plan(model: keras.Model, target: str) -> tuple[list[Swap], tuple[str, ...]]:
-    """What takes the place of what, and which layers stay as they are, and why."""
-    forms = FORMS | TARGETS[target]
+def _plan(
+    model: keras.Model, target: Target, masks: PaddingMasks
+) -> tuple[list[Swap], tuple[str, ...]]:
+    """Returns the swaps, and a sentence for each layer that stays as it is."""
+    forms = _forms(target, masks)
     swaps: list[Swap] = []
     notes: dict[str, None] = {}
     for layer in _operations(model):
@@ -233,13 +214,24 @@ def _plan(model: keras.Model, target: str) -> tuple[list[Swap], tuple[str, ...]]
     return swaps, tuple(notes)
 
 
+def _forms(target: Target, masks: PaddingMasks) -> dict[type, Form]:
+    """The forms by class; those of the target first, then those that users added."""
+
+    def bound(form: MaskForm) -> Form:
+        return lambda layer: form(layer, masks)
+
+    by_class = {kind: bound(form) for kind, form in _MASK_FORMS.items()}
+    for_target = {kind: bound(form) for kind, form in TARGETS[target].items()}
+    return by_class | FORMS | for_target
+
+
 def _operations(model: keras.Model) -> Iterator[Any]:
     """Every layer once, inner ones first, and what else functional models call."""
     layers = {id(layer): layer for layer in model._flatten_layers()}
     # What an outer layer puts in place of an inner one's methods comes last.
     inwards = list(layers.values())
     for layer in inwards:
-        # Operations such as `x[:, 0]` are no layers.
+        # Operations such as `x[:, 0]` are not layers.
         functional = getattr(layer, "_functional", layer)  # of a `keras.Sequential`
         for operation in getattr(functional, "operations", ()):
             if not isinstance(operation, _layers.Layer):
@@ -248,7 +240,7 @@ def _operations(model: keras.Model) -> Iterator[Any]:
 
 
 def _find(forms: Mapping[type, Form], layer: Any) -> Form | None:
-    """The form of the layer's class; of one that it inherits `call` from, too."""
+    """Finds the form of the layer's class, or of one that it inherits `call` from."""
     for base in type(layer).__mro__:
         if base in forms:
             same = getattr(type(layer), "call", None) is getattr(base, "call", None)

@@ -1,7 +1,7 @@
 """Layers other than attention in the form that devices run.
 
-Each function here takes a layer and returns what to put in place of its methods. The
-values stay the layer's, in inference.
+Each function here takes a layer and returns replacements of its methods, with which it
+computes the same values in inference.
 
 Letters: B batch, T length, D model width, V vocabulary size.
 """
@@ -9,13 +9,12 @@ Letters: B batch, T length, D model width, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_mha.attention.portable import as_floats, with_floats
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.typing import Tensor
@@ -28,12 +27,12 @@ class NoDeviceFormError(Exception):
 
 
 class Swap(NamedTuple):
-    """What stands in the place of a layer's method or attribute.
+    """Replaces a layer's method or attribute in a copy of a model.
 
     Attributes:
         owner: The layer, or an operation of a functional model.
         name: The attribute's name.
-        value: What it is in the device form.
+        value: Its value in the device form.
     """
 
     owner: Any
@@ -41,7 +40,38 @@ class Swap(NamedTuple):
     value: Any
 
 
-Form = Callable[[Any], Sequence[Swap]]
+class PaddingMasks:
+    """The padding masks of a model's call as numbers, 1 for True and 0 for False.
+
+    Keras hands boolean masks from layer to layer. A file whose numbers come from the
+    ids by arithmetic holds no boolean operation, which delegates do not take.
+
+    Attributes:
+        padded_queries_read: Whether what attention gives queries that are padding
+            must be right.
+    """
+
+    def __init__(self, *, padded_queries_read: bool) -> None:
+        self.padded_queries_read = padded_queries_read
+        self._floats: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def remember(self, mask: Tensor, floats: Tensor) -> Tensor:
+        """Keeps the numbers of a mask, and returns the mask."""
+        self._floats[id(mask)] = mask, floats
+        return mask
+
+    def forget(self) -> None:
+        """Forgets all masks, at the end of a call."""
+        self._floats.clear()
+
+    def as_floats(self, mask: Tensor, dtype: Any) -> Tensor:
+        """Returns a mask as numbers, those that it was remembered with if any."""
+        _, floats = self._floats.get(id(mask), (mask, mask))
+        return ops.cast(floats, dtype)
+
+
+Form: TypeAlias = Callable[[Any], Sequence[Swap]]
+MaskForm: TypeAlias = Callable[[Any, PaddingMasks], Sequence[Swap]]
 
 
 def in_place_of_call(layer: Any, call: Callable[..., Any]) -> list[Swap]:
@@ -118,16 +148,16 @@ def _finish(layer: Any, outputs: Tensor) -> Tensor:
 # Embeddings.
 
 
-def embedding(layer: Any) -> list[Swap]:
+def embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """The rows of a one-dimensional lookup; its mask by arithmetic."""
 
     def call(ids: Tensor) -> Tensor:
         return look_up(ids, float_table(layer))
 
-    return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer)]
+    return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer, masks)]
 
 
-def guarded_embedding(layer: Any) -> list[Swap]:
+def guarded_embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """`(E - E[0])[ids] * counts + E[0]`, which is `E[ids]`, for GPU delegates.
 
     They add a constant to a result of rank 2 wrongly, without a word (LiteRT issue
@@ -138,10 +168,10 @@ def guarded_embedding(layer: Any) -> list[Swap]:
     def call(ids: Tensor) -> Tensor:
         return _add_to_rows(ids, float_table(layer), 0.0)
 
-    return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer)]
+    return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer, masks)]
 
 
-def token_and_position_embedding(layer: Any) -> list[Swap]:
+def token_and_position_embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """`(E - E[0])[ids] * counts + (P + E[0])`; see `guarded_embedding`."""
 
     def call(ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -152,7 +182,7 @@ def token_and_position_embedding(layer: Any) -> list[Swap]:
         layer._check_length(ids)
         return _add_to_rows(ids, table, places[: ops.shape(ids)[1]])
 
-    return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer)]
+    return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer, masks)]
 
 
 def _add_to_rows(ids: Tensor, table: Tensor, vectors: Tensor | float) -> Tensor:
@@ -174,16 +204,16 @@ def look_up(ids: Tensor, table: Tensor) -> Tensor:
     return ops.reshape(rows, (*shape, table.shape[1]))
 
 
-def _masks_by_arithmetic(layer: Any) -> list[Swap]:
+def _masks_by_arithmetic(layer: Any, masks: PaddingMasks) -> list[Swap]:
     compute_mask = layer.compute_mask
 
-    def with_own_floats(ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    def compute_with_floats(ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
         visible = compute_mask(ids, mask)
         if visible is None or not layer.mask_zero:
             return visible
-        return with_floats(visible, _ids_as_floats(ids))
+        return masks.remember(visible, _ids_as_floats(ids))
 
-    return [Swap(layer, "compute_mask", with_own_floats)]
+    return [Swap(layer, "compute_mask", compute_with_floats)]
 
 
 def _ids_as_floats(ids: Tensor) -> Tensor:
@@ -191,7 +221,7 @@ def _ids_as_floats(ids: Tensor) -> Tensor:
     return ops.minimum(ops.cast(ids, "float32"), 1.0)
 
 
-def not_equal(operation: Any) -> list[Swap]:
+def not_equal(operation: Any, masks: PaddingMasks) -> list[Swap]:
     """The mask `ids != 0`, which functional models compute once for all layers."""
     original = operation.call
     # Several where the operation is in several models, as in one and a part of it.
@@ -203,7 +233,7 @@ def not_equal(operation: Any) -> list[Swap]:
     def call(x1: Tensor, x2: Any) -> Tensor:
         visible = original(x1, x2)
         is_mask = isinstance(x2, int) and x2 == 0
-        return with_floats(visible, _ids_as_floats(x1)) if is_mask else visible
+        return masks.remember(visible, _ids_as_floats(x1)) if is_mask else visible
 
     return [Swap(operation, "call", call)]
 
@@ -254,7 +284,7 @@ def _check_last_axis(layer: Any) -> None:
         raise NoDeviceFormError(f"it normalizes over the axes {list(axes)}")
 
 
-def global_average_pooling(layer: Any) -> list[Swap]:
+def global_average_pooling(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """The sum of what counts over its number."""
     if layer.data_format != "channels_last":
         raise NoDeviceFormError(f"its `data_format` is {layer.data_format!r}")
@@ -263,7 +293,7 @@ def global_average_pooling(layer: Any) -> list[Swap]:
         if mask is None:
             return ops.mean(inputs, axis=1, keepdims=layer.keepdims)
         shape = (-1, ops.shape(inputs)[1], 1)
-        counts = ops.reshape(as_floats(mask, inputs.dtype), shape)
+        counts = ops.reshape(masks.as_floats(mask, inputs.dtype), shape)
         total = ops.sum(inputs * counts, axis=1, keepdims=layer.keepdims)
         return total / ops.sum(counts, axis=1, keepdims=layer.keepdims)
 
@@ -285,7 +315,7 @@ def get_item(operation: Any) -> list[Swap]:
         outputs = inputs[slices]
         dropped = {i for i, part in enumerate(keys) if isinstance(part, int)}
         sizes: Any = ops.shape(outputs)
-        kept = [size for axis, size in enumerate(sizes) if axis not in dropped]
-        return ops.reshape(outputs, kept) if dropped else outputs
+        left = [size for axis, size in enumerate(sizes) if axis not in dropped]
+        return ops.reshape(outputs, left) if dropped else outputs
 
     return [Swap(operation, "call", call)]

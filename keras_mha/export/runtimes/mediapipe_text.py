@@ -1,6 +1,6 @@
 """Runs a TFLite file with metadata in MediaPipe's TextClassifier.
 
-Stand-alone: mediapipe, ai_edge_litert's schema and NumPy, no import of tensorflow.
+Stand-alone: mediapipe, `tflite_schema` and NumPy, no import of tensorflow.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from . import tflite_schema
 from .descriptor import Arrays, Loaded, Runtime
 
 
@@ -77,41 +78,10 @@ def _decoded(case: Arrays) -> str | None:
 
 def _giving_ids(content: bytes) -> bytes:
     """Replaces the graph by one that turns its first input into floats."""
-    from ai_edge_litert import schema_py_generated as schema
-    from flatbuffers import Builder
-
-    model: Any = schema.ModelT.InitFromPackedBuf(content, 0)
-    in_use = {entry.buffer for entry in model.metadata}
-    for number, buffer in enumerate(model.buffers):
-        if number not in in_use:
-            buffer.data = None
-    graph = model.subgraphs[0]
-    tensors = [graph.tensors[number] for number in graph.inputs]
-    ids = tensors[0]
-    ids_as_float = schema.TensorT(
-        shape=ids.shape, type=schema.TensorType.FLOAT32, name="ids_as_float"
-    )
-    operator = schema.OperatorT(
-        opcodeIndex=0,
-        inputs=[0],
-        outputs=[len(tensors)],
-        builtinOptionsType=schema.BuiltinOptions.CastOptions,
-        builtinOptions=schema.CastOptionsT(
-            inDataType=ids.type, outDataType=schema.TensorType.FLOAT32
-        ),
-    )
-    cast = schema.BuiltinOperator.CAST
-    model.operatorCodes = [
-        schema.OperatorCodeT(deprecatedBuiltinCode=cast, builtinCode=cast, version=1)
-    ]
-    graph.inputs = list(range(len(tensors)))
-    graph.outputs = [len(tensors)]
-    graph.tensors, graph.operators = [*tensors, ids_as_float], [operator]
-    model.subgraphs, model.signatureDefs = [graph], []
-    builder = Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
+    model = tflite_schema.unpack(content)
+    tflite_schema.give_back_ids(model)
     probe = io.BytesIO()
-    probe.write(builder.Output())
+    probe.write(tflite_schema.pack(model))
     with (
         zipfile.ZipFile(io.BytesIO(content)) as source,
         zipfile.ZipFile(probe, "a") as archive,

@@ -18,12 +18,12 @@ import numpy as np
 
 from keras_mha.export.parity import Arrays, check_parity
 from keras_mha.export.report import TensorInfo
+from keras_mha.export.runtimes import tflite_schema
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.runtimes.litert import RUNTIME as LITERT
 from keras_mha.export.saved_model.report import ServedTFLite
 from keras_mha.export.tflite.file import convert
-from keras_mha.export.tflite.model_object import read_model, write_model
 
 FILE = "model.tflite"
 _SIGNATURE = "serving_default"
@@ -46,7 +46,7 @@ def named_by_signature(content: bytes) -> bytes:
     Raises:
         ValueError: If a tensor would need two names.
     """
-    model = read_model(content)
+    model = tflite_schema.unpack(content)
     (signature,) = model.signatureDefs
     tensors = model.subgraphs[signature.subgraphIndex].tensors
     entries = [*signature.inputs, *signature.outputs]
@@ -59,7 +59,7 @@ def named_by_signature(content: bytes) -> bytes:
             "output as it is: TF Serving tells them apart by the names of their "
             f"tensors. Received: {[name.decode() for name in shared]}"
         )
-    return write_model(model)
+    return tflite_schema.pack(model)
 
 
 def check_served_tflite(

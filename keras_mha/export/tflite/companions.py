@@ -1,4 +1,4 @@
-"""What stands beside TFLite files: vocabulary, labels, a manifest, snippets of code."""
+"""Writes what goes with TFLite files: vocabulary, labels, manifest and snippets."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def write_companions(
         write(LABELS, lines(labels))
     for name, text in _snippets(files, signature_name).items():
         write(f"snippets/{name}", text.encode())
-    beside = [path.relative_to(directory).as_posix() for path in written]
-    manifest = _manifest(directory, files, beside, signature_name)
+    names = [path.relative_to(directory).as_posix() for path in written]
+    manifest = _manifest(directory, files, names, signature_name)
     write(MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
     return written
 
@@ -63,7 +63,7 @@ def _manifest(
     companions: Sequence[str],
     signature_name: str,
 ) -> dict[str, Any]:
-    """What a program that runs the files must know, and how to tell that all fit.
+    """Tells a program that runs the files what it must know, and if all fit together.
 
     Each file appears whole under its name, but not all at once: hashes that fit tell
     that all are of one export.
@@ -98,12 +98,12 @@ def _snippets(files: Sequence[TFLiteFile], signature_name: str) -> dict[str, str
         file = next((file for file in files if file.kind == kind), None)
         if file is None:
             continue
-        (given, *_), (answer, *_) = file.inputs, file.outputs
+        (source, *_), (answer, *_) = file.inputs, file.outputs
         facts = {
             "file": Path(file.path).name,
             "stem": Path(file.path).stem,
             "signature": signature_name,
-            "input": given.name,
+            "input": source.name,
             "output": answer.name,
             "length": file.sequence_length,
             "rows": file.batch_size,

@@ -1,48 +1,52 @@
-"""TFLite files taken apart and put together: one behind another, with further inputs.
+"""Changes to TFLite files as objects; their weights stay as they are, or round anew.
 
-A file's operators, weights and quantization stay as they are; only where they stand in
-the file changes.
+A `ModelT` is what `keras_mha.export.runtimes.tflite_schema.unpack` returns.
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Mapping, Sequence
+import copy
 from typing import Any
 
 import numpy as np
-from flatbuffers import Builder
-from typing_extensions import override
 
-_MIN_RUNTIME = "min_runtime_version"
-_METADATA = "TFLITE_METADATA"
-_ALIGNMENT = (
-    16  # of weights, as the schema demands and flatbuffers' Python code forgets
-)
+from keras_mha.export.runtimes import tflite_schema
+
+# Rows shorter than this. The scales of longer ones add under a tenth to the table.
+NARROW = 128
+# The most that rounding may add, as a share of the table's root mean square. Rounding
+# each row by itself adds near 0.005, rounding the inputs of dense layers up to 0.03.
+_MOST_ERROR = 0.025
+_GREATEST = 127
 
 
-def join(first: bytes, second: bytes) -> bytes:
-    """One file that gives what `first` answers to `second`.
+def copied(model: Any) -> Any:
+    """A `ModelT` to change; the weights in it are shared."""
+    return copy.deepcopy(model, {id(buffer): buffer for buffer in model.buffers})
+
+
+def join(front: Any, back: Any) -> Any:
+    """Puts one file's graph before another's.
 
     Args:
-        first: A file with one graph, one signature and one output.
-        second: A file with one signature and one input, of that output's type and
+        front: A `ModelT` with one graph, one signature and one output. It becomes the
+            result.
+        back: A `ModelT` with one signature and one input, of that output's type and
             shape.
 
     Returns:
-        A file with the inputs of `first` and the outputs of `second`, under the name
-        of the signature of `second`.
+        A `ModelT` with the inputs of `front` and the outputs of `back`, under the name
+        of the signature of `back`.
     """
-    front, back = unpack(first), unpack(second)
+    back = copied(back)
     (graph,) = front.subgraphs
     rest = back.subgraphs[0]
-    ((given,), (made,)) = rest.inputs, graph.outputs
+    ((entry,), (end,)) = rest.inputs, graph.outputs
     buffers, codes = len(front.buffers), len(front.operatorCodes)
     tensors = len(graph.tensors)
 
     def moved(number: int) -> int:
-        return number if number < 0 else made if number == given else number + tensors
+        return number if number < 0 else end if number == entry else number + tensors
 
     for other in back.subgraphs:
         for tensor in other.tensors:
@@ -61,95 +65,53 @@ def join(first: bytes, second: bytes) -> bytes:
     for output in other.outputs:
         output.tensorIndex = moved(output.tensorIndex)
     signature.outputs, signature.signatureKey = other.outputs, other.signatureKey
-    oldest = max(min_runtime_version(first), min_runtime_version(second), key=_parts)
+    versions = map(tflite_schema.min_runtime_version, (front, back))
+    oldest = max(versions, key=_version_parts)
     front.buffers += back.buffers
     front.operatorCodes += back.operatorCodes
     front.subgraphs += back.subgraphs[1:]
-    # What the converter notes of each part holds of neither alone; nor do the tables
-    # of names, which belong to one graph.
-    front.metadata, front.metadataBuffer = [], None
-    _add_metadata(front, _MIN_RUNTIME, oldest.encode().ljust(_ALIGNMENT, b"\0"))
-    return pack(front)
+    # The converter's notes on either part do not hold for both, nor do the tables of
+    # names, which belong to one graph.
+    tflite_schema.set_min_runtime_version(front, oldest)
+    return front
 
 
-def with_inputs(model: Any, names: Sequence[str]) -> None:
-    """Gives the graph of `model` inputs that nothing reads, like its first one."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    graph, (signature,) = model.subgraphs[0], model.signatureDefs
-    like = graph.tensors[graph.inputs[0]]
-    inputs = [int(number) for number in graph.inputs]
-    for name in names:
-        inputs.append(len(graph.tensors))
-        graph.tensors.append(
-            schema.TensorT(
-                shape=like.shape,
-                type=like.type,
-                name=name,
-                shapeSignature=like.shapeSignature,
-                hasRank=True,
-            )
-        )
-        signature.inputs.append(schema.TensorMapT(name, inputs[-1]))
-    graph.inputs = inputs
-
-
-def with_metadata(model: Any, metadata: bytes, files: Mapping[str, bytes]) -> bytes:
-    """The file of `model` with metadata in it, and files behind it in a zip archive.
-
-    Source: "TensorFlow Lite metadata" (the flatbuffer stands in a buffer named
-    TFLITE_METADATA; associated files follow the model as a zip archive).
-    """
-    _add_metadata(model, _METADATA, metadata)
-    content = io.BytesIO()
-    content.write(pack(model))
-    with zipfile.ZipFile(content, "a") as archive:
-        for name, data in files.items():
-            # With a fixed date, the same model always gives the same file.
-            archive.writestr(zipfile.ZipInfo(name), data)
-    return content.getvalue()
-
-
-def min_runtime_version(content: bytes) -> str:
-    """The oldest TensorFlow Lite that has the file's operators, as it says itself."""
-    model = unpack(content)
-    for entry in model.metadata or ():
-        if entry.name == _MIN_RUNTIME.encode():
-            data = model.buffers[entry.buffer].data
-            return bytes(data).rstrip(b"\0").decode("ascii")
-    return ""
-
-
-def unpack(content: bytes) -> Any:
-    """The objects of a file that this process wrote itself, a `ModelT`."""
-    from ai_edge_litert import schema_py_generated as schema
-
-    return schema.ModelT.InitFromPackedBuf(content, 0)
-
-
-def pack(model: Any) -> bytes:
-    """The file of a `ModelT`."""
-    builder = _AlignedBuilder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
-class _AlignedBuilder(Builder):
-    """Lets the bytes of weights begin where every processor can load them."""
-
-    @override
-    def StartVector(self, elemSize: int, numElems: int, alignment: int) -> Any:
-        least = _ALIGNMENT if elemSize == 1 else alignment
-        return super().StartVector(elemSize, numElems, max(alignment, least))
-
-
-def _add_metadata(model: Any, name: str, data: bytes) -> None:
-    from ai_edge_litert import schema_py_generated as schema
-
-    model.metadata = model.metadata or []
-    model.metadata.append(schema.MetadataT(name, len(model.buffers)))
-    model.buffers.append(schema.BufferT(np.frombuffer(data, np.uint8)))
-
-
-def _parts(version: str) -> tuple[int, ...]:
+def _version_parts(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def give_narrow_tables_one_scale(model: Any) -> bool:
+    """Rounds narrow int8 tables of embeddings by one scale each; tells if any was.
+
+    The converter gives each row of an embedding table a scale, which takes 12 bytes
+    with its zero point, always 0. A row of 32 numbers takes 32: the table is then not
+    a quarter but 0.34 of its size in float32, and LiteRT refuses a file that leaves the
+    zero points out. One scale for the whole table costs nothing in size, and little in
+    precision where no row is much larger than the others. A table keeps its scales
+    where one for all would round it too coarsely.
+
+    For the CPU only: LiteRT's GPU delegate takes such a table, and answers with zeros
+    for all rows but the first (`lint_tflite` tells).
+    """
+    tables = [
+        _give_one_scale(table, buffer)
+        for table, buffer in tflite_schema.tables_by_row(model)
+        if table.shape[1] < NARROW
+    ]
+    return any(tables)
+
+
+def _give_one_scale(table: Any, buffer: Any) -> bool:
+    """Rounds the table anew, unless that would be too coarse; tells whether it did."""
+    scales = np.asarray(table.quantization.scale, np.float32)
+    rounded = np.frombuffer(np.asarray(buffer.data).tobytes(), np.int8)
+    values = rounded.reshape(table.shape).astype(np.float32) * scales[:, None]
+    scale = np.float32(np.max(np.abs(values)) / _GREATEST)
+    error = scale / np.sqrt(12.0)
+    if error > _MOST_ERROR * np.sqrt(np.mean(np.square(values))):
+        return False
+    anew = np.round(values / scale).astype(np.int8)
+    buffer.data = np.frombuffer(anew.tobytes(), np.uint8)
+    table.quantization.scale = np.array([scale], np.float32)
+    table.quantization.zeroPoint = np.zeros(1, np.int64)
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,25 +11,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_mha.export.device.form import Target
 from keras_mha.export.files import check_overwrite, staging
-from keras_mha.export.parity import check_timeout, check_tolerance
-from keras_mha.export.tflite.arguments import (
-    check_precision,
-    check_size,
-    check_sizes,
-    check_target,
-    pad,
-    tolerance_of_rounded,
-)
 from keras_mha.export.tflite.companions import write_companions
-from keras_mha.export.tflite.file import LITERT, Settings, write_ids_file
-from keras_mha.export.tflite.mediapipe_file import complete, write_mediapipe_file
-from keras_mha.export.tflite.metadata import BertMetadata, Metadata, RegexMetadata
-from keras_mha.export.tflite.quantization import check_quantization
+from keras_mha.export.tflite.file import LITERT, write_ids_file
+from keras_mha.export.tflite.mediapipe_file import write_mediapipe_file
+from keras_mha.export.tflite.metadata import BertMetadata, RegexMetadata
+from keras_mha.export.tflite.plan import Padded, Plan, make_plan
+from keras_mha.export.tflite.quantization import Quantization
 from keras_mha.export.tflite.report import TFLiteFile, TFLiteReport
-from keras_mha.export.tflite.source import TextModel, read_source
-from keras_mha.export.tflite.text import check_text, write_text_file
-from keras_mha.layers.arguments import check_flag
+from keras_mha.export.tflite.text import write_text_file
 
 
 def export_tflite(
@@ -41,9 +31,9 @@ def export_tflite(
     batch_size: int = 1,
     samples: Any,
     overwrite: bool | None = None,
-    quantization: str | None = None,
+    quantization: Quantization | None = None,
     representative_data: Any = None,
-    target: str = "cpu",
+    target: Target = "cpu",
     text: bool = False,
     metadata: BertMetadata | RegexMetadata | None = None,
     tolerance: float = 1e-5,
@@ -57,45 +47,44 @@ def export_tflite(
     the model's own names in the signature `signature_name`. All its shapes are fixed
     and all its operations built in. Shorter texts are padded with 0.
 
-    Two more kinds of files can be had besides. Both have the same graph in them, and
-    the same weights:
+    Two more kinds of file are available. Both hold the same graph and weights:
 
     - `text_<S>.tflite`, with `text=True`, takes strings `(batch_size,)`. Its tokenizer
-      is made of operations of tensorflow-text, which are to be given to the
-      interpreter: in Python `InterpreterWithCustomOps(model_path=...,
+      is made of operations of tensorflow-text, which the interpreter must be given: in
+      Python `InterpreterWithCustomOps(model_path=...,
       custom_op_registerers=tensorflow_text.tflite_registrar.SELECT_TFTEXT_OPS)`. None
       is a Flex operation. Texts too long for S lose their end, never their `[SEP]`.
-    - `mediapipe_<S>.tflite`, with `metadata`, has labels and a vocabulary in it, and
-      runs unmodified in MediaPipe's TextClassifier, which cuts texts itself. Its
-      tokenizer is not the model's: the report tells how many of the samples' texts it
-      cuts into the same ids, and a warning that it does not so cut all of them.
+    - `mediapipe_<S>.tflite`, with `metadata`, holds labels and a vocabulary, and runs
+      unmodified in MediaPipe's TextClassifier, which cuts texts itself. Its tokenizer
+      is not the model's: the report tells how many of the samples' texts it cuts into
+      the same ids, and a warning says if these are not all.
 
-    Beside them stand `vocab.txt` and `labels.txt` where they are known; snippets of
-    Kotlin and Swift that were not run; and `manifest.json`, written as the last, with
-    each file's inputs, outputs, oldest runtime and SHA-256.
+    The directory also gets `vocab.txt` and `labels.txt` where they are known, snippets
+    of Kotlin and Swift that were not run, and last `manifest.json`, with each file's
+    inputs, outputs, oldest runtime and SHA-256.
 
-    The model is traced in its device form (`keras_mha.export.device.form`), in which
-    our layers and stock Keras ones compute the same values in few operations, which
-    delegates take: attention in its portable form (`keras_mha.attention.portable`),
-    with one product for queries, keys and values. The values are the same for rows
-    with at least one id that is not padding. Layers that are not known to have such a
-    form are traced as they are, with a warning; outputs that are pooled by mask let
-    attention skip what it gives to padding.
+    What is traced is a copy of the model in its device form
+    (`keras_mha.export.device.form`), which shares the model's weights; the model itself
+    stays as it is, and other threads may call it meanwhile. In that form our layers and
+    stock Keras ones compute the same values in few operations, which delegates take:
+    attention in its portable form (`keras_mha.attention.portable`), with one product
+    for queries, keys and values. The values are the same for rows with at least one id
+    that is not padding. A layer without such a form is traced as it is, with a warning.
+    Where outputs are pooled by mask, attention skips what it gives to padding.
 
-    Each file is loaded by ai-edge-litert in a fresh process that can import none of
-    `keras_mha`, `keras` and `tensorflow`, and its values are compared with the model's
-    on the padded samples; one with metadata also by MediaPipe, where that is installed.
-    Only when all are right are they renamed into place. After an error nothing new is
-    left.
+    ai-edge-litert loads each file in a fresh process that cannot import `keras_mha`,
+    `keras` or `tensorflow`, and its values are compared with the model's on the padded
+    samples; a file with metadata is also run by MediaPipe. Only when all are right are
+    they renamed into place. After an error nothing new is left.
 
     Args:
         model: A built Keras model on the TensorFlow backend with one integer input
-            `(B, T)`, the ids. With `text=True`, and perhaps with `metadata`, one with
-            an input of strings, `(B,)` or `(B, 1)`, Functional or Sequential, that
-            calls a `keras_mha.text.WordpieceTokenizer` once. Layers that Keras
+            `(B, T)`, the ids. With `text=True`, and optionally with `metadata`, a
+            Functional or Sequential model with an input of strings, `(B,)` or `(B, 1)`,
+            that calls a `keras_mha.text.WordpieceTokenizer` once. Layers that Keras
             quantized to int8 are dequantized, which is exact in the weights; Keras
             also rounds activations.
-        directory: Where the files go; made if absent.
+        directory: Where the files go; created if absent.
         sequence_lengths: The lengths S.
         batch_size: The fixed number of rows.
         samples: Ids: an array `(n, T)`, or a list of rows that may differ in length.
@@ -103,7 +92,7 @@ def export_tflite(
         overwrite: Whether existing files of the same names are replaced, each in one
             step. Left out, they are replaced with a DeprecationWarning; a later version
             will refuse them.
-        quantization: How the file's numbers are made smaller. `"dynamic_int8"` keeps
+        quantization: How to shrink the file. `"dynamic_int8"` keeps
             the weights of dense layers and embeddings in int8, a quarter of the size,
             and rounds what is multiplied by them row by row: the one to choose first.
             `"int8_dense"` also fixes the ranges of dense layers' inputs and outputs
@@ -111,14 +100,15 @@ def export_tflite(
             halves the size, for delegates that compute in it.
         representative_data: More of what `samples` has, not longer than any S, from
             which `"int8_dense"` takes those ranges. Some hundred typical rows do.
-        target: `"cpu"`, or `"gpu"` for files that LiteRT's GPU delegate is to take
-            over whole: layers that stay as they are then raise instead of warning, and
-            each row of an int8 embedding keeps a scale of its own, 12 bytes, without
+        target: `"cpu"`, or `"gpu"` for files that LiteRT's GPU delegate can take over
+            completely: layers that stay as they are then raise instead of warning, and
+            each row of an int8 embedding keeps its scale, 12 bytes, without
             which the delegate answers wrongly.
-        text: Whether to write files that take strings besides; needs tensorflow-text.
+        text: Whether to also write files that take strings; needs tensorflow-text.
         metadata: Labels, and for a model of ids the vocabulary and the samples' texts:
-            a `BertMetadata`, or for a model of ids perhaps a `RegexMetadata`. The files
-            with it are for one row and one output of scores, one for each label.
+            a `BertMetadata`, or for a model of ids also a `RegexMetadata`; needs
+            mediapipe. The files with it are for one row and one output of scores, one
+            for each label.
         tolerance: Largest absolute difference allowed in any output of a float file.
             The default suits probabilities (measured: under 1e-6).
         quantized_tolerance: The same for quantized files, and for models that Keras
@@ -133,14 +123,14 @@ def export_tflite(
     Raises:
         FileExistsError: If a file exists and `overwrite` is False.
         ImportError: If ai-edge-litert is not installed, or tensorflow-text with
-            `text=True`.
+            `text=True`, or mediapipe with `metadata`.
         ParityError: If a value differs by more than `tolerance`, or MediaPipe cuts no
             text into the ids of its sample.
         VerificationError: If a file does not run in the fresh process.
         TypeError: If an argument has the wrong type.
-        ValueError: If the model is no such model, is quantized by Keras in another
-            way than int8, computes in half precision, needs operations that TFLite
-            has not built in, or has a layer that `target` cannot take; if a sample is
+        ValueError: If the model is not such a model, is quantized by Keras in another
+            way than int8, computes in half precision, needs operations that are not
+            built into TFLite, or has a layer that `target` cannot take; if a sample is
             longer than one of `sequence_lengths`, or an argument is out of its domain
             or would be ignored.
 
@@ -168,80 +158,37 @@ def export_tflite(
     >>> file.parity.max_absolute_difference < 1e-5
     True
     """
-    if importlib.util.find_spec("ai_edge_litert") is None:
-        raise ImportError(
-            "`export_tflite` needs ai-edge-litert: pip install 'keras-mha[tflite]'"
-        )
-    lengths = check_sizes("sequence_lengths", sequence_lengths)
-    batch_size = check_size("batch_size", batch_size)
-    check_tolerance(tolerance)
-    check_timeout(timeout)
-    if overwrite is not None:
-        overwrite = check_flag(overwrite, "overwrite")
     directory = Path(directory)
-    names = [f"model_{length}.tflite" for length in lengths]
-    names += [f"text_{length}.tflite" for length in lengths if text]
-    if metadata is not None:
-        names += [f"mediapipe_{length}.tflite" for length in lengths]
-    check_overwrite(
-        [directory / name for name in [*names, "manifest.json"]], overwrite=overwrite
-    )
-    check_quantization(quantization, representative_data)
-    if check_flag(text, "text"):
-        check_text(target)
-    source = read_source(
+    plan = make_plan(
         model,
-        samples,
-        representative_data,
-        text=text or _is_of_texts(model, metadata),
-    )
-    if metadata is not None:
-        metadata = complete(metadata, source, batch_size=batch_size, length=lengths[0])
-    rounded = check_precision(source.model)
-    settings = Settings(
+        directory,
+        sequence_lengths=sequence_lengths,
         batch_size=batch_size,
+        samples=samples,
+        overwrite=overwrite,
         quantization=quantization,
+        representative_data=representative_data,
         target=target,
-        signature_name=signature_name,
+        text=text,
+        metadata=metadata,
         tolerance=tolerance,
-        rounded_tolerance=tolerance_of_rounded(
-            quantized_tolerance, quantization, rounded
-        ),
+        quantized_tolerance=quantized_tolerance,
+        signature_name=signature_name,
         timeout=timeout,
-        notes=check_target(source.model, target, quantization),
     )
     with staging(directory) as staged:
-        files = []
-        for length in lengths:
-            endpoint, ids = source.describe(pad(source.rows, length, "samples"))
-            ranges = (
-                None
-                if source.ranges is None
-                else pad(source.ranges, length, "representative_data")
-            )
-            of_ids = write_ids_file(
-                endpoint, ids, ranges, staged / f"model_{length}.tflite", settings
-            )
-            files.append(of_ids)
-            if text and source.whole is not None:
-                path = staged / f"text_{length}.tflite"
-                files.append(write_text_file(source.whole, of_ids, path, settings))
-            if metadata is not None:
-                path = staged / f"mediapipe_{length}.tflite"
-                files.append(
-                    write_mediapipe_file(
-                        endpoint, ids, metadata, of_ids, path, settings
-                    )
-                )
-        beside = write_companions(
+        files = [
+            file for padded in plan.lengths for file in _write(plan, padded, staged)
+        ]
+        companions = write_companions(
             staged,
             files,
-            vocabulary=_vocabulary(source.whole, metadata),
-            labels=None if metadata is None else metadata.labels,
+            vocabulary=plan.vocabulary,
+            labels=None if plan.metadata is None else plan.metadata.labels,
             signature_name=signature_name,
         )
         # Only now, when all are right; the manifest, with their hashes, comes last.
-        written = [Path(path) for path in [*(file.path for file in files), *beside]]
+        written = [*(Path(file.path) for file in files), *companions]
         if overwrite is False:
             check_overwrite(
                 [directory / path.relative_to(staged) for path in written],
@@ -249,7 +196,7 @@ def export_tflite(
             )
         final = [_publish(path, staged, directory) for path in written]
     files = [replace(file, path=path) for file, path in zip(files, final, strict=False)]
-    _warn(settings.notes, files)
+    _warn(plan.notes, files)
     return TFLiteReport(
         model=model.name,
         parameters=model.count_params(),
@@ -259,24 +206,24 @@ def export_tflite(
         signature_name=signature_name,
         quantization=quantization,
         target=target,
-        notes=settings.notes,
+        notes=plan.notes,
         files=tuple(files),
         companions=tuple(final[len(files) :]),
     )
 
 
-def _is_of_texts(model: keras.Model, metadata: Any) -> bool:
-    """Whether a model of texts is to become files without a tokenizer in the graph."""
-    inputs = getattr(model, "inputs", None) or ()
-    return metadata is not None and any(x.dtype == "string" for x in inputs)
-
-
-def _vocabulary(
-    whole: TextModel | None, metadata: Metadata | None
-) -> Sequence[str] | None:
-    if whole is not None:
-        return whole.tokenizer.get_vocabulary()
-    return None if metadata is None else metadata.vocabulary
+def _write(plan: Plan, padded: Padded, directory: Path) -> list[TFLiteFile]:
+    """Writes and checks the files of one length."""
+    length = padded.length
+    of_ids = write_ids_file(plan, padded, directory / f"model_{length}.tflite")
+    files = [of_ids.file]
+    if plan.writes_text:
+        path = directory / f"text_{length}.tflite"
+        files.append(write_text_file(plan, padded, of_ids, path))
+    if plan.metadata is not None:
+        path = directory / f"mediapipe_{length}.tflite"
+        files.append(write_mediapipe_file(plan, padded, of_ids, path))
+    return files
 
 
 def _publish(path: Path, staged: Path, directory: Path) -> str:
@@ -295,7 +242,7 @@ def _warn(notes: Sequence[str], files: Sequence[TFLiteFile]) -> None:
             warnings.warn(
                 f"`export_tflite`: in {Path(file.path).name}, MediaPipe cuts "
                 f"{check.texts - check.same_ids} of {check.texts} texts into other ids "
-                f"than the samples' own, the first of them {check.other_ids[0]}",
+                f"than the samples', the first of them {check.other_ids[0]}",
                 UserWarning,
                 stacklevel=3,
             )

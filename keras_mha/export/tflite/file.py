@@ -1,121 +1,89 @@
-"""Writes one TFLite file of a model of ids, and checks it."""
+"""Writes a TFLite file of a model of ids, and checks it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python.convert_phase import ConverterError
 
-from keras_mha.export.device.form import device_form, reads_padded_queries
-from keras_mha.export.endpoint import Endpoint, Specs, tensor_infos
+from keras_mha.export.device.form import Target
+from keras_mha.export.endpoint import Specs, tensor_infos
 from keras_mha.export.files import size_of
-from keras_mha.export.parity import check_parity
+from keras_mha.export.parity import Arrays, check_parity
 from keras_mha.export.report import Parity, TensorInfo
+from keras_mha.export.runtimes import tflite_schema
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.runtimes.litert import RUNTIME as LITERT
-from keras_mha.export.runtimes.tflite_graph import read_graphs
-from keras_mha.export.tflite.counts import read_contents
-from keras_mha.export.tflite.edit import min_runtime_version
-from keras_mha.export.tflite.graph import operators_of
-from keras_mha.export.tflite.lint import Target, findings
-from keras_mha.export.tflite.narrow_tables import with_one_scale_for_narrow_tables
-from keras_mha.export.tflite.quantization import ask_converter, quantize_dense
+from keras_mha.export.tflite.edit import give_narrow_tables_one_scale
+from keras_mha.export.tflite.graph import Contents, contents_of
+from keras_mha.export.tflite.lint import findings
+from keras_mha.export.tflite.plan import Padded, Plan
+from keras_mha.export.tflite.quantization import (
+    Quantization,
+    ask_converter,
+    quantize_dense,
+)
 from keras_mha.export.tflite.report import MediaPipeCheck, TFLiteFile
 
-Arrays = Mapping[str, np.ndarray]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for all files of an export; see `export_tflite`.
+class Written(NamedTuple):
+    """A file of ids.
 
     Attributes:
-        rounded_tolerance: What a quantized file or model may differ by; `None` where
-            nothing is rounded.
-        notes: One sentence for each layer that is exported as it is.
+        file: What the report says of it.
+        model: The file as objects, a `ModelT`.
+        contents: What it holds.
     """
 
-    batch_size: int
-    quantization: str | None
-    target: str
-    signature_name: str
-    tolerance: float
-    rounded_tolerance: float | None
-    timeout: float
-    notes: tuple[str, ...]
-
-    @property
-    def allowed(self) -> float:
-        """What the files may differ by from the model."""
-        rounded = self.rounded_tolerance
-        return self.tolerance if rounded is None else rounded
+    file: TFLiteFile
+    model: Any
+    contents: Contents
 
 
-def write_ids_file(
-    endpoint: Endpoint,
-    ids: np.ndarray,
-    ranges: np.ndarray | None,
-    path: Path,
-    settings: Settings,
-) -> TFLiteFile:
-    """Writes the file at `path`, checks it, and says what it found."""
-    ((name, free),) = endpoint.inputs.items()
-    spec = tf.TensorSpec((settings.batch_size, ids.shape[1]), tf.int32, name)
+def write_ids_file(plan: Plan, padded: Padded, path: Path) -> Written:
+    """Writes the file of one length at `path`, and checks it."""
+    name, ids = plan.input_name, padded.ids
+    spec = tf.TensorSpec((plan.batch_size, padded.length), tf.int32, name)
     graph = path.with_suffix("")
-    padded_queries_read = reads_padded_queries(endpoint, ids)
-    with device_form(
-        endpoint.model,
-        target=settings.target,
-        padded_queries_read=padded_queries_read,
-    ):
-        trace(
-            lambda given: endpoint.function({name: given}),
-            spec,
-            graph,
-            settings.signature_name,
-            # What the function reads must hang on the module.
-            [v.value for v in endpoint.model.variables],
-        )
-    content = convert(
-        graph, settings.signature_name, settings.quantization, settings.notes
+    trace(
+        lambda rows: plan.device.function({name: rows}),
+        spec,
+        graph,
+        plan.signature_name,
+        # What the function reads must hang on the module.
+        [v.value for v in plan.device.model.variables],
     )
-    if ranges is not None:
-        cases = [{name: rows} for rows in batches(ranges, settings.batch_size)]
-        content = quantize_dense(content, settings.signature_name, cases)
-    if settings.quantization == "dynamic_int8" and settings.target == "cpu":
-        content = with_one_scale_for_narrow_tables(content)
-    contents = read_contents(content)
-    if contents.custom or contents.dynamic:
-        raise ValueError(
-            "`model` does not convert to builtin operations of fixed shape. Received: "
-            f"custom operations {list(contents.custom)}, "
-            f"tensors of free shape {list(contents.dynamic)}"
-        )
-    _check_operators(content, settings.target)
+    content = convert(graph, plan.signature_name, plan.quantization, plan.notes)
+    if padded.ranges is not None:
+        cases = [{name: rows} for rows in batches(padded.ranges, plan.batch_size)]
+        content = quantize_dense(content, plan.signature_name, cases)
+    model = tflite_schema.unpack(content)
+    by_row = plan.quantization == "dynamic_int8" and plan.target == "cpu"
+    if by_row and give_narrow_tables_one_scale(model):
+        content = tflite_schema.pack(model)
+    contents = contents_of(tflite_schema.describe(model, len(content)))
+    _check_contents(contents, plan.target)
     path.write_bytes(content)
 
-    runs = batches(ids, settings.batch_size)
-    answers, facts = run_litert(path, [{name: rows} for rows in runs], settings)
-    rows = np.concatenate(runs).astype(free.dtype.as_numpy_dtype)
+    runs = batches(ids, plan.batch_size)
+    answers, facts = run_litert(path, [{name: rows} for rows in runs], plan)
     compare = functools.partial(
         compare_runs, actual=answers, facts=facts, samples=len(ids)
     )
-    if settings.rounded_tolerance is not None and settings.quantization is None:
+    rows = np.concatenate(runs)
+    if plan.rounded_tolerance is not None and plan.quantization is None:
         # The weights that Keras rounded, without its rounding of activations.
-        with device_form(endpoint.model, target=settings.target):
-            wanted = endpoint.answer({name: rows})
-        compare(wanted, tolerance=settings.tolerance)
-    parity = compare(endpoint.answer({name: rows}), tolerance=settings.allowed)
-    return describe_file(
-        path, "ids", ids.shape[1], {name: spec}, settings, (answers, facts, parity)
-    )
+        compare(plan.answer(rows, plan.device), tolerance=plan.tolerance)
+    parity = compare(plan.answer(rows), tolerance=plan.allowed)
+    run = (answers, facts, parity)
+    file = describe_file(path, "ids", padded.length, {name: spec}, plan, contents, run)
+    return Written(file, model, contents)
 
 
 def trace(
@@ -143,7 +111,7 @@ def trace(
 def convert(
     graph: Path,
     signature_name: str,
-    quantization: str | None,
+    quantization: Quantization | None,
     notes: Sequence[str],
     *,
     custom: bool = False,
@@ -161,7 +129,7 @@ def convert(
         str(graph), signature_keys=[signature_name]
     )
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    # With Flex operations besides, tensorflow-text's would become such too.
+    # If Flex operations were allowed, tensorflow-text's would become such too.
     converter.allow_custom_ops = custom
     ask_converter(converter, quantization)
     try:
@@ -176,10 +144,16 @@ def convert(
         ) from error
 
 
-def _check_operators(content: bytes, target: str) -> None:
-    """Refuses a file whose operators `target` refuses or computes wrongly."""
-    found = findings(operators_of(read_graphs(content)), cast("Target", target))
-    errors = [str(finding) for finding in found if finding.severity == "error"]
+def _check_contents(contents: Contents, target: Target) -> None:
+    """Refuses a file that needs more than LiteRT, or that `target` computes wrongly."""
+    if contents.custom or contents.dynamic:
+        raise ValueError(
+            "`model` does not convert to builtin operations of fixed shape. Received: "
+            f"custom operations {list(contents.custom)}, "
+            f"tensors of free shape {list(contents.dynamic)}"
+        )
+    broken = findings(contents.operators, target)
+    errors = [str(finding) for finding in broken if finding.severity == "error"]
     if errors:
         raise ValueError(
             f"`model` does not convert to operators that `target={target!r}` runs "
@@ -188,11 +162,11 @@ def _check_operators(content: bytes, target: str) -> None:
 
 
 def run_litert(
-    path: Path, cases: Sequence[Arrays], settings: Settings, kind: str = "tflite"
+    path: Path, cases: Sequence[Arrays], plan: Plan, kind: str = "tflite"
 ) -> tuple[list[Arrays], dict[str, Any]]:
     """Runs the file in LiteRT, in a fresh process; see `keras_mha.export.runtimes`."""
-    file = File(path, kind, settings.signature_name)
-    return run_in_fresh_process(LITERT, file, cases, timeout=settings.timeout)
+    file = File(path, kind, plan.signature_name)
+    return run_in_fresh_process(LITERT, file, cases, timeout=plan.timeout)
 
 
 def compare_runs(
@@ -225,39 +199,38 @@ def describe_file(
     kind: Literal["ids", "text", "mediapipe"],
     length: int,
     inputs: Specs,
-    settings: Settings,
-    found: tuple[Sequence[Arrays], Mapping[str, Any], Parity],
+    plan: Plan,
+    contents: Contents,
+    run: tuple[Sequence[Arrays], Mapping[str, Any], Parity],
     mediapipe: MediaPipeCheck | None = None,
 ) -> TFLiteFile:
-    """What the report says of a file.
+    """Puts together what the report says of a file.
 
     Args:
         path: The file.
         kind: Its kind.
         length: The fixed length of its ids.
         inputs: What its inputs hold.
-        settings: Those of the export.
-        found: Its answers in LiteRT, facts about the runtime, and the comparison.
+        plan: That of the export.
+        contents: What the file holds.
+        run: Its answers in LiteRT, facts about the runtime, and the comparison.
         mediapipe: The comparison in MediaPipe.
     """
-    answers, facts, parity = found
-    content = path.read_bytes()
-    contents = read_contents(content)
-    builtin = {n: count for n, count in contents.operators.items() if n != "CUSTOM"}
+    answers, facts, parity = run
     return TFLiteFile(
         path=str(path),
         kind=kind,
         sequence_length=length,
-        batch_size=settings.batch_size,
+        batch_size=plan.batch_size,
         size_bytes=size_of(path),
         inputs=tensor_infos(inputs),
         outputs=tuple(
             TensorInfo(name, array.dtype.name, array.shape)
             for name, array in sorted(answers[0].items())
         ),
-        operators=builtin,
+        operators=contents.builtin,
         custom_operations=contents.custom,
-        min_runtime_version=min_runtime_version(content),
+        min_runtime_version=contents.min_runtime_version,
         delegate_partitions=facts["delegate_partitions"],
         parity=parity,
         mediapipe=mediapipe,
@@ -265,7 +238,8 @@ def describe_file(
 
 
 def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cuts rows into batches, the last one filled up with its own last row."""
+    """Cuts rows into batches; repeats the last row to fill the last batch."""
     filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
-    own = filled if filled.dtype.kind == "O" else filled.astype(np.int32)
-    return [own[i : i + size] for i in range(0, len(own), size)]
+    if filled.dtype.kind != "O":
+        filled = filled.astype(np.int32)
+    return [filled[i : i + size] for i in range(0, len(filled), size)]

@@ -1,16 +1,17 @@
-"""The graphs of a TFLite file as values, read in a process of their own."""
+"""The contents of TFLite files as values."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keras_mha.export.parity import VerificationError
 from keras_mha.export.report import TensorInfo
-from keras_mha.export.runtimes import fresh_process, tflite_graph
+from keras_mha.export.runtimes import fresh_process, tflite_schema
 from keras_mha.export.runtimes.descriptor import File
 
 
@@ -19,7 +20,7 @@ class Tensor(TensorInfo):
     """A tensor in a graph.
 
     Attributes:
-        constant: Whether its values stand in the file.
+        constant: Whether the file holds its values.
         is_input: Whether it is one of its graph's inputs.
         scales: How many it was rounded by, if at all: 1, or one for each slice.
     """
@@ -35,7 +36,7 @@ class Tensor(TensorInfo):
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether one of its sizes is known at run time alone."""
+        """Whether one of its sizes is known at run time only."""
         return None in (self.shape or ())
 
 
@@ -65,28 +66,43 @@ class Operator:
     merges: str
 
 
-def read_operators(path: Path, *, timeout: float) -> tuple[Operator, ...]:
-    """Reads the operators of all graphs of the file at `path`, in their order.
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a file.
 
-    See `read_graphs`.
+    Attributes:
+        operators: The operators of all graphs, in their order.
+        dynamic: Names of tensors with a size that is known at run time only.
+        min_runtime_version: The oldest TensorFlow Lite that has the operators, as the
+            file says itself; empty where it does not.
     """
-    return operators_of(read_graphs(path, timeout=timeout))
 
+    operators: tuple[Operator, ...]
+    dynamic: tuple[str, ...]
+    min_runtime_version: str
 
-def read_graphs(path: Path, *, timeout: float) -> list[dict[str, Any]]:
-    """All graphs of the file at `path`; see `read_file`."""
-    return read_file(path, timeout=timeout)["graphs"]
+    @property
+    def builtin(self) -> dict[str, int]:
+        """How often each builtin operator occurs, most frequent first."""
+        names = (one.name for one in self.operators if one.name != "CUSTOM")
+        return dict(Counter(names).most_common())
+
+    @property
+    def custom(self) -> tuple[str, ...]:
+        """Names of the operators that are not built in."""
+        names = (one.custom for one in self.operators if one.name == "CUSTOM")
+        return tuple(dict.fromkeys(names))
 
 
 def read_file(path: Path, *, timeout: float) -> dict[str, Any]:
-    """Reads the file at `path`, as the runtime `tflite_graph` does.
+    """Reads the file at `path`; see `keras_mha.export.runtimes.tflite_schema.describe`.
 
     The file need not be trusted: a fresh process reads it, in bounded time and memory.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ImportError: If ai-edge-litert is not installed.
-        ValueError: If it is no TFLite file, or a broken one.
+        ValueError: If it is not a TFLite file, or a broken one.
     """
     if importlib.util.find_spec("ai_edge_litert") is None:
         raise ImportError(
@@ -98,7 +114,7 @@ def read_file(path: Path, *, timeout: float) -> dict[str, Any]:
         raise ValueError(f"{path} must be a file, which it is not")
     try:
         _, facts = fresh_process.run_in_fresh_process(
-            tflite_graph.RUNTIME, File(path, "tflite"), [], timeout=timeout
+            tflite_schema.RUNTIME, File(path, "tflite"), [], timeout=timeout
         )
     except VerificationError as error:
         raise ValueError(f"{path} cannot be read as a TFLite file: {error}") from error
@@ -107,10 +123,22 @@ def read_file(path: Path, *, timeout: float) -> dict[str, Any]:
     return facts
 
 
-def operators_of(graphs: Sequence[Mapping[str, Any]]) -> tuple[Operator, ...]:
-    """The operators of `graphs`, as the runtime `tflite_graph` describes them."""
-    return tuple(
-        operator for i, graph in enumerate(graphs) for operator in _operators(i, graph)
+def contents_of(facts: Mapping[str, Any]) -> Contents:
+    """Says what a file holds, from what `tflite_schema.describe` says of it."""
+    graphs = facts["graphs"]
+    return Contents(
+        operators=tuple(
+            operator
+            for number, graph in enumerate(graphs)
+            for operator in _operators(number, graph)
+        ),
+        dynamic=tuple(
+            tensor["name"]
+            for graph in graphs
+            for tensor in graph["tensors"]
+            if -1 in tensor["shape"]
+        ),
+        min_runtime_version=facts["min_runtime_version"],
     )
 
 

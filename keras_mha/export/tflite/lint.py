@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from keras_mha.export.device.form import Target
 from keras_mha.export.parity import check_timeout
 from keras_mha.export.report import TensorInfo
-from keras_mha.export.tflite.graph import Operator, Tensor, read_operators
+from keras_mha.export.tflite.graph import Operator, Tensor, contents_of, read_file
 
-Target = Literal["cpu", "gpu"]
 Severity = Literal["error", "warning"]
 
 # What the GPU delegate takes over and answers as the CPU does.
@@ -52,7 +52,7 @@ class Finding:
         rule: The rule's name.
         severity: `"error"` where the file will not run on the target, or not rightly;
             `"warning"` where it needs care.
-        operator: The operator's name in TFLite's schema; a custom one's own name.
+        operator: The operator's name in TFLite's schema; a custom one's name.
         subgraph: Number of its graph in the file; the first is 0.
         index: Its number in that graph; the first is 0.
         inputs: The tensors that it reads.
@@ -88,7 +88,7 @@ def lint_tflite(
     """Finds the operators in the file at `path` that `target` does not run rightly.
 
     The file is read and not run. It need not be trusted: a fresh process reads it. No
-    finding does not mean that the values are right, which a run alone shows.
+    finding does not mean that the values are right, which only a run shows.
 
     Args:
         path: A TFLite file.
@@ -102,7 +102,7 @@ def lint_tflite(
     Raises:
         FileNotFoundError: If there is no file at `path`.
         ImportError: If ai-edge-litert is not installed.
-        ValueError: If an argument is out of its domain, or the file is no TFLite
+        ValueError: If an argument is out of its domain, or the file is not a TFLite
             file, corrupt or cut off, or takes longer than `timeout` to read.
 
     Example:
@@ -132,7 +132,8 @@ def lint_tflite(
     if target not in ("cpu", "gpu"):
         raise ValueError(f'`target` must be "cpu" or "gpu". Received: {target!r}')
     check_timeout(timeout)
-    return findings(read_operators(Path(path), timeout=timeout), target)
+    contents = contents_of(read_file(Path(path), timeout=timeout))
+    return findings(contents.operators, target)
 
 
 def findings(operators: Iterable[Operator], target: Target) -> tuple[Finding, ...]:
@@ -250,7 +251,7 @@ def _is_misread(constant: Tensor, activation: Tensor) -> bool:
     """Whether the delegate lays the two out in different orders.
 
     An activation's axes are to it B, BC, BWC or BHWC by their number; a constant's are
-    C, WC, HWC or BHWC. They agree on the last axes alone, all of them from rank 4 on.
+    C, WC, HWC or BHWC. They agree only on the last axes, all of them from rank 4 on.
     Integers are not laid out so.
     """
     if activation.dtype in ("bool", "int32", "int64") or activation.rank > 3:
@@ -283,7 +284,7 @@ RULES = (
         {"cpu": "error"},
         _is_off_the_cpu_list,
         "The operator is not among those that LiteRT's interpreter has built in. "
-        "Convert with builtin operators alone, or update ai-edge-litert.",
+        "Convert with builtin operators only, or update ai-edge-litert.",
     ),
     Rule(
         "gpu-operator",
@@ -298,7 +299,7 @@ RULES = (
         {"cpu": "error", "gpu": "error"},
         _is_flex,
         "Flex operators run only where TensorFlow is linked in. Convert with "
-        "TFLITE_BUILTINS alone, without SELECT_TF_OPS.",
+        "TFLITE_BUILTINS only, without SELECT_TF_OPS.",
     ),
     Rule(
         "custom-operator",
@@ -320,7 +321,7 @@ RULES = (
         "dynamic-shape",
         {"cpu": "warning", "gpu": "error"},
         _starts_a_dynamic_shape,
-        "A size is known at run time alone: the GPU delegate refuses the graph or "
+        "A size is only known at run time: the GPU delegate refuses the graph or "
         "keeps the size it assumed, and the CPU's runs it in parts. Export a file for "
         "each length, with a TensorSpec of fixed batch and length.",
     ),
@@ -334,14 +335,14 @@ RULES = (
         "gather-rank",
         {"gpu": "error"},
         _gathers_by_ids_not_of_rank_1,
-        "The GPU delegate gathers by ids of rank 1 alone. Reshape the ids to one axis, "
+        "The GPU delegate only gathers by ids of rank 1. Reshape the ids to one axis, "
         "look up (`one_hot(ids) @ table` becomes EMBEDDING_LOOKUP), and reshape back.",
     ),
     Rule(
         "embedding-scale",
         {"gpu": "error"},
         _looks_up_rows_of_one_scale,
-        "The GPU delegate knows scales of single rows alone and answers with zeros for "
+        "The GPU delegate only knows scales of single rows and answers with zeros for "
         "all rows but the first, without a word. Export with `target='gpu'`, which "
         "gives each row its scale.",
     ),
@@ -364,16 +365,16 @@ RULES = (
         _combines_with_a_misread_constant,
         "The GPU delegate reads the constant in another order than the activation and "
         "answers wrongly without a word: an activation of rank 2 takes constants along "
-        "its last axis alone, one of rank 3 along its last two. Reshape the activation "
+        "its last axis only, one of rank 3 along its last two. Reshape the activation "
         "to [1, S, D], and keep it so by an operation on that rank, as a product with "
-        "a mask [1, S, 1]; the converter folds a reshape alone away.",
+        "a mask [1, S, 1]; the converter folds a lone reshape away.",
     ),
     Rule(
         "split-merge",
         {"gpu": "error"},
         _merges_a_split,
         "The GPU delegate answers wrongly without a word where all parts of a SPLIT go "
-        "to one operator that is no product. Cut the parts by slices x[:, :, a:b].",
+        "to one operator that is not a product. Cut the parts by slices x[:, :, a:b].",
     ),
     Rule(
         "int8-attention",

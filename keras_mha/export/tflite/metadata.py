@@ -1,30 +1,29 @@
-"""Labels and a tokenizer in a TFLite file, as MediaPipe's TextClassifier reads them.
-
-Source: "TensorFlow Lite metadata", schema M001, whose fields are counted here in the
-order of that schema.
-"""
+"""Labels and a tokenizer in a TFLite file, as MediaPipe's TextClassifier reads them."""
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from flatbuffers import Builder
+import numpy as np
 
-from keras_mha.export.tflite.edit import unpack, with_inputs, with_metadata
+from keras_mha.export.runtimes import tflite_schema
+from keras_mha.export.tflite.edit import copied
+
+if TYPE_CHECKING:
+    from keras_mha.text import WordpieceTokenizer
 
 LABELS, VOCABULARY = "labels.txt", "vocab.txt"
-_IDENTIFIER = b"M001"
+_PAD, _UNKNOWN = "<PAD>", "<UNKNOWN>"
 # The oldest reader of metadata that knows regular expressions.
 _PARSER = "1.2.1"
-# Values of the schema's enumerations and unions.
-_AXIS_LABELS, _VOCABULARY_FILE = 2, 5
-_BERT, _REGEX = 4, 6
-_PAD, _START, _UNKNOWN = "<PAD>", "<START>", "<UNKNOWN>"
-# MediaPipe finds these three inputs by the names in the metadata.
-_IDS, _MASK, _SEGMENTS = "ids", "mask", "segment_ids"
+# MediaPipe also gives the model these inputs, by name.
+_MASK, _SEGMENTS = "mask", "segment_ids"
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,18 @@ class BertMetadata:
     | Unicode's spaces, `U+00A0`, `U+3000` | part words | belong to the word |
     | control characters, `U+000B` | part words or are dropped | belong to the word |
     | NUL | parts words | the text ends |
-    | bytes that are no UTF-8 | unknown words | refused |
+    | bytes that are not UTF-8 | unknown words | refused |
 
     Args:
         labels: The names of the classes, in the order of the model's outputs.
         vocabulary: The tokens in the order of their ids, with `[PAD]`, `[UNK]`, `[CLS]`
             and `[SEP]`, as a `WordpieceTokenizer` takes them. For a model of texts
-            leave it out: its own tokenizer's is taken.
+            leave it out: its tokenizer has one.
         texts: What the samples' ids were made from, one text for each row. For a model
             of texts leave it out: the samples are the texts.
 
     Raises:
-        TypeError: If an argument is no sequence of strings.
+        TypeError: If an argument is not a sequence of strings.
         ValueError: If labels or tokens are repeated, empty or of several lines, or the
             vocabulary lacks a special token.
 
@@ -84,7 +83,7 @@ class RegexMetadata:
     MediaPipe gives such a file `<START>`, if the vocabulary has it, and the ids of the
     words, cut off at the file's length. It changes no letter: "Good" is not "good". In
     RE2, `\w` is an ASCII letter, digit or underscore. A text ends at its first NUL, and
-    bytes that are no UTF-8 are refused.
+    bytes that are not UTF-8 are refused.
 
     Args:
         labels: The names of the classes, in the order of the model's outputs.
@@ -94,7 +93,8 @@ class RegexMetadata:
         delimiter: A pattern of what stands between words, in the language of RE2.
 
     Raises:
-        TypeError: If an argument is no sequence of strings, or the delimiter no string.
+        TypeError: If an argument is not a sequence of strings, or the delimiter not a
+            string.
         ValueError: If labels or words are repeated or empty, a word has white space in
             it, the vocabulary lacks a special word, or the delimiter is empty.
 
@@ -136,12 +136,90 @@ class RegexMetadata:
 Metadata = BertMetadata | RegexMetadata
 
 
-def associated_files(metadata: Metadata) -> dict[str, bytes]:
-    """The files that a file with this metadata has in it, by name."""
-    words = metadata.vocabulary or ()
+def check_metadata(metadata: Any, batch_size: int) -> None:
+    """Refuses what is not metadata, and where it cannot be written.
+
+    Raises:
+        ImportError: If mediapipe is not installed.
+        TypeError: If it is not metadata.
+        ValueError: If the files are for several rows.
+    """
+    if not isinstance(metadata, BertMetadata | RegexMetadata):
+        raise TypeError(
+            "`metadata` must be a BertMetadata or a RegexMetadata. Received: "
+            f"{metadata!r} of type {type(metadata).__name__}"
+        )
+    if batch_size != 1:
+        raise ValueError(
+            "`metadata` is for files of one row, as MediaPipe runs them. Received: "
+            f"batch_size={batch_size}"
+        )
+    if importlib.util.find_spec("mediapipe") is None:
+        raise ImportError(
+            "`metadata` needs mediapipe, which writes it and runs the file before it "
+            "is published: pip install 'keras-mha[mediapipe]'"
+        )
+
+
+def check_labels(metadata: Metadata, answer: Mapping[str, np.ndarray]) -> None:
+    """Refuses labels that are not one for each score in a model's answer to a row."""
+    shapes = {name: (array.dtype.name, array.shape) for name, array in answer.items()}
+    if list(shapes.values()) != [("float32", (1, len(metadata.labels)))]:
+        raise ValueError(
+            f"`metadata` has {len(metadata.labels)} labels, for a model with one "
+            f"float32 output of shape (B, {len(metadata.labels)}). Received a model "
+            f"with the outputs {shapes}"
+        )
+
+
+def with_tokenizer(
+    metadata: Metadata, tokenizer: WordpieceTokenizer, texts: np.ndarray
+) -> Metadata:
+    """Completes the metadata of a model of texts by its tokenizer and its samples.
+
+    Raises:
+        ValueError: If the metadata names them itself, or the tokenizer cuts texts in
+            another way than MediaPipe's.
+    """
     if isinstance(metadata, RegexMetadata):
-        words = [f"{word} {number}" for number, word in enumerate(words)]
-    return {LABELS: lines(metadata.labels), VOCABULARY: lines(words)}
+        raise ValueError(
+            "`metadata` must be a BertMetadata where the model has a tokenizer, "
+            "which is one of wordpieces. Received: a RegexMetadata"
+        )
+    for name in ("vocabulary", "texts"):
+        if getattr(metadata, name) is not None:
+            raise ValueError(
+                f"`metadata` must leave out `{name}` where the model has a "
+                "tokenizer, which tells it. Received: one of "
+                f"{len(getattr(metadata, name))} strings"
+            )
+    if not tokenizer.lowercase:
+        raise ValueError(
+            "`metadata` is for a tokenizer with `lowercase=True`: MediaPipe's "
+            "lowers letters. Received a model whose tokenizer has lowercase=False"
+        )
+    # Bytes that are not UTF-8 stand for themselves until MediaPipe refuses them.
+    decoded = [text.decode("utf-8", "surrogateescape") for text in texts.flat]
+    return replace(metadata, vocabulary=tokenizer.get_vocabulary(), texts=decoded)
+
+
+def check_complete(metadata: Metadata, samples: int) -> None:
+    """Refuses metadata of a model of ids without a vocabulary, or a text a sample."""
+    if metadata.vocabulary is None or metadata.texts is None:
+        raise ValueError(
+            "`metadata` must hold `vocabulary` and `texts` for a model of ids. "
+            f"Received: vocabulary={_brief(metadata.vocabulary)} and "
+            f"texts={_brief(metadata.texts)}"
+        )
+    if len(metadata.texts) != samples:
+        raise ValueError(
+            "`metadata` must hold in `texts` one text for each of the samples. "
+            f"Received: {len(metadata.texts)} texts and {samples} samples"
+        )
+
+
+def _brief(items: Sequence[str] | None) -> str:
+    return "None" if items is None else f"{len(items)} strings"
 
 
 def lines(items: Sequence[str]) -> bytes:
@@ -149,29 +227,71 @@ def lines(items: Sequence[str]) -> bytes:
     return "".join(f"{item}\n" for item in items).encode()
 
 
-def add_metadata(content: bytes, metadata: Metadata, name: str) -> bytes:
-    """The file with `metadata`, and with the inputs that MediaPipe gives such a file.
-
-    Args:
-        content: A file with one graph, one input of ids, and one output.
-        metadata: With a vocabulary.
-        name: The model's name.
-    """
-    model = unpack(content)
-    if isinstance(metadata, BertMetadata):
-        with_inputs(model, [_MASK, _SEGMENTS])
-    return with_metadata(model, _encode(metadata, name), associated_files(metadata))
-
-
 def further_inputs(metadata: Metadata, ids: Any) -> dict[str, Any]:
-    """What `add_metadata` lets a file take beside the ids, for these ids."""
+    """Returns what a file with `metadata` takes in addition to these ids."""
     if isinstance(metadata, RegexMetadata):
         return {}
     return {_MASK: (ids != 0).astype(ids.dtype), _SEGMENTS: 0 * ids}
 
 
+def add_metadata(ids_model: Any, metadata: Metadata, name: str) -> bytes:
+    """Writes a file with `metadata`, and with the inputs that MediaPipe gives it.
+
+    MediaPipe's own classes make the metadata. Its `MetadataWriter` would also put it
+    into the file, but cannot be imported from the wheel of mediapipe 1.2.3, which lacks
+    a part of it, and does not align the weights.
+
+    Args:
+        ids_model: A `ModelT` with one graph, one input of ids, and one output.
+        metadata: With a vocabulary.
+        name: The model's name.
+    """
+    model = copied(ids_model)
+    words = metadata.vocabulary or ()
+    if isinstance(metadata, BertMetadata):
+        tflite_schema.add_unread_inputs(model, (_MASK, _SEGMENTS))
+    else:
+        words = [f"{word} {number}" for number, word in enumerate(words)]
+    tflite_schema.add_mediapipe_metadata(model, _encode(metadata, name))
+    content = io.BytesIO()
+    content.write(tflite_schema.pack(model))
+    files = {LABELS: lines(metadata.labels), VOCABULARY: lines(words)}
+    with zipfile.ZipFile(content, "a") as archive:
+        for file, data in files.items():
+            # With a fixed date, the same model always gives the same file.
+            archive.writestr(zipfile.ZipInfo(file), data)
+    return content.getvalue()
+
+
+def _encode(metadata: Metadata, name: str) -> bytes:
+    """Packs the metadata as MediaPipe reads it."""
+    from flatbuffers import Builder
+    from mediapipe.tasks.metadata import metadata_schema_py_generated as schema
+    from mediapipe.tasks.python.metadata.metadata_writers import metadata_info as info
+
+    graph: Any = schema.SubGraphMetadataT()
+    if isinstance(metadata, BertMetadata):
+        names = ("ids", _MASK, _SEGMENTS)
+        inputs = [info.TensorMd(name=each) for each in names]
+        graph.inputProcessUnits = [info.BertTokenizerMd(VOCABULARY).create_metadata()]
+    else:
+        words = info.RegexTokenizerMd(metadata.delimiter, VOCABULARY)
+        inputs = [info.InputTextTensorMd("ids", tokenizer_md=words)]
+    scores = info.ClassificationTensorMd(
+        name="score", label_files=[info.LabelFileMd(LABELS)]
+    )
+    graph.inputTensorMetadata = [each.create_metadata() for each in inputs]
+    graph.outputTensorMetadata = [scores.create_metadata()]
+    model: Any = info.GeneralMd(name=name).create_metadata()
+    model.minParserVersion = _PARSER
+    model.subgraphMetadata = [graph]
+    builder = Builder(1024)
+    builder.Finish(model.Pack(builder), b"M001")
+    return bytes(builder.Output())
+
+
 def _freeze(metadata: Metadata) -> None:
-    """Turns lists into tuples, which nobody can change, and checks what is in them."""
+    """Turns lists into tuples, which nobody can change, and checks their items."""
     for name in ("labels", "vocabulary", "texts"):
         items = getattr(metadata, name)
         if items is None:
@@ -221,57 +341,3 @@ def _check_special(first: str, others: Sequence[str], words: Sequence[str]) -> N
         raise ValueError(
             f"`vocabulary` must contain {list(others)}. Missing: {missing}"
         )
-
-
-class _Table:
-    """A table of the metadata, by the numbers of its fields.
-
-    Strings, tables and lists of tables are values; integers are single bytes.
-    """
-
-    def __init__(self, fields: Mapping[int, Any]) -> None:
-        self._fields = fields
-
-    def write(self, builder: Builder) -> int:
-        """Writes what the table refers to, then the table; returns where it is."""
-        places = {key: _write(builder, value) for key, value in self._fields.items()}
-        builder.StartObject(max(places) + 1)
-        for field, place in places.items():
-            if isinstance(self._fields[field], int):
-                builder.PrependUint8Slot(field, place, 0)
-            else:
-                builder.PrependUOffsetTRelativeSlot(field, place, 0)
-        return builder.EndObject()
-
-
-def _write(builder: Builder, value: Any) -> int:
-    if isinstance(value, int):
-        return value
-    if isinstance(value, str):
-        return builder.CreateString(value)
-    if isinstance(value, _Table):
-        return value.write(builder)
-    places = [item.write(builder) for item in value]
-    builder.StartVector(4, len(places), 4)
-    for place in reversed(places):
-        builder.PrependUOffsetTRelative(place)
-    return builder.EndVector()
-
-
-def _encode(metadata: Metadata, name: str) -> bytes:
-    """The metadata's flatbuffer."""
-    vocabulary = _Table({0: VOCABULARY, 2: _VOCABULARY_FILE})
-    labels = _Table({0: LABELS, 2: _AXIS_LABELS})
-    output = _Table({0: "score", 6: [labels]})
-    if isinstance(metadata, BertMetadata):
-        unit = _Table({0: _BERT, 1: _Table({0: [vocabulary]})})
-        inputs = [_Table({0: given}) for given in (_IDS, _MASK, _SEGMENTS)]
-        graph = _Table({2: inputs, 3: [output], 5: [unit]})
-    else:
-        options = _Table({0: metadata.delimiter, 1: [vocabulary]})
-        unit = _Table({0: _REGEX, 1: options})
-        graph = _Table({2: [_Table({0: _IDS, 4: [unit]})], 3: [output]})
-    builder = Builder(1024)
-    model = _Table({0: name, 3: [graph], 7: _PARSER})
-    builder.Finish(model.write(builder), _IDENTIFIER)
-    return bytes(builder.Output())

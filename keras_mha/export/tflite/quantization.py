@@ -1,4 +1,4 @@
-"""The ways in which a TFLite file's numbers are made smaller.
+"""Ways to shrink the numbers of a TFLite file.
 
 | name | weights | activations |
 | --- | --- | --- |
@@ -19,32 +19,35 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import tensorflow as tf
 
+Quantization: TypeAlias = Literal["float16", "dynamic_int8", "int8_dense"]
 # Largest difference of a probability from the float model's that is allowed if the
 # caller allows no other.
 TOLERANCES = {"float16": 2e-3, "dynamic_int8": 0.05, "int8_dense": 0.05}
 
 
-def check_quantization(quantization: str | None, representative_data: Any) -> None:
-    """Refuses what is no way of quantizing, and data that it needs or cannot use.
+def check_quantization(
+    quantization: Quantization | None, representative_data: Any
+) -> None:
+    """Refuses an unknown way of quantizing, and data that it lacks or cannot use.
 
     Raises:
         ImportError: If litert-quantizer is needed and not installed.
         ValueError: Otherwise.
     """
-    if quantization is not None and quantization not in TOLERANCES:
+    if quantization is not None and quantization not in get_args(Quantization):
         raise ValueError(
-            f"`quantization` must be None or one of {list(TOLERANCES)}. "
+            f"`quantization` must be None or one of {list(get_args(Quantization))}. "
             f"Received: quantization={quantization!r}"
         )
     if (representative_data is not None) != (quantization == "int8_dense"):
         raise ValueError(
-            "`representative_data` is needed for quantization='int8_dense', and for "
-            "that alone: it tells the range of the activations. Received: "
+            "`representative_data` is needed for quantization='int8_dense', and only "
+            "there: it tells the range of the activations. Received: "
             f"quantization={quantization!r} and representative_data="
             f"{'None' if representative_data is None else 'rows of ids'}"
         )
@@ -58,7 +61,7 @@ def check_quantization(quantization: str | None, representative_data: Any) -> No
         )
 
 
-def ask_converter(converter: Any, quantization: str | None) -> None:
+def ask_converter(converter: Any, quantization: Quantization | None) -> None:
     """Sets up a `tf.lite.TFLiteConverter` for what it can do by itself."""
     if quantization in ("dynamic_int8", "float16"):
         converter.optimizations = [tf.lite.Optimize.DEFAULT]

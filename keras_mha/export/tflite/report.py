@@ -24,8 +24,8 @@ class MediaPipeCheck(ReportPart):
     the model gives for the ids that MediaPipe made of it.
 
     Attributes:
-        status: `"ok"`, or `"not run"` where mediapipe is not installed.
-        reason: What to install; empty where it was run.
+        status: `"ok"`: a file that MediaPipe has not run is not published.
+        reason: Empty.
         texts: Number of texts.
         same_ids: Number of texts that MediaPipe cuts into the ids of the samples.
         other_ids: The first texts that it cuts otherwise, as Python writes them.
@@ -110,11 +110,11 @@ class TFLiteReport(ExportReport):
 
     Attributes:
         signature_name: The name of the signature in every file.
-        quantization: How the files' numbers were made smaller, or `None`.
+        quantization: How the files were shrunk, or `None`.
         target: What the files are for.
         notes: One sentence for each layer that was exported as it is.
         files: One entry for each file, by length and kind.
-        companions: The paths of what stands beside them: `vocab.txt` and `labels.txt`
+        companions: The paths of the other files: `vocab.txt` and `labels.txt`
             where they are known, `manifest.json`, and snippets of code.
     """
 

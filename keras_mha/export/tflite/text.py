@@ -1,6 +1,6 @@
 """Writes a TFLite file that takes strings: a tokenizer before a model of ids.
 
-The tokenizer's operations are tensorflow-text's, which an interpreter must be given:
+The tokenizer's operations are tensorflow-text's, which the interpreter must get:
 in Python `InterpreterWithCustomOps(custom_op_registerers=SELECT_TFTEXT_OPS)`, on a
 device the C++ library of the same package. All others are built in; none is Flex. The
 model behind it is the one of the file of ids, operator for operator and weight for
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from keras_mha.export.runtimes.litert import registrar
-from keras_mha.export.tflite.counts import read_contents
+from keras_mha.export.runtimes import tflite_schema
 from keras_mha.export.tflite.edit import join
 from keras_mha.export.tflite.file import (
-    Settings,
+    Written,
     batches,
     compare_runs,
     convert,
@@ -27,8 +26,9 @@ from keras_mha.export.tflite.file import (
     run_litert,
     trace,
 )
+from keras_mha.export.tflite.graph import contents_of
+from keras_mha.export.tflite.plan import Padded, Plan
 from keras_mha.export.tflite.report import TFLiteFile
-from keras_mha.export.tflite.source import TextModel
 from keras_mha.export.tokens import INPUT
 
 if TYPE_CHECKING:
@@ -39,37 +39,25 @@ OPERATIONS = frozenset(
 )
 
 
-def check_text(target: str) -> None:
-    """Refuses what a file that takes strings cannot be written or run for.
-
-    Raises:
-        ImportError: If tensorflow-text is not installed, or not for LiteRT.
-        ValueError: If the target is the GPU.
-    """
-    if target == "gpu":
-        raise ValueError(
-            "`text=True` is for the CPU: no GPU takes strings. Received: target='gpu'"
-        )
-    try:
-        registrar()
-    except FileNotFoundError as error:
-        raise ImportError(str(error)) from error
-
-
 def write_text_file(
-    model: TextModel, ids_file: TFLiteFile, path: Path, settings: Settings
+    plan: Plan, padded: Padded, of_ids: Written, path: Path
 ) -> TFLiteFile:
-    """Writes the file at `path`, checks it, and says what it found.
+    """Writes the file of one length at `path`, and checks it.
 
     Args:
-        model: The model of texts.
-        ids_file: The file of the model of ids in it.
+        plan: That of the export, with a model of texts.
+        padded: The length.
+        of_ids: The file of the model of ids in it.
         path: Where to write.
-        settings: Those of the export.
+
+    Returns:
+        What the report says of it.
     """
-    length = ids_file.sequence_length
+    model, length = plan.text_model, padded.length
+    if model is None:
+        raise TypeError("`plan` must have a model of texts")
     (name,) = model.endpoint.inputs
-    shape = (settings.batch_size, *model.texts.shape[1:])
+    shape = (plan.batch_size, *model.texts.shape[1:])
     spec = tf.TensorSpec(shape, tf.string, name)
     graph = path.with_suffix("")
     tokenizer = _of_length(model.tokenizer, length)
@@ -78,31 +66,34 @@ def write_text_file(
         ids = tokenizer(texts)
         ids = tf.pad(ids, [[0, 0], [0, length - tokenizer.max_length]])
         # The converter forgets what shape that has.
-        return {INPUT: tf.reshape(ids, (settings.batch_size, length))}
+        return {INPUT: tf.reshape(ids, (plan.batch_size, length))}
 
-    trace(tokenize, spec, graph, settings.signature_name, tokenizer)
-    front = convert(graph, settings.signature_name, None, (), custom=True)
-    foreign = set(read_contents(front).custom) - OPERATIONS
+    trace(tokenize, spec, graph, plan.signature_name, tokenizer)
+    front = convert(graph, plan.signature_name, None, (), custom=True)
+    joined = join(tflite_schema.unpack(front), of_ids.model)
+    content = tflite_schema.pack(joined)
+    contents = contents_of(tflite_schema.describe(joined, len(content)))
+    foreign = set(contents.custom) - OPERATIONS
     if foreign:
         raise ValueError(
             "`model` has a tokenizer that this tensorflow-text writes with operations "
             f"that it does not register in TFLite. Received: {sorted(foreign)}"
         )
-    path.write_bytes(join(front, Path(ids_file.path).read_bytes()))
+    path.write_bytes(content)
 
-    runs = batches(model.texts, settings.batch_size)
+    runs = batches(model.texts, plan.batch_size)
     answers, facts = run_litert(
-        path, [{name: texts} for texts in runs], settings, "tflite/text"
+        path, [{name: texts} for texts in runs], plan, "tflite/text"
     )
     parity = compare_runs(
         model.endpoint.answer({name: np.concatenate(runs)}),
         actual=answers,
         facts=facts,
         samples=len(model.texts),
-        tolerance=settings.allowed,
+        tolerance=plan.allowed,
     )
-    found = (answers, facts, parity)
-    return describe_file(path, "text", length, {name: spec}, settings, found)
+    run = (answers, facts, parity)
+    return describe_file(path, "text", length, {name: spec}, plan, contents, run)
 
 
 def _of_length(tokenizer: WordpieceTokenizer, length: int) -> WordpieceTokenizer:

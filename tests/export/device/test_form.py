@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_mha
 from keras_mha.export.device.form import (
     FORMS,
     device_form,
     layers_as_they_are,
-    reads_padded_queries,
     register_device_form,
 )
 from keras_mha.export.device.layers import in_place_of_call
-from keras_mha.export.endpoint import describe
+from keras_mha.export.tflite.plan import reads_padded_queries
 from tests.support.layers import randomize
 
 VOCABULARY, LENGTH, WIDTH = 23, 13, 10
@@ -47,8 +48,7 @@ def tagger(hidden: Hidden, embedding: Any = None) -> keras.Model:
 
 def difference(model: keras.Model, **options: Any) -> float:
     expected = np.asarray(model(ids()))
-    with device_form(model, **options):
-        answer = np.asarray(model(ids()))
+    answer = np.asarray(device_form(model, **options)(ids()))
     assert answer.shape == expected.shape
     assert np.ptp(expected) > 0.1
     return float(np.max(np.abs(answer - expected)) / np.max(np.abs(expected)))
@@ -228,13 +228,98 @@ def test_a_subclassed_model() -> None:
     assert difference(randomize(model)) < 2e-6
 
 
-def test_outside_nothing_has_changed() -> None:
+def test_a_model_without_configuration() -> None:
+    """Layers in lists and dictionaries, and one whose constructor cannot be called."""
+
+    class Stack(keras.Model):
+        def __init__(self, depth: int, secret: Any) -> None:
+            super().__init__()
+            del secret
+            self.embedding = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)
+            self.blocks = [keras_mha.MultiHeadSelfAttention(2) for _ in range(depth)]
+            self.heads = {"dense": keras.layers.Dense(3), "norm": (self.blocks[0],)}
+            self.last = self.finish
+
+        def finish(self, x: Any) -> Any:
+            return self.heads["dense"](self.heads["norm"][0](x))
+
+        def call(self, inputs: Any) -> Any:
+            x = self.embedding(inputs)
+            for block in self.blocks:
+                x = block(x)
+            return self.last(x)
+
+    model = Stack(2, object())
+    model(ids())
+    assert difference(randomize(model)) < 2e-6
+    copied = device_form(model)
+    assert copied.heads["norm"][0] is copied.blocks[0] is not model.blocks[0]
+    assert copied.last.__self__ is copied
+
+
+def snapshot(model: keras.Model) -> list[tuple[Any, ...]]:
+    """Every attribute of every layer and operation, containers with their items."""
+    operations = {id(one): one for one in model._flatten_layers()}
+    for layer in model._flatten_layers():
+        functional = getattr(layer, "_functional", None) or layer
+        operations |= {id(one): one for one in getattr(functional, "operations", ())}
+
+    def items(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: items(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set):
+            return [items(item) for item in value]
+        return id(value)
+
+    return [
+        (id(one), type(one), items(vars(one)), id(type(one).call))
+        for one in operations.values()
+    ]
+
+
+def test_the_model_stays_as_it_is_for_other_threads() -> None:
+    seen: list[tuple[Any, Any]] = []
+    is_built: list[bool] = []
+
+    class Watching(keras.layers.Layer):
+        """Calls the whole model, in another thread, whenever it is traced."""
+
+        def call(self, inputs: Any) -> Any:
+            if is_built and tf.inside_function():
+                thread = threading.Thread(
+                    target=lambda: seen.append((snapshot(model), model(ids()).numpy()))
+                )
+                thread.start()
+                thread.join()
+            return inputs
+
+    def hidden(x: Any) -> Any:
+        x = keras_mha.MultiHeadAttention(2, 5)(x, x)
+        x = keras.layers.MultiHeadAttention(2, 5)(x, x)
+        pooled = keras.layers.GlobalAveragePooling1D()(BLOCK(2, 17)(x))
+        return Watching()(pooled[:, ::-1])
+
+    model = tagger(hidden, keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True))
+    is_built.append(True)
+    expected, before = model(ids()).numpy(), snapshot(model)
+    copied = device_form(model)
+    traced = tf.function(copied.__call__, autograph=False)
+    answer = traced(tf.constant(ids())).numpy()
+    assert len(seen) == 1
+    during, answered = seen[0]
+    assert before == during == snapshot(model)
+    np.testing.assert_array_equal(answered, expected)
+    assert 0 < np.max(np.abs(answer - expected)) < 2e-6 * np.max(np.abs(expected))
+
+
+def test_a_weight_assigned_in_the_model_is_assigned_in_its_form() -> None:
     model = tagger(keras_mha.TransformerEncoderBlock(2, 17))
-    layers = model._flatten_layers()
-    before = [dict(vars(layer)) for layer in layers]
-    with pytest.raises(KeyboardInterrupt), device_form(model):
-        raise KeyboardInterrupt
-    assert [dict(vars(layer)) for layer in layers] == before
+    copied = device_form(model)
+    before = np.asarray(copied(ids()))
+    randomize(model, seed=11)
+    after = np.asarray(copied(ids()))
+    assert np.max(np.abs(after - before)) > 0.1
+    np.testing.assert_allclose(after, model(ids()), atol=1e-5)
 
 
 # Queries that are padding.
@@ -265,10 +350,9 @@ def test_whether_padded_queries_are_read(
     model: Callable[[], keras.Model], read: bool
 ) -> None:
     made = model()
-    endpoint, _ = describe(made, ids())
-    assert reads_padded_queries(endpoint, ids()) is read
+    assert reads_padded_queries(made, None, ids()) is read
     # One sample, without padding, tells as much.
-    assert reads_padded_queries(endpoint, np.full((1, LENGTH), 3, "int32")) is read
+    assert reads_padded_queries(made, None, np.full((1, LENGTH), 3, "int32")) is read
     changed = difference(made, padded_queries_read=False) > 1e-4
     assert changed is read
 
@@ -286,6 +370,24 @@ class Doubled(keras.layers.LayerNormalization):
 def test_a_subclass_with_a_call_of_its_own_stays_as_it_is() -> None:
     model = tagger(Doubled(name="twice"))
     assert layers_as_they_are(model) == ("layer 'twice' (Doubled) has no device form",)
+    assert difference(model) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "base", [keras_mha.MultiHeadAttention, keras.layers.MultiHeadAttention]
+)
+def test_attention_of_other_scores_stays_as_it_is(base: Any) -> None:
+    class Sharper(base):
+        """Computes attention as its base does, with queries twice as long."""
+
+        def _compute_attention(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._compute_attention(query * 2.0, *args, **kwargs)
+
+    layer = Sharper(2, 5, name="sharper")
+    model = tagger(lambda x: layer(x, x))
+    assert layers_as_they_are(model) == (
+        "layer 'sharper' (Sharper) stays as it is: it overrides `_compute_attention`",
+    )
     assert difference(model) < 2e-6
 
 
@@ -370,8 +472,7 @@ def test_int8_layers_are_dequantized_exactly() -> None:
         scale = np.abs(values).max(axis=axes, keepdims=True) / 127
         weight.assign(np.round(values / scale) * scale)
     assert rounded == 14
-    with device_form(model):
-        answer = np.asarray(model(ids()))
+    answer = np.asarray(device_form(model)(ids()))
     expected = np.asarray(plain(ids()))
     assert np.max(np.abs(answer - expected)) < 1e-4
     assert np.max(np.abs(np.asarray(model(ids())) - expected)) > 1e-4

@@ -16,7 +16,6 @@ from keras_mha.export.runtimes import litert_gpu
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.tflite.lint import lint_tflite
-from keras_mha.export.tflite.narrow_tables import with_one_scale_for_narrow_tables
 from tests.export.tflite.test_lint import SPLITS
 from tests.support import tflite_files
 from tests.support.gpu_runs import Answers, run_on_both
@@ -129,7 +128,7 @@ def test_wrong_inputs_are_refused(
 def test_a_table_of_one_scale_is_zeros_after_its_first_row(tmp_path: Path) -> None:
     by_row, by_one = tmp_path / "row.tflite", tmp_path / "one.tflite"
     by_row.write_bytes(tflite_files.lookup())
-    by_one.write_bytes(with_one_scale_for_narrow_tables(by_row.read_bytes()))
+    by_one.write_bytes(tflite_files.with_one_scale(by_row.read_bytes()))
     ids = np.arange(S, dtype="int32")[None]
     good, bad = (run_on_both(path, ids=ids) for path in (by_row, by_one))
     for got in (good, bad):

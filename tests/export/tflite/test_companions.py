@@ -14,7 +14,12 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_mha.export import TFLiteReport, export_tflite
-from keras_mha.export.tflite.edit import join, min_runtime_version, pack, unpack
+from keras_mha.export.runtimes.tflite_schema import (
+    min_runtime_version,
+    pack,
+    unpack,
+)
+from keras_mha.export.tflite.edit import join
 from tests.support import small_models, tflite_files
 
 ROWS = [[3, 1, 4], [1, 5]]
@@ -122,7 +127,7 @@ def test_one_file_behind_another() -> None:
         lambda x: tf.nn.relu(x) * 2.0 + tflite_files.values(5), tflite_files.on((2, 5))
     )
     second = tflite_files.convert(back, tflite_files.on((2, 5)))
-    joined = join(first, second)
+    joined = pack(join(unpack(first), unpack(second)))
     runner = Interpreter(model_content=joined).get_signature_runner()
     given = tflite_files.values(2, 5, seed=9)
     wanted = back(np.maximum(given, 0) * 2 + tflite_files.values(5)).numpy()
@@ -131,18 +136,28 @@ def test_one_file_behind_another() -> None:
     assert list(runner(x=given)) == ["y"]
 
 
+def test_what_is_put_behind_another_stays_as_it_is() -> None:
+    content = tflite_files.convert(tf.nn.gelu, tflite_files.on((2, 5)))
+    back, front = unpack(content), unpack(content)
+    before = pack(back)
+    join(front, back)
+    assert pack(back) == before
+    assert pack(front) != before
+
+
 def test_the_newer_of_two_parts_tells_the_oldest_runtime() -> None:
     plain = tflite_files.convert(tf.nn.relu, tflite_files.on((2, 5)))
     gelu = tflite_files.convert(tf.nn.gelu, tflite_files.on((2, 5)))
-    newer = min_runtime_version(gelu)
-    assert newer != min_runtime_version(plain)
+    newer = min_runtime_version(unpack(gelu))
+    assert newer != min_runtime_version(unpack(plain))
     for parts in ((plain, gelu), (gelu, plain)):
-        assert min_runtime_version(join(*parts)) == newer
+        joined = pack(join(*map(unpack, parts)))
+        assert min_runtime_version(unpack(joined)) == newer
 
 
 def test_taken_apart_and_put_together_a_file_is_the_same() -> None:
     content = tflite_files.convert(
-        tflite_files.classifier, {"ids": ((1, tflite_files.S), "int32")}
+        tflite_files.classify, {"ids": ((1, tflite_files.S), "int32")}
     )
     ids = np.array([[3, 1, 4, 1, 5, 0, 0]], "int32")
     answers = [

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_mha.export.tflite.graph import read_operators
+from keras_mha.export.tflite.graph import Operator, contents_of, read_file
 from keras_mha.export.tflite.lint import GPU_OPERATORS, lint_tflite
 from tests.export.tflite.test_lint import CONTROLS, with_new_axis
 from tests.support import tflite_files
 from tests.support.gpu_runs import Answers, run_on_both
 from tests.support.tflite_files import D, H, N, S, V, convert, on, values
+
+
+def operators_in(path: Path) -> tuple[Operator, ...]:
+    return contents_of(read_file(path, timeout=60.0)).operators
 
 
 def _split(x: Any) -> Any:
@@ -129,7 +133,7 @@ def test_the_operators_of_the_list_are_answered_rightly(
         got = answers(IMAGES[name], x=values(1, 7, 11, 3, seed=9))
     else:
         got = answers(INTEGERS[name], x=np.array([[3, 1, 4, 1, 5, 9, 2]], "int32"))
-    operators = read_operators(tmp_path / "model.tflite", timeout=60.0)
+    operators = operators_in(tmp_path / "model.tflite")
     assert name in [operator.name for operator in operators]
     assert got.facts["fully_accelerated"] is True
     assert np.ptp(got.cpu) > 0
@@ -207,7 +211,7 @@ def test_what_the_rules_refuse_the_delegate_refuses(
     path.write_bytes(make())
     (given,) = {
         (tensor.shape, tensor.dtype)
-        for operator in read_operators(path, timeout=60.0)
+        for operator in operators_in(path)
         for tensor in operator.inputs
         if tensor.is_input
     }
@@ -229,7 +233,7 @@ def test_dense_layers_in_int8_are_answered_as_on_the_cpu(tmp_path: Path) -> None
             **tflite_files.int8_settings(),
         )
     )
-    names = {operator.name for operator in read_operators(path, timeout=60.0)}
+    names = {operator.name for operator in operators_in(path)}
     assert names >= QUANTIZED
     got = run_on_both(path, x=values(1, S, D, seed=77))
     assert got.facts["fully_accelerated"] is True

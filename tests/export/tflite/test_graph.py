@@ -16,22 +16,30 @@ from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import Builder
 
 from keras_mha.export import VerificationError, lint_tflite
-from keras_mha.export.runtimes import tflite_graph
+from keras_mha.export.runtimes import tflite_schema
 from keras_mha.export.tflite import graph
-from keras_mha.export.tflite.graph import operators_of, read_operators
+from keras_mha.export.tflite.graph import contents_of, read_file
 from keras_mha.export.tflite.lint import findings
-from tests.support.tflite_files import S, classifier, convert, edited, on, values
+from tests.support.tflite_files import (
+    S,
+    classify,
+    contents,
+    convert,
+    edited,
+    on,
+    values,
+)
 
 
 @pytest.fixture(scope="module")
 def content() -> bytes:
-    return convert(classifier, {"ids": ((1, S), tf.int32)})
+    return convert(classify, {"ids": ((1, S), tf.int32)})
 
 
 def refuse(path: Path, content: bytes, text: str, **kwargs: Any) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path} cannot be read(?s:.*){text}"):
-        read_operators(path, **({"timeout": 60.0} | kwargs))
+        read_file(path, **({"timeout": 60.0} | kwargs))
 
 
 # What is read.
@@ -46,7 +54,7 @@ def test_operators_and_their_tensors(tmp_path: Path) -> None:
             on((None, 7), tf.int32),
         )
     )
-    gather, relu, strided = read_operators(path, timeout=60.0)
+    gather, relu, strided = contents_of(read_file(path, timeout=60.0)).operators
     assert [one.name for one in (gather, relu, strided)] == [
         "GATHER",
         "RELU",
@@ -72,7 +80,7 @@ def test_half_precision_weights_are_constants() -> None:
         optimizations=[tf.lite.Optimize.DEFAULT],
         target_spec=half_precision(),
     )
-    operators = operators_of(tflite_graph.read_graphs(content))
+    operators = contents(content).operators
     assert [one.name for one in operators] == ["DEQUANTIZE", "RELU", "ADD"]
     assert [one.constant for one in operators[2].inputs] == [False, True]
     assert operators[0].inputs[0].dtype == "float16"
@@ -89,11 +97,11 @@ def half_precision() -> tf.lite.TargetSpec:
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'a'} does not exist"):
-        read_operators(tmp_path / "a", timeout=60.0)
+        read_file(tmp_path / "a", timeout=60.0)
     os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ValueError, match=f"{path} must be a file"):
-            read_operators(path, timeout=60.0)
+            read_file(path, timeout=60.0)
 
 
 def zipped() -> bytes:
@@ -129,10 +137,10 @@ def test_foreign_files_are_refused(
 
 
 def test_a_file_cut_off_anywhere_is_refused(content: bytes) -> None:
-    broken = tflite_graph.BrokenFileError
+    broken = tflite_schema.BrokenFileError
     for end in [*range(8, len(content) - 8, 13), len(content) - 8]:
         with pytest.raises(broken, match="corrupt or cut off|no graph|schema"):
-            tflite_graph.read_graphs(content[:end])
+            tflite_schema.read(content[:end])
 
 
 @pytest.mark.parametrize("offset", [0x7FFFFFF0, 0xFFFFFFF0])
@@ -216,13 +224,13 @@ def test_a_file_that_takes_for_ever_is_given_up(tmp_path: Path) -> None:
 def test_a_file_that_takes_all_memory_is_given_up(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Path(tflite_graph.__file__).read_text("utf-8")
+    source = Path(tflite_schema.__file__).read_text("utf-8")
     assert "_MEMORY = 2 << 30" in source
     small = source.replace("_MEMORY = 2 << 30", f"_MEMORY = {limit}")
     for name in ("child", "descriptor", "exchange"):
-        script = Path(tflite_graph.__file__).with_name(f"{name}.py")
+        script = Path(tflite_schema.__file__).with_name(f"{name}.py")
         (tmp_path / f"{name}.py").write_bytes(script.read_bytes())
-    (tmp_path / "tflite_graph.py").write_text(small, "utf-8")
+    (tmp_path / "tflite_schema.py").write_text(small, "utf-8")
     monkeypatch.setattr(graph.fresh_process, "_CHILD", tmp_path / "child.py")
     refuse(tmp_path / "model.tflite", bomb(100_000), "takes more memory")
 
@@ -231,7 +239,7 @@ def test_an_end_of_the_process_is_an_error(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: object, **__: object) -> None:
-        raise VerificationError("tflite_graph was killed by signal 11.")
+        raise VerificationError("tflite_schema was killed by signal 11.")
 
     monkeypatch.setattr(graph.fresh_process, "run_in_fresh_process", crash)
     refuse(tmp_path / "model.tflite", content, "killed by signal 11")
@@ -252,11 +260,11 @@ def test_flipped_bytes_are_read_or_refused(content: bytes) -> None:
     refused = 0
     for seed in range(600):
         try:
-            graphs = tflite_graph.read_graphs(flipped(content, seed))
-        except tflite_graph.BrokenFileError:
+            graphs = tflite_schema.read(flipped(content, seed))
+        except tflite_schema.BrokenFileError:
             refused += 1
             continue
-        operators = operators_of(graphs)
+        operators = contents_of(graphs).operators
         for target in ("cpu", "gpu"):
             assert all(map(str, findings(operators, target)))
     assert 50 < refused < 550  # the flips do reach what is read, and not its head alone

@@ -11,10 +11,7 @@ import pytest
 import tensorflow as tf
 
 from keras_mha.export import Finding, export_tflite, lint_tflite
-from keras_mha.export.runtimes.tflite_graph import read_graphs
-from keras_mha.export.tflite.graph import operators_of
 from keras_mha.export.tflite.lint import RULES, findings
-from keras_mha.export.tflite.narrow_tables import with_one_scale_for_narrow_tables
 from tests.support import small_models, tflite_files
 from tests.support.tflite_files import D, S, convert, edited, on, values
 
@@ -23,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is depreca
 
 
 def lint(content: bytes, target: Any) -> tuple[Finding, ...]:
-    return findings(operators_of(read_graphs(content)), target)
+    return findings(tflite_files.contents(content).operators, target)
 
 
 def with_flex() -> bytes:
@@ -68,7 +65,7 @@ def attention_in_int8() -> bytes:
 
 
 def lookup_by_one_scale() -> bytes:
-    return with_one_scale_for_narrow_tables(tflite_files.lookup())
+    return tflite_files.with_one_scale(tflite_files.lookup())
 
 
 def plus(*shape: int) -> Callable[[Any], Any]:

@@ -191,27 +191,6 @@ def test_where_its_wordpieces_differ(tmp_path: Path) -> None:
     ]
 
 
-@needs_mediapipe
-def test_where_mediapipe_is_absent_it_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "mediapipe" else find(name, *rest),
-    )
-    report = export_texts(tmp_path, TEXTS)
-    check = report.files[1].mediapipe
-    assert check is not None
-    assert (check.status, check.parity) == ("not run", None)
-    assert check.reason == "pip install 'keras-mha[mediapipe]'"
-    # LiteRT compared the values all the same.
-    assert report.files[1].parity.samples == len(TEXTS)
-    monkeypatch.undo()
-    assert len(classified(report.files[1].path, ["good"])[0]) == 3
-
-
 # What is caught.
 
 
@@ -336,6 +315,7 @@ def test_bad_metadata(make: Any, kind: type[Exception], text: str) -> None:
 IDS_OF = {"model": small_models.ids_model, "samples": [[2, 4, 3], [2, 3]]}
 
 
+@needs_mediapipe
 @pytest.mark.parametrize(
     ("arguments", "kind", "text"),
     [
@@ -378,6 +358,21 @@ def test_metadata_that_does_not_fit(
     samples = given.pop("samples", TEXTS)
     with pytest.raises(kind, match=text):
         export_texts(tmp_path / "out", samples, model=make(), **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_without_mediapipe_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "mediapipe" else find(name, *rest),
+    )
+    text = r"`metadata` needs mediapipe.*pip install 'keras-mha\[mediapipe\]'"
+    with pytest.raises(ImportError, match=text):
+        export_texts(tmp_path / "out", TEXTS)
     assert not (tmp_path / "out").exists()
 
 

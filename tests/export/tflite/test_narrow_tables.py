@@ -12,13 +12,10 @@ import tensorflow as tf
 
 import keras_mha
 from keras_mha.export import export_tflite, lint_tflite
-from keras_mha.export.tflite.model_object import read_model, write_model
-from keras_mha.export.tflite.narrow_tables import (
-    NARROW,
-    with_one_scale_for_narrow_tables,
-)
+from keras_mha.export.runtimes.tflite_schema import pack, unpack
+from keras_mha.export.tflite.edit import NARROW
 from tests.support import small_models
-from tests.support.tflite_files import convert, values
+from tests.support.tflite_files import convert, values, with_one_scale
 
 IDS = np.array([[0, 5, 211, 7, 3]], "int32")
 DYNAMIC = {"optimizations": [tf.lite.Optimize.DEFAULT]}
@@ -46,7 +43,7 @@ def answer(content: bytes) -> np.ndarray:
 def test_it_is_smaller_and_off_by_no_more_than_rounding() -> None:
     table = values(223, 31)
     by_row = lookup(table)
-    by_one = with_one_scale_for_narrow_tables(by_row)
+    by_one = with_one_scale(by_row)
     # A float scale and a zero point of 8 bytes for each row but one.
     assert len(by_row) - len(by_one) == pytest.approx(222 * 12, abs=64)
     wanted = table[IDS[0]]
@@ -67,13 +64,13 @@ def test_other_tables_stay_as_they_are(kind: str) -> None:
     if kind == "float":
         ids = {"ids": (IDS.shape, tf.int32)}
         content = convert(lambda x: tf.one_hot(x[0], 223)[None] @ table, ids)
-    assert with_one_scale_for_narrow_tables(content) == content
+    assert with_one_scale(content) == content
 
 
 def test_constants_stay_aligned() -> None:
-    content = write_model(read_model(lookup(values(223, 31))))
+    content = pack(unpack(lookup(values(223, 31))))
     found = 0
-    for buffer in read_model(content).buffers:
+    for buffer in unpack(content).buffers:
         if buffer.data is not None and len(buffer.data) >= 16:
             found += 1
             assert content.index(np.asarray(buffer.data).tobytes()) % 16 == 0

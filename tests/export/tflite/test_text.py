@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,13 +13,12 @@ import tensorflow as tf
 
 import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_tflite
-from keras_mha.export.runtimes import fresh_process, litert
+from keras_mha.export.runtimes import fresh_process, litert, tflite_schema
 from keras_mha.export.runtimes.descriptor import File
+from keras_mha.export.runtimes.tflite_schema import pack, unpack
 from keras_mha.export.tflite import text as tflite_text
-from keras_mha.export.tflite.counts import read_contents
-from keras_mha.export.tflite.edit import pack, unpack
 from keras_mha.text import WordpieceTokenizer
-from tests.support import small_models
+from tests.support import small_models, tflite_files
 from tests.support.small_models import HOSTILE, TEXTS, VOCABULARY
 
 pytestmark = pytest.mark.skipif(
@@ -225,7 +225,24 @@ def test_weights_stand_where_every_processor_can_load_them(tmp_path: Path) -> No
             assert content.index(data) % 16 == 0
             found += 1
     assert found >= 3
-    assert read_contents(pack(model)) == read_contents(content)
+    assert tflite_files.contents(pack(model)) == tflite_files.contents(content)
+
+
+def test_what_was_converted_is_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+
+    def watch(content: bytes) -> Any:
+        parsed.append(len(content))
+        return unpack(content)
+
+    monkeypatch.setattr(tflite_schema, "unpack", watch)
+    of_ids, of_texts = ids_and_text(tmp_path)
+    # The file of ids, and the tokenizer to be put before it.
+    assert parsed[0] == of_ids.size_bytes
+    assert parsed[1] < of_texts.size_bytes - of_ids.size_bytes + 4096
+    assert len(parsed) == 2
 
 
 # What is refused.
@@ -261,10 +278,10 @@ def test_a_text_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_missing_operations_name_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    find = tflite_text.importlib.util.find_spec
+    find = importlib.util.find_spec
     if missing == "tensorflow_text":
         monkeypatch.setattr(
-            tflite_text.importlib.util,
+            importlib.util,
             "find_spec",
             lambda name: None if name == missing else find(name),
         )
