@@ -9,10 +9,13 @@ from typing import Any
 import keras
 from keras.src.ops.node import Node
 from keras.src.ops.operation import Operation
+from keras.src.ops.symbolic_arguments import SymbolicArguments
 from keras.src.utils.tracking import Tracker
 
-# Kept by an operation for every graph that it was ever part of.
-_HISTORY = ("_inbound_nodes", "_outbound_nodes")
+# The parts of a graph, and what keeps its layers.
+_COPIED = (Operation, Node, SymbolicArguments, keras.KerasTensor, Tracker)
+# What comes after the model in other graphs is no part of it.
+_LATER = ("_outbound_nodes",)
 # Keras wraps these methods of each layer in functions that hold that layer.
 _WRAPPED = ("build", "quantize")
 
@@ -45,7 +48,7 @@ def twin(model: keras.Model) -> keras.Model:
     def copy(value: Any) -> Any:
         if id(value) in twins:
             return twins[id(value)]
-        if isinstance(value, Operation | Node | Tracker):
+        if isinstance(value, _COPIED):
             copied = _new(type(value))
             empty.append((value, copied))
         elif isinstance(value, MethodType) and isinstance(value.__self__, Operation):
@@ -97,7 +100,7 @@ def twin(model: keras.Model) -> keras.Model:
     while empty:  # and not recursively: models can be deep
         original, other = empty.pop()
         for name, value in dict(vars(original)).items():
-            if name in _HISTORY:
+            if name in _LATER:
                 other.__dict__[name] = list(value)
             elif not (name in _WRAPPED and isinstance(other, keras.layers.Layer)):
                 other.__dict__[name] = copy(value)

@@ -19,6 +19,7 @@ from keras_mha.export.device.form import (
     device_form,
     layers_as_they_are,
 )
+from keras_mha.export.device.twin import twin
 from keras_mha.export.endpoint import Endpoint, describe
 from keras_mha.export.files import check_overwrite
 from keras_mha.export.parity import check_timeout, check_tolerance
@@ -287,12 +288,14 @@ def _read_text_model(
             "With `text=True`, `model` must have one input, of strings. Received the "
             f"inputs { {n: spec.dtype.name for n, spec in endpoint.inputs.items()} }"
         )
-    inner, cut = after_tokenizer(endpoint, arrays)
+    # Of a copy: the model of ids adds a call to each layer.
+    copied, _ = describe(twin(model), samples)
+    inner, cut = after_tokenizer(copied, arrays)
     _check_input(inner.model)
     ranges = None
     if representative_data is not None:
         _, further = describe(model, representative_data)
-        ranges = _unpadded(after_tokenizer(endpoint, further)[1][INPUT])
+        ranges = _unpadded(after_tokenizer(copied, further)[1][INPUT])
     (texts,) = arrays.values()
     names = list(inner.answer({name: array[:1] for name, array in cut.items()}))
     text_model = TextModel(endpoint, texts, tokenizer_of(model))
