@@ -26,7 +26,7 @@ _JOINT = "__"
 
 
 class Extended(NamedTuple):
-    """What queries attend to, given a cache and the keys of their own positions.
+    """Says what queries attend to, given a cache and the keys of their own positions.
 
     Attributes:
         key: `(B, S, K, H)`.

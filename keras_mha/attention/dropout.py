@@ -146,7 +146,7 @@ def keep_pairs(noise: PairNoise, rate: float) -> Tensor:
     """Which pairs stay, `(B, N, T, S)` boolean, each with probability `1 - rate`.
 
     A row's number plus a column's is mixed until its upper bits depend on all of
-    both, and compared with a threshold. Integer arithmetic alone, so every backend
+    both, and compared with a threshold. Only integer arithmetic, so every backend
     and compiler comes to the same decisions.
 
     Source: the mixing is the first two rounds of `lowbias32` (Wellons 2018, "Hash

@@ -20,7 +20,7 @@ def with_gradient(
     Every tensor becomes an argument of the backend's custom gradient, those without
     a gradient too: JAX rejects a value with a gradient that comes by closure, and
     torch passes upstream gradients by name. What is not a tensor (`None`, numbers)
-    reaches the function as it is. There is no second derivative.
+    reaches the function as it is. It has no second derivative.
 
     Args:
         function: Maps `inputs` and `constants` to one output tensor and a function

@@ -50,7 +50,7 @@ class MaskParts(NamedTuple):
 
     @property
     def structure(self) -> tuple[Any, ...]:
-        """What stays from batch to batch: which tensors there are, and the rest."""
+        """Returns what stays from batch to batch: which tensors exist, and the rest."""
         return tuple(
             part if part is None or isinstance(part, int) else "tensor" for part in self
         )

@@ -416,7 +416,7 @@ class TableMask(_Kind):
 
 @_saved
 class CombinedMask(_Kind):
-    """What `&` makes: a pair attends where every one of several masks allows it.
+    """Joins several masks, as `&` does: a pair attends where every one allows it.
 
     Args:
         *masks: Masks, and arrays as `TableMask` takes them.

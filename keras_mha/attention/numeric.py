@@ -1,4 +1,4 @@
-"""What counts as an integer or a number among arguments.
+"""Says which arguments count as integers or numbers.
 
 NumPy's scalars count as Python's do, booleans as neither. What comes back is Python's
 own, so that it compares, hashes and serializes alike wherever it came from.

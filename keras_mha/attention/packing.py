@@ -38,9 +38,9 @@ class PackedSequences(NamedTuple):
     given to `fit` and `predict` must have as many rows each, which R and B are not.
 
     Attributes:
-        values: `(R, L, ...)`; the pad value where there is no token.
+        values: `(R, L, ...)`; the pad value in places without a token.
         segment_ids: int32 `(R, L)`; 1, 2, ... number the sequences of a row from left
-            to right, -1 stands where there is no token, which attends to nothing.
+            to right, -1 marks places without a token, which attend to nothing.
         positions: int32 `(R, L)`; a token's place in its own sequence, from 0.
         index: int32 `(B, T)`; where in the `R * L` places, row after row, each token
             of the padded layout went; -1 where it has no token.
@@ -59,7 +59,7 @@ class PackedSequences(NamedTuple):
         Args:
             other: List of arrays or `tf.RaggedTensor` with the lengths of the packed
                 sequences, or a padded array `(B, T, ...)`.
-            pad_value: What stands where there is no token.
+            pad_value: Value of places without a token.
 
         Returns:
             Array `(R, L, ...)`.
@@ -108,7 +108,7 @@ def pack_sequences(
 
     Runs on the host, for a `keras.utils.PyDataset` or `tf.data.Dataset.from_generator`.
     In the model, attention takes the `segment_ids`, so that a token sees its own
-    sequence alone, embeddings of positions take the `positions`, and `unpack_sequences`
+    sequence only, embeddings of positions take the `positions`, and `unpack_sequences`
     brings the outputs back to `(B, T, ...)`, to be pooled or compared with labels.
 
     Args:
@@ -120,7 +120,7 @@ def pack_sequences(
         row_length: L, the tokens in a row; no sequence may be longer.
         num_rows: R. Defaults to as many as are needed, at least one. Rows that are
             given but not needed stay empty.
-        pad_value: What stands in `values` where there is no token.
+        pad_value: Value in `values` of places without a token.
 
     Returns:
         The packed batch. T is that of the padded array; of a list or ragged tensor it

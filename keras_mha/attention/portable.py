@@ -1,7 +1,7 @@
 """The form of attention that converts best to TFLite and runs on its delegates.
 
 Rank 4 throughout, plain matrix products, an additive mask that fits float16, no
-einsum, no selection, no new axes by indexing. Exporters alone choose it.
+einsum, no selection, no new axes by indexing. Only exporters choose it.
 
 Its domain is narrower than the reference's, and there its values are the same:
 finite inputs, padding included, and scaled scores under 5e3 in size. Outside, NaN
@@ -111,8 +111,9 @@ def _counts(
     mask: MaskParts, visible: Tensor | None, dtype: Any, T: Tensor, clear: bool
 ) -> Tensor | None:
     """0 for queries whose row is zero, else 1, `(B or 1, N or 1, T or 1, 1)`."""
-    # In self-attention with padding alone, a query that is none sees itself. Without
-    # padding nothing tells self-attention; the first key is seen, if no window is set.
+    # In self-attention with padding only, a query that is not padding sees itself.
+    # Without padding nothing tells self-attention from the rest; the first key is seen,
+    # if no window is set.
     sees_itself = (
         mask.pairs is None
         and mask.query_segments is None

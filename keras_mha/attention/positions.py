@@ -149,7 +149,7 @@ def rotate(
 ) -> Tensor:
     """Turns pairs of features by angles proportional to their position.
 
-    Of queries and keys so turned, the product depends on the distance alone. Pair
+    Of queries and keys so turned, the product depends only on the distance. Pair
     `i` of the R features turned moves on by `base ** (-2 i / R)` radians a position.
     Angles are exact to float32 (float64 for float64 inputs) at every int32 position,
     whatever the dtype of the inputs.

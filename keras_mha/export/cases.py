@@ -89,7 +89,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a format's `open_file` tells of a file before it runs.
+    """Describes a file before it runs, as a format's `open_file` reads it.
 
     Attributes:
         file: The file, as its runtimes need to know it.

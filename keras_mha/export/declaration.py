@@ -118,7 +118,7 @@ class Format:
             `ArgumentParser.add_argument`.
         is_directory: Whether what is written is a directory.
         one_input: Whether a model must have one input.
-        packages: What the exporter needs besides TensorFlow.
+        packages: Packages the exporter needs in addition to TensorFlow.
         extra: The extra of keras-mha that installs them.
         options: The exporter's options.
         takes_texts: Whether the exporter, with these options, takes a model of texts.

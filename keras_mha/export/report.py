@@ -68,7 +68,7 @@ class ReportPart:
 
 
 class WrittenFile(Protocol):
-    """What a table of all files shows of one."""
+    """Holds what a table of all files shows of one."""
 
     @property
     def path(self) -> str:

@@ -1,4 +1,4 @@
-"""What a model's attention heads do: maps, rollout, importance, pruning."""
+"""Shows what a model's attention heads do: maps, rollout, importance, pruning."""
 
 from keras_mha.interpret.curve import PruningCurve, PruningStep, pruning_curve
 from keras_mha.interpret.importance import head_importance

@@ -1,4 +1,4 @@
-"""What a model still does as its least useful heads go, one after the other."""
+"""Measures what a model still does as its least useful heads go, one by one."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def masked_outputs(
     removed: Mapping[str, tuple[int, ...]],
     inputs: Any,
 ) -> Any:
-    """What a model answers in inference while some of its heads give zeros."""
+    """Answers as the model does in inference while some heads give zeros."""
     factors = {}
     for path, heads in removed.items():
         factors[id(layers[path])] = np.ones(layers[path].num_heads, "float32")

@@ -54,7 +54,7 @@ def head_importance(
             of labels and outputs that returns losses `(B, ...)`. It is taken as
             `compile` takes it: labels and outputs are cast to
             `keras.config.floatx()`, and a last axis of size 1 that only one of them
-            has is no difference. An example's losses are averaged over the positions
+            has makes no difference. An example's losses are averaged over the positions
             that the outputs' Keras mask leaves, if they carry one, so that padding
             does not count; each example counts alike, whatever its length. A function
             that gives one number for each example has averaged already. Defaults to
@@ -69,7 +69,7 @@ def head_importance(
 
     Raises:
         TypeError: If `model` is not a Keras layer, or `loss` not a loss.
-        ValueError: If the model does not fit (see `attention_maps`), there is no
+        ValueError: If the model does not fit (see `attention_maps`), it has no
             loss, no example or no label, losses are not one or more for each example
             or do not have the axes of the outputs' mask, a layer sees other rows than
             the examples, or no gradient reaches a head.

@@ -207,7 +207,7 @@ def count_rows(tensors: Any) -> int:
     """B of what `as_tensors` made.
 
     Raises:
-        ValueError: If there are no rows, or more in one input than in another.
+        ValueError: If rows are missing, or the inputs have unequal numbers of them.
     """
     rows = {int(tensor.shape[0]) for tensor in keras.tree.flatten(tensors)}
     if len(rows) != 1 or 0 in rows:
@@ -231,7 +231,7 @@ def pair_batches(
 
     Raises:
         ValueError: If labels are missing, their rows are not as many as the inputs',
-            or there is no batch.
+            or no batch comes.
     """
     if labels is not None:
         pairs: Any = as_tensors(inputs), as_tensors(labels)

@@ -244,7 +244,7 @@ def _config(
 def _changes(
     layer: keras.layers.Layer, config: dict[str, Any], plan: Mapping[int, _Remaining]
 ) -> dict[str, Any]:
-    """What a layer says itself of all the attention in it."""
+    """Reads what a layer says of all the attention in it."""
     if isinstance(layer, AttentionLayer):
         return _attention_config(layer, config, plan[id(layer)])
     if isinstance(layer, TransformerBlock):
@@ -276,7 +276,7 @@ def _attention_config(
 def _encoder_config(
     encoder: BertEncoder, plan: Mapping[int, _Remaining]
 ) -> dict[str, Any]:
-    """What a `BertEncoder` says of its blocks' attention."""
+    """Reads what a `BertEncoder` says of its blocks' attention."""
     layers = [block.attention.sublayer for block in encoder.blocks]
     left = [
         len(plan[id(layer)].heads) if id(layer) in plan else layer.num_heads

@@ -50,7 +50,7 @@ def attention_rollout(
         `(B, T, T)` in float64: row `i` is made of inputs `j`, and sums to one.
 
     Raises:
-        ValueError: If there is no map, a map is not `(B, N, T, T)`, maps differ in B
+        ValueError: If no map comes, a map is not `(B, N, T, T)`, maps differ in B
             or T, the mask does not fit, an argument is out of its domain, or with
             `residual=0` a real position sees nothing.
 

@@ -314,7 +314,7 @@ class TransformerDecoderBlock(TransformerBlock):
         return attention.key_dim or 1
 
     def _cross_attention_config(self, config: dict[str, Any]) -> Any:
-        """What `cross_attention` must be to get the attention that there is."""
+        """Returns the `cross_attention` that makes the attention of this block."""
         if not self.cross_attention:
             return False
         built = hasattr(self, "memory_attention")

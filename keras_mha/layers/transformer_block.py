@@ -1,4 +1,4 @@
-"""What encoder and decoder blocks share.
+"""Holds what encoder and decoder blocks share.
 
 A block does not list the options of its parts. It reads them off the constructors of
 the parts, passes each option to every part that has it, and reads them back from the

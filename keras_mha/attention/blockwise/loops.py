@@ -58,7 +58,7 @@ _VECTOR = 8
 
 
 class _Inputs(NamedTuple):
-    """What has a gradient, in float32 or wider, T and S filled up to whole blocks.
+    """Holds what has a gradient, in float32 or wider, filled up to whole blocks.
 
     Attributes:
         query: `(B, T, N, H)`, scaled.

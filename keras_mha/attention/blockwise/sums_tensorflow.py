@@ -71,7 +71,7 @@ class Keys(NamedTuple):
         b, k, length, width = sizes_of(like)
         if not call.is_prefix:
             length -= section.last[-1]
-        # One piece more, for what is held at the end, or that piece alone.
+        # One piece more, for what is held at the end, or only that piece.
         done = Rows.empty(like.dtype, 1 if call.is_whole else count + 1, width)
         return cls(tf.zeros((b, k, length, width), like.dtype), done)
 

@@ -37,7 +37,7 @@ _FEWEST_ROWS = 64
 
 
 class Call(NamedTuple):
-    """What stays the same for all tiles of one call.
+    """Holds what all tiles of one call share.
 
     Attributes:
         mask: The mask, spelled out.
@@ -218,7 +218,7 @@ def _width(mask: MaskParts) -> Any:
 
 
 def _window_band(rows: Any, width: Any, dtype: Any) -> Tensor:
-    """What a window hides of the keys that any of `rows` queries sees, `(rows, X)`."""
+    """Marks the keys that a window hides from each of `rows` queries, `(rows, X)`."""
     queries = tf.cast(tf.range(rows), "float32")
     keys = tf.cast(tf.range(rows + width), "float32")
     window = MaskParts(lower=0, upper=width)
@@ -306,5 +306,5 @@ def cut_pairs(pairs: Tensor, tile: Tile) -> Tensor:
 
 
 def hide(visible: Tensor, dtype: Any) -> Tensor:
-    """What makes scores of hidden pairs so low that they do not count."""
+    """Returns the numbers that make scores of hidden pairs too low to count."""
     return (tf.cast(visible, dtype) - 1.0) * HIDDEN

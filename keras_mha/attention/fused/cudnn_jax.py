@@ -107,7 +107,7 @@ def attend(
 
 
 def largest_head_size() -> int | None:
-    """What the GPU takes; `None` where there is none that the kernel runs on."""
+    """Returns the largest head size that the GPU takes; `None` without such a GPU."""
     # Asked for GPUs by name, JAX raises where there is none.
     if not any(name.startswith("gpu") for name in keras.distribution.list_devices()):
         return None

@@ -48,7 +48,7 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class _Config:
-    """What `config.json` says of the encoder, under its own names.
+    """Reads what `config.json` says of the encoder, under its own names.
 
     What has a default here has the same one in `transformers`.
     """
@@ -111,7 +111,7 @@ def load_bert(
 
     Args:
         path_or_directory: The directory of both files, or the path of the weights,
-            with `config.json` beside them.
+            with `config.json` next to them.
         pooler: Whether the encoder gets the checkpoint's pooler.
         dropout: In place of the checkpoint's `hidden_dropout_prob`.
         attention_dropout: In place of its `attention_probs_dropout_prob`.

@@ -53,7 +53,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Family(Generic[C]):
-    """What the checkpoints of a family of models have in common.
+    """Describes the checkpoints of one family of models.
 
     Attributes:
         model_type: The family's name in `config.json`.

@@ -14,7 +14,7 @@ from keras.src.utils.tracking import Tracker
 
 # The parts of a graph, and what keeps its layers.
 _COPIED = (Operation, Node, SymbolicArguments, keras.KerasTensor, Tracker)
-# What comes after the model in other graphs is no part of it.
+# Layers that follow the model in other graphs are not part of it.
 _LATER = ("_outbound_nodes",)
 # Keras wraps these methods of each layer in functions that hold that layer.
 _WRAPPED = ("build", "quantize")
@@ -23,7 +23,7 @@ _WRAPPED = ("build", "quantize")
 def twin(model: keras.Model) -> keras.Model:
     """Copies a model, its layers and its graph, and shares all variables and tables.
 
-    Assigning an attribute of a copied layer leaves the model's layer alone, and a
+    Assigning an attribute of a copied layer does not reach the model's layer, and a
     weight assigned in the model is assigned in the copy. Unlike `keras.models.
     clone_model` this calls no constructor, so it serves any layer, subclassed models
     and layers without a configuration included.

@@ -24,7 +24,7 @@ from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.runtimes.onnx_runtime import RUNTIME as ONNX_RUNTIME
 from keras_mha.layers.arguments import check_flag
 
-_OPSETS = range(13, 19)  # what tf2onnx writes; before 13, axes are no inputs
+_OPSETS = range(13, 19)  # what tf2onnx writes; before 13, axes are attributes
 _GREATEST_SIZE = 2**31 - 1  # of any protocol buffer, and so of an ONNX file
 
 Case = Mapping[str, np.ndarray]

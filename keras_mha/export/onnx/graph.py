@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 Size = int | str  # a number, or the name of a free size
-LARGE = 1024  # elements; larger constants are no shapes
+LARGE = 1024  # elements; larger constants are not shapes
 AS_VECTOR = "/vector"  # ends the name of a constant's copy in one dimension
 _COMMUTATIVE = ("Add", "Mul")
 

@@ -35,7 +35,7 @@ _MEMORY = 2 << 30
 
 
 class BrokenFileError(ValueError):
-    """The content is no TFLite file, or one that contradicts itself."""
+    """The content is not a TFLite file, or one that contradicts itself."""
 
 
 def load(path: str) -> Loaded:
@@ -268,7 +268,7 @@ def _check_head(content: bytes) -> None:
     if content[4:8] != _IDENTIFIER:
         kinds = [kind for head, kind in _FOREIGN.items() if content.startswith(head)]
         raise BrokenFileError(
-            f"it is no TFLite file: bytes 4 to 7 must be {_IDENTIFIER!r}, and are "
+            f"it is not a TFLite file: bytes 4 to 7 must be {_IDENTIFIER!r}, and are "
             f"{content[4:8]!r}" + "".join(f" (it is {kind})" for kind in kinds)
         )
 
@@ -281,7 +281,7 @@ def _names(enumeration: str) -> dict[int, str]:
 
 def _operator_name(code: Any) -> tuple[str, str]:
     """The builtin's name, and the custom one's where it is `CUSTOM`."""
-    # Codes above 127 stand in the newer of the two fields alone.
+    # Codes above 127 stand only in the newer of the two fields.
     number = max(code.builtinCode, code.deprecatedBuiltinCode)
     name = _names("BuiltinOperator").get(number, f"UNKNOWN_{number}")
     custom = _text(code.customCode) if name == "CUSTOM" else ""

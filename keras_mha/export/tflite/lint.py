@@ -100,7 +100,7 @@ def lint_tflite(
         The findings, in the order of the operators; empty if there are none.
 
     Raises:
-        FileNotFoundError: If there is no file at `path`.
+        FileNotFoundError: If `path` does not exist.
         ImportError: If ai-edge-litert is not installed.
         ValueError: If an argument is out of its domain, or the file is not a TFLite
             file, corrupt or cut off, or takes longer than `timeout` to read.

@@ -91,7 +91,7 @@ def verify(
     Raises:
         FileNotFoundError: If a file does not exist.
         TypeError: If `model` or `samples` are of the wrong type.
-        ValueError: If there is no file, or an argument is out of its domain.
+        ValueError: If a file is missing, or an argument is out of its domain.
 
     Example:
 

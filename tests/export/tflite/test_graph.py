@@ -121,7 +121,7 @@ def zipped() -> bytes:
             lambda: tf.io.encode_png(np.zeros((5, 3, 1), "uint8")).numpy(),
             "it is a PNG image",
         ),
-        (lambda: np.random.default_rng(0).bytes(997), "it is no TFLite file"),
+        (lambda: np.random.default_rng(0).bytes(997), "it is not a TFLite file"),
         (lambda: b"\x20\0\0\0TFL3" + b"\0" * 5, "outside its 13 bytes"),
         (lambda: b"\0\0\0\0TFL3" + b"\0" * 50, "its schema has version 0, not 3"),
     ],
