@@ -136,15 +136,24 @@ def check_flag(value: object, name: str) -> bool:
     return bool(value)
 
 
-def check_name(value: Any, name: str, names: Any) -> Any:
-    """Returns `value` if it is `None` or one of the strings of a `Literal` type.
+def check_name(value: Any, name: str, names: Any, *, optional: bool = False) -> Any:
+    """Returns `value` if it is one of the strings of a `Literal` type.
+
+    Args:
+        value: The argument.
+        name: Its name, for the error text.
+        names: The `Literal` type.
+        optional: Whether it may be `None`.
 
     Raises:
         ValueError: Otherwise.
     """
-    if value is not None and value not in get_args(names):
+    if optional and value is None:
+        return None
+    if not isinstance(value, str) or value not in get_args(names):
         raise ValueError(
-            f"`{name}` must be None or one of {sorted(get_args(names))}. "
+            f"`{name}` must be {'None or ' if optional else ''}one of "
+            f"{list(get_args(names))}. "
             f"Received: {name}={value!r}"
         )
     return value

@@ -132,7 +132,7 @@ class AttentionLayer(SeededLayer):
             if flash_attention is None
             else check_flag(flash_attention, "flash_attention")
         )
-        self._qk_norm = check_name(qk_norm, "qk_norm", Norm)
+        self._qk_norm = check_name(qk_norm, "qk_norm", Norm, optional=True)
         self._logits_soft_cap = (
             None
             if logits_soft_cap is None

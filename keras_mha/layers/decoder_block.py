@@ -326,7 +326,7 @@ class TransformerDecoderBlock(TransformerBlock):
             "num_heads": self.attention.sublayer.get_config()["num_heads"],
             "num_key_value_heads": None,
             "key_dim": self._head_size(),
-            "value_dim": self._head_size(),
+            "value_dim": layer.get_config()["value_dim"] and self._head_size(),
             **pick(config, _OF_MEMORY),
         }
         return {

@@ -298,8 +298,8 @@ class MultiHeadSelfAttention(AttentionLayer):
         if restrictions.query_padding is not None:
             inputs = prepare_inputs(inputs, restrictions.query_padding)
         query, key, value = self.qkv_dense.split(self.qkv_dense(inputs))
+        start = 0 if cache is None else next_position(cache)
         if self._turns:
-            start = 0 if cache is None else next_position(cache)
             query = self._turn(query, self.query_norm, start)
             key = self._turn(key, self.key_norm, start)
         overflows = None

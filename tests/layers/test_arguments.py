@@ -157,7 +157,10 @@ def test_flags_are_true_or_false(layer: str) -> None:
             for wrong in ("no", 1, 0.0, None):
                 if wrong is None and name == "flash_attention":
                     continue
-                with pytest.raises(ValueError, match=f"`{name}` must be True"):
+                text, kind = f"`{name}` must be True", ValueError
+                if name == "cross_attention" and wrong is not None:
+                    text, kind = f"`{name}` must be a dictionary", TypeError
+                with pytest.raises(kind, match=text):
                     make(layer, **{name: wrong})
 
 

@@ -433,7 +433,7 @@ def test_mixed_precision(placement: str) -> None:
     ("options", "error", "message"),
     [
         ({"sublayer": "dense"}, TypeError, "`sublayer` must be a .*dense of type str"),
-        ({"placement": "before"}, ValueError, r"\('pre', 'post', 'sandw.*'before'"),
+        ({"placement": "before"}, ValueError, r"\['pre', 'post', 'sandw.*'before'"),
         ({"normalization": "batch"}, ValueError, r"\['layer', 'rms'\].*'batch'"),
         ({"normalization": 3}, TypeError, "`normalization` must be .*normalization=3"),
         ({"normalization": None}, TypeError, "`normalization` must be .*=None"),

@@ -517,6 +517,7 @@ def _run_in_tensorflow(
 
     def step(arrays: list[Any], constants: list[Any], upstream: list[Any]) -> Any:
         with tf.GradientTape() as tape:
+            arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
             tape.watch(arrays)
             outputs = function(*arrays, *constants)
         upstream = [

@@ -452,11 +452,13 @@ def test_an_interruption_leaves_nothing(
 
     monkeypatch.setattr(module, step, interrupt)
     # Replaying takes a process: not needed where a later step is the one that stops.
-    if STEPS.index(step) > STEPS.index("_run"):
+    if STEPS.index(step) > STEPS.index("run_in_fresh_process"):
         facts = {"runtime": "none", "version": "0"}
         batches = [padded({"": features()})[""], features(), features()[:1]]
         answers = [{"probabilities": dense_model()(x).numpy()} for x in batches]
-        monkeypatch.setattr(module, "run_in_fresh_process", lambda *_: (answers, facts))
+        monkeypatch.setattr(
+            module, "run_in_fresh_process", lambda *_, **__: (answers, facts)
+        )
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "old").touch()
     with pytest.raises(KeyboardInterrupt):
@@ -477,10 +479,10 @@ def test_a_killed_process_leaves_no_version(tmp_path: Path) -> None:
         "import sys, time\n"
         "from keras_mha.export.saved_model import export\n"
         "from tests.support.small_models import dense_model, features\n"
-        "def wait(*_):\n"
+        "def wait(*_, **__):\n"
         "    print('checking', flush=True)\n"
         "    time.sleep(60)\n"
-        "export._run = wait\n"
+        "export.run_in_fresh_process = wait\n"
         "export.export_saved_model(\n"
         "    dense_model(), sys.argv[1], samples=features())\n"
     )

@@ -17,6 +17,7 @@ from keras_mha.export import ParityError, export_saved_model
 from keras_mha.export.saved_model import export as module
 from keras_mha.export.saved_model import served_tflite
 from keras_mha.export.saved_model.placement import gpu_note
+from keras_mha.export.saved_model.reader import read_meta_graph
 from tests.support import small_models
 from tests.support.small_models import dense_model, features
 
@@ -260,7 +261,7 @@ def test_the_note_names_devices_of_the_graph(
     model = keras.Model(inputs, OnDevice()(inputs))
     endpoint, _ = module.describe(model, features())
     endpoint.write(tmp_path / "m", endpoint.inputs)
-    meta_graph = module._meta_graph(tmp_path / "m")
+    meta_graph = read_meta_graph(tmp_path / "m")
     assert "names the devices /device:GPU:1." in gpu_note(meta_graph, "serving_default")
     monkeypatch.setattr(tf.test, "is_built_with_gpu_support", lambda: False)
     note = gpu_note(meta_graph, "serving_default")
