@@ -12,8 +12,8 @@ PYTHON ?=
 WORKERS ?= 2
 # These tests need no TensorFlow graph or tape, and take minutes. All that run on JAX:
 # ON_JAX='tests/attention tests/layers/test_backends.py'.
-ON_JAX := $(addprefix tests/attention/test_,api.py contract.py dispatch.py edges.py fused.py \
-	groups.py mask_kinds.py) $(addprefix tests/layers/test_,axes.py backends.py)
+ON_JAX := $(addprefix tests/attention/test_,api.py contract.py dispatch.py edges.py fused.py) \
+	$(addprefix tests/layers/test_,axes.py backends.py)
 ON_TORCH := tests/layers/test_backends.py
 # Covers the import, masks, layers against Keras and the oracle, saved files, and one export
 # of each format.
