@@ -31,7 +31,7 @@ def load_keras(directory: Path) -> Predict:
 
     # These register the layers that the file names.
     import keras_mha.models
-    import keras_mha.text  # noqa: F401
+    import keras_mha.text  # noqa: F401 - registers the tokenizer.
 
     model: Any = keras.saving.load_model(directory / "model.keras", compile=False)
     return lambda texts: model.predict(tf.constant(list(texts)), verbose=0)
