@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import keras
@@ -19,6 +18,7 @@ from keras_mha.layers.positions import ALiBi, RelativePositionBias
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.layers.transformer_block import TransformerBlock
 from keras_mha.models.bert import BertEncoder
+from keras_mha.twin import twin
 
 Cut = Callable[[np.ndarray], np.ndarray]
 _Model = TypeVar("_Model", bound=keras.layers.Layer)
@@ -31,9 +31,9 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
 
     The weights of those heads are gone from the projections, and what remains gives
     the outputs that `model` gives with a `head_mask` of zeros there. The new model has
-    weights of its own and is not compiled; `model` stays as it is, but must not be
-    asked for its configuration by another thread meanwhile. The new one can be trained,
-    saved and exported like any other. What is frozen stays frozen.
+    weights of its own and is not compiled; `model` stays as it is, also meanwhile. The
+    new one can be trained, saved and exported like any other. What is frozen stays
+    frozen.
 
     Where queries share keys and values (`num_key_value_heads`), as many heads must
     stay in every group that keeps any; a group without heads goes, keys and values
@@ -203,9 +203,12 @@ def _config(
 ) -> dict[str, Any]:
     """The configuration of a layer without the heads that go, at any depth.
 
-    Whatever inside it is asked for its configuration meanwhile answers so too: names
-    in configurations do not tell which layer is meant.
+    Asked of a copy, whose layers answer so too: names in configurations do not tell
+    which layer is meant.
     """
+    copied = twin(holder)
+    pairs = zip(holder._flatten_layers(), copied._flatten_layers(), strict=True)
+    plan = {id(copy): plan[id(one)] for one, copy in pairs if id(one) in plan}
     told: set[int] = set()
 
     def asked(layer: keras.layers.Layer) -> Callable[[], dict[str, Any]]:
@@ -223,13 +226,11 @@ def _config(
     def losing(layers: Iterable[Any]) -> list[Any]:
         return [x for x in layers if any(id(y) in plan for y in x._flatten_layers())]
 
-    layers = losing(holder._flatten_layers())
-    with ExitStack() as stack:
-        for layer in layers:
-            # Not through `setattr`, with which Keras tracks what layers own.
-            vars(layer)["get_config"] = asked(layer)
-            stack.callback(vars(layer).pop, "get_config")
-        config = holder.get_config()
+    layers = losing(copied._flatten_layers())
+    for layer in layers:
+        # Not through `setattr`, with which Keras tracks what layers own.
+        vars(layer)["get_config"] = asked(layer)
+    config = copied.get_config()
     for layer in layers:
         missing = [x.name for x in losing(layer._layers) if id(x) not in told]
         if id(layer) in told and missing:

@@ -40,7 +40,7 @@ from keras_mha.layers.projections import (
     projection_arguments,
 )
 from keras_mha.layers.residual_norm import clone_layer
-from keras_mha.layers.seeded_layer import SeededLayer, whole
+from keras_mha.layers.seeded_layer import SeededLayer, not_rematerialized
 from keras_mha.typing import Shape, Tensor
 
 Position: TypeAlias = Literal["rotary", "alibi", "relative"]
@@ -148,7 +148,7 @@ class AttentionLayer(SeededLayer):
         if self._dropout > 0:
             self._add_generator(self.seed)
         self._position = position if isinstance(position, str) else None
-        with whole():
+        with not_rematerialized():
             self.position_layer = self._position_layer(position)
             self.query_norm, self.key_norm = (
                 None
@@ -234,7 +234,7 @@ class AttentionLayer(SeededLayer):
         self, name: str, rank: int, bound: int, output: Shape, **kwargs: Any
     ) -> Any:
         """Makes the dense layer `name`; see `projection_arguments`."""
-        with whole():
+        with not_rematerialized():
             return Projection(
                 **projection_arguments(rank, bound, output, self._projections.use_bias),
                 **self._projections.projection_kwargs(),

@@ -18,7 +18,7 @@ from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.positions import RelativePositionBias
 from keras_mha.layers.residual_norm import trace_spec
-from keras_mha.layers.seeded_layer import keep_frozen, whole
+from keras_mha.layers.seeded_layer import keep_frozen, not_rematerialized
 from keras_mha.layers.transformer_block import (
     TransformerBlock,
     block_options,
@@ -169,7 +169,7 @@ class TransformerDecoderBlock(TransformerBlock):
                 )
             attention = self._memory_attention()
             attention.build(inputs_shape, memory_shape)
-            with whole():
+            with not_rematerialized():
                 self.memory_attention = self._with_residual(
                     attention, self.attention.normalization, "memory_attention", 5
                 )
@@ -296,7 +296,7 @@ class TransformerDecoderBlock(TransformerBlock):
 
     def _memory_attention(self) -> MultiHeadAttention:
         """Makes the attention to the memory."""
-        with whole():
+        with not_rematerialized():
             return self._make_memory_attention(
                 num_heads=self.attention.sublayer.num_heads,
                 key_dim=self._head_size(),

@@ -17,7 +17,7 @@ from keras_mha.layers.arguments import (
 )
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
-from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
+from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, not_rematerialized
 from keras_mha.typing import Shape, Tensor
 
 
@@ -152,7 +152,7 @@ class FeedForward(SeededLayer):
         return (*input_shape[:-1], self.output_dim or input_shape[-1])
 
     def _dense(self, units: int | None, name: str) -> Any:
-        with whole():
+        with not_rematerialized():
             dense = keras.layers.Dense(
                 units,
                 use_bias=self.use_bias,

@@ -13,7 +13,7 @@ from typing_extensions import override
 from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.arguments import check_flag, check_name, check_number, check_seed
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
-from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, whole
+from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, not_rematerialized
 from keras_mha.typing import Shape, Tensor
 
 Placement = Literal["pre", "post", "sandwich"]
@@ -128,7 +128,7 @@ class ResidualNorm(SeededLayer):
         self.seed = check_seed(seed)
         self._named_norm = normalization if isinstance(normalization, str) else None
         self.norm = self._normalization(normalization)
-        with whole():
+        with not_rematerialized():
             self.output_norm = (
                 clone_layer(self.norm) if placement == "sandwich" else None
             )
@@ -240,7 +240,7 @@ class ResidualNorm(SeededLayer):
                 f"`normalization` must be one of {sorted(named)} or a layer. "
                 f"Received: normalization={normalization!r}"
             )
-        with whole():
+        with not_rematerialized():
             layer = named[normalization](epsilon=self.epsilon, dtype=self.dtype_policy)
         # Keras' RMSNormalization does not say so, but maps each position by itself.
         layer.supports_masking = True
@@ -282,8 +282,8 @@ def trace_spec(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
 
     arguments: Any = keras.tree.map_structure(dense, (args, kwargs))
     args, kwargs = arguments
-    # Under `keras.RematScope`, `keras.ops.pad` fails in a graph unless inside `whole`.
-    with whole():
+    # Under `keras.RematScope`, `keras.ops.pad` fails in a graph unless inside this.
+    with not_rematerialized():
         return keras.Operation.compute_output_spec(layer, *args, **kwargs)
 
 

@@ -23,8 +23,8 @@ class SeededLayer(keras.layers.Layer):
     is needed. Drawing a seed each time would give the gradient of another dropout
     than the one that was applied, so the second run gets the seeds of the first.
     Keyword arguments and masks, which TensorFlow loses there, survive.
-    Sublayers are made inside `whole()`: the layer is computed again as one, not
-    each part of it once more by itself.
+    Sublayers are made inside `not_rematerialized()`: the layer is computed again as
+    one, not each part of it once more by itself.
     """
 
     def _add_generator(self, seed: int | None) -> None:
@@ -63,7 +63,7 @@ class SeededLayer(keras.layers.Layer):
                 args, kwargs = keras.tree.pack_sequence_as(arguments, filled)
                 # Keras would also compute each operation again by itself, and cannot
                 # in a graph if it has keyword arguments, as `ops.pad` does.
-                with whole(), _replay(seeds):
+                with not_rematerialized(), _replay(seeds):
                     outputs = layer_call(*args, **kwargs)
                 output_masks[:] = map(get_keras_mask, keras.tree.flatten(outputs))
                 return outputs
@@ -97,7 +97,7 @@ def keep_frozen(layer: keras.layers.Layer) -> None:
         layer.trainable = False
 
 
-def whole() -> AbstractContextManager[Any]:
+def not_rematerialized() -> AbstractContextManager[Any]:
     """Context in which sublayers are made that do not rematerialise themselves."""
     no_mode: Any = None  # Keras takes it, and says "str"
     return keras.RematScope(mode=no_mode)

@@ -25,7 +25,7 @@ from keras_mha.layers.attention_layer import AttentionLayer, AttentionOptions
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.keras_mask import get_keras_mask
 from keras_mha.layers.projections import Part
-from keras_mha.layers.seeded_layer import keep_frozen, whole
+from keras_mha.layers.seeded_layer import keep_frozen, not_rematerialized
 from keras_mha.typing import Shape, Tensor
 
 
@@ -239,7 +239,7 @@ class MultiHeadSelfAttention(AttentionLayer):
         width = input_shape[-1]
         key_dim = self._key_dim or self._divide(width)
         value_dim = self._value_dim or key_dim
-        with whole():
+        with not_rematerialized():
             self.qkv_dense = FusedProjection(
                 self._num_heads,
                 key_dim,

@@ -22,7 +22,7 @@ from keras_mha.layers.arguments import check_seed, constructor_options, keyword_
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.residual_norm import ResidualNorm, clone_layer
-from keras_mha.layers.seeded_layer import SeededLayer, whole
+from keras_mha.layers.seeded_layer import SeededLayer, not_rematerialized
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.typing import Shape
 
@@ -166,7 +166,7 @@ class TransformerBlock(SeededLayer):
         residual = pick(options, block_options(ResidualNorm))
         normalization = residual.pop("normalization", "layer")
         self._residual = {**residual, "dropout": dropout, "dtype": self.dtype_policy}
-        with whole():
+        with not_rematerialized():
             for place, (name, part) in enumerate(_PARTS.items()):
                 sublayer = make_part(
                     functools.partial(self._make, part),

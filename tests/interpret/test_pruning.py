@@ -568,6 +568,27 @@ def test_functions_inside_what_loses_heads_are_kept() -> None:
     check(encoder, BERT_HEADS, BERT_INPUTS)
 
 
+def test_the_model_answers_as_ever_while_it_is_pruned() -> None:
+    heads_told = []
+
+    class Asking(keras_mha.TransformerEncoderBlock):
+        """Asks the model's attention whenever a configuration is wanted."""
+
+        def get_config(self) -> dict[str, Any]:
+            heads_told.append(layer.get_config()["num_heads"])
+            return super().get_config()
+
+    inputs = keras.Input((None, D))
+    model = keras.Model(inputs, Asking(3, 17, key_dim=H, name="block")(inputs))
+    randomize(model)
+    layer = attention_layers(model)["block/attention/self_attention"]
+    attributes = set(vars(layer))
+    check(model, {"block/attention/self_attention": (1,)}, normal(B, T, D))
+    assert heads_told
+    assert set(heads_told) == {3}
+    assert set(vars(layer)) == attributes
+
+
 def test_two_functions_of_one_name_are_refused() -> None:
     def other(x: Any) -> Any:
         return -x

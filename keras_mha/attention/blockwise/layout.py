@@ -155,7 +155,7 @@ def count(length: Any, size: Any) -> Any:
     return (length + size - 1) // size
 
 
-def whole(length: Any, size: int) -> Any:
+def round_up(length: Any, size: int) -> Any:
     """The length of whole blocks that a length needs."""
     return count(length, size) * size
 

@@ -217,7 +217,10 @@ def attend(
     wide = wider(dtype)
     (B, T, N, _), S = layout.shape(query), layout.shape(key)[1]
     blocks = blocks or _choose_blocks((B, N, T, S))
-    lengths = {"t": (T, layout.whole(T, blocks.t)), "s": (S, layout.whole(S, blocks.s))}
+    lengths = {
+        "t": (T, layout.round_up(T, blocks.t)),
+        "s": (S, layout.round_up(S, blocks.s)),
+    }
     mask = spell_out(mask, T, S)
     first, last = key_ranges(mask, T, S, blocks.t)
     query = clear_padding(ops.cast(query, wide) * scale, mask.query_padding)
@@ -255,7 +258,7 @@ def _choose_blocks(sizes: tuple[Any, Any, Any, Any]) -> Blocks:
     """
     B, N, T, S = sizes
     t, s = (
-        layout.whole(layout.count(length, layout.count(length, _LONGEST)), _VECTOR)
+        layout.round_up(layout.count(length, layout.count(length, _LONGEST)), _VECTOR)
         if isinstance(length, int) and length > 0
         else _LONGEST
         for length in (T, S)

@@ -21,7 +21,6 @@ from keras_mha.export.device.layers import (
     PaddingMasks,
     Swap,
 )
-from keras_mha.export.device.twin import twin
 from keras_mha.layers.decoder_block import TransformerDecoderBlock
 from keras_mha.layers.dropout import Dropout
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
@@ -33,6 +32,7 @@ from keras_mha.layers.positions import DistanceBias, RotaryEmbedding
 from keras_mha.layers.projections import Projection
 from keras_mha.layers.residual_norm import ResidualNorm
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.twin import twin
 
 _layers = keras.layers
 

@@ -19,7 +19,6 @@ from keras_mha.export.device.form import (
     device_form,
     layers_as_they_are,
 )
-from keras_mha.export.device.twin import twin
 from keras_mha.export.endpoint import Endpoint, describe
 from keras_mha.export.files import check_overwrite
 from keras_mha.export.parity import check_timeout, check_tolerance
@@ -38,6 +37,7 @@ from keras_mha.export.tflite.quantization import (
 )
 from keras_mha.export.tokens import INPUT, after_tokenizer, tokenizer_of
 from keras_mha.layers.arguments import check_flag
+from keras_mha.twin import twin
 
 if TYPE_CHECKING:
     from keras_mha.text import WordpieceTokenizer

@@ -34,7 +34,7 @@ def twin(model: keras.Model) -> keras.Model:
     Example:
 
     >>> import keras
-    >>> from keras_mha.export.device.twin import twin
+    >>> from keras_mha.twin import twin
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> other = twin(model)
     >>> other.layers[0] is model.layers[0]
