@@ -1,11 +1,11 @@
-"""Keys and values kept from call to call, for decoding token by token.
+"""Caches keys and values from call to call, for decoding token by token.
 
 A cache is a plain dictionary of tensors whose shapes never change, so it passes
 through `tf.function`, XLA and loops: `key` `(B, L, K, H)`, `value` `(B, L, K, V)`,
-`mask` `(B, L)` boolean, False where nothing is kept or padding was, and `length`,
-an int32 scalar: how many positions have gone by.
+`mask` `(B, L)` boolean, False for padding and for places not yet written, and
+`length`, an int32 scalar: the number of positions seen so far.
 
-Letters: B batch, T query length, L positions kept, K key/value heads, H head size,
+Letters: B batch, T query length, L cached positions, K key/value heads, H head size,
 V head size of values.
 """
 
@@ -26,17 +26,16 @@ _JOINT = "__"
 
 
 class Extended(NamedTuple):
-    """Says what queries attend to, given a cache and the keys of their own positions.
+    """Holds what queries attend to: cached keys and those of the new positions.
 
     Attributes:
         key: `(B, S, K, H)`.
         value: `(B, S, K, V)`.
         mask: What may attend to what: causal.
-        offset: How many of the keys come before the first query, an int or an int32
-            scalar.
+        offset: Number of keys before the first query, an int or an int32 scalar.
         cache: The cache for the next call.
-        overflows: Whether more positions went by than the cache can hold, boolean
-            scalar; `None` where that cannot be.
+        overflows: Whether more positions were seen than the cache can hold, a boolean
+            scalar; `None` where that cannot happen.
     """
 
     key: Tensor
@@ -55,16 +54,16 @@ def empty_cache(
     dtype: str,
     sliding_window: int | None = None,
 ) -> Cache:
-    """Returns a cache that holds nothing.
+    """Returns an empty cache.
 
     Args:
         batch_size: B.
-        max_length: How many positions can go by.
+        max_length: How many positions it has room for.
         key_shape: `(K, H)`.
         value_shape: `(K, V)`.
         dtype: Of keys and values.
-        sliding_window: With a window no more is kept than a query can see before
-            its own position, and any number of positions can go by.
+        sliding_window: With a window the cache holds only what a query can see before
+            its own position, and any number of positions fits.
 
     Example:
 
@@ -73,7 +72,7 @@ def empty_cache(
     >>> tuple(cache["value"].shape)
     (2, 11, 3, 7)
     """
-    length = _kept(max_length, sliding_window)
+    length = _stored_length(max_length, sliding_window)
     return {
         "key": ops.zeros((batch_size, length, *key_shape), dtype=dtype),
         "value": ops.zeros((batch_size, length, *value_shape), dtype=dtype),
@@ -91,13 +90,13 @@ def extend_cache(
 ) -> Extended:
     """Adds keys and values to a cache.
 
-    Without a window they are written behind what is there. A window's cache holds
-    the last positions, the oldest first: new ones push the oldest out. Where a ring
-    would be written in place, functional tensors are copied either way, and in
-    order the distance of every key is known.
+    Without a window they are written after the cached ones. A window's cache holds
+    the last positions, the oldest first, and new ones push the oldest out. A ring
+    would save no copy, as functional tensors are copied anyway, and this order keeps
+    the distance of every key known.
 
     Args:
-        cache: What earlier calls left.
+        cache: The cache that the last call returned.
         key: `(B, T, K, H)` of the new positions.
         value: `(B, T, K, V)`, likewise.
         padding: Boolean `(B, T)`: which of them count. Defaults to all.
@@ -118,12 +117,12 @@ def extend_cache(
     if _is_ring(L, sliding_window):
         seen = {name: ops.concatenate([cache[name], new[name]], axis=1) for name in new}
         # The last L, whose shape is known though T may not be.
-        kept = {name: _cut(tensor, T, cache[name]) for name, tensor in seen.items()}
+        stored = {name: _cut(tensor, T, cache[name]) for name, tensor in seen.items()}
         offset, overflows = L, None
     else:
         place = ops.minimum(length, L - T)  # torch would raise past the end
         seen = {name: _write(cache[name], new[name], place) for name in new}
-        kept = seen
+        stored = seen
         offset, overflows = length, length + T > L
     mask = MaskParts(
         query_padding=padding,
@@ -131,15 +130,15 @@ def extend_cache(
         lower=None if sliding_window is None else offset - (sliding_window - 1),
         upper=offset,
     )
-    cache = {**kept, "length": length + T}
+    cache = {**stored, "length": length + T}
     return Extended(seen["key"], seen["value"], mask, offset, cache, overflows)
 
 
 def next_position(cache: Cache) -> Tensor:
-    """The position that comes next, an int32 scalar.
+    """Returns the next position, an int32 scalar.
 
     Raises:
-        ValueError: If `cache` is none.
+        ValueError: If `cache` lacks a part of a cache.
     """
     names = {"key", "value", "mask", "length"}
     if not names <= cache.keys():
@@ -151,7 +150,7 @@ def next_position(cache: Cache) -> Tensor:
 
 
 def flatten_cache(cache: dict[str, Any]) -> dict[str, Tensor]:
-    """Lays nested caches, a block's or a stack's, out as one dictionary of tensors.
+    """Flattens nested caches, a block's or a stack's, into one dictionary of tensors.
 
     The signatures of a SavedModel take and return no nested dictionaries. Names are
     joined by two underscores, which every signature allows.
@@ -189,7 +188,7 @@ def flatten_cache(cache: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def unflatten_cache(flat: dict[str, Tensor]) -> dict[str, Any]:
-    """Makes of what `flatten_cache` returned what it was given."""
+    """Undoes `flatten_cache`."""
     cache: dict[str, Any] = {}
     for joined, tensor in flat.items():
         *outer, name = joined.split(_JOINT)
@@ -200,8 +199,8 @@ def unflatten_cache(flat: dict[str, Tensor]) -> dict[str, Any]:
     return cache
 
 
-def _kept(max_length: int, sliding_window: int | None) -> int:
-    """How many positions a cache holds; a window's fewer than `max_length`, or all."""
+def _stored_length(max_length: int, sliding_window: int | None) -> int:
+    """Returns the number of positions that a cache stores."""
     if sliding_window is None:
         return max_length
     return max(1, min(max_length, sliding_window - 1))
@@ -209,7 +208,10 @@ def _kept(max_length: int, sliding_window: int | None) -> int:
 
 def _is_ring(length: Tensor, sliding_window: int | None) -> bool:
     """Whether a cache of this length holds a window's last positions."""
-    return sliding_window is not None and _kept(length + 1, sliding_window) == length
+    return (
+        sliding_window is not None
+        and _stored_length(length + 1, sliding_window) == length
+    )
 
 
 def check_cache(
@@ -227,7 +229,7 @@ def check_cache(
         sliding_window: The layer's window.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If the cache does not fit.
     """
     for name, new in (("key", key_shape), ("value", value_shape)):
         have, want = tuple(cache[name].shape), tuple(new)
@@ -243,7 +245,7 @@ def check_cache(
 
 
 def _check_room(length: Tensor, room: Tensor) -> None:
-    """Refuses what no update of this shape can write; the rest is seen later."""
+    """Refuses a length that the cache can never hold; the rest shows at run time."""
     if isinstance(length, int) and isinstance(room, int) and length > room:
         raise ValueError(
             "A cache takes no more positions in one call than it can hold. Received: "
@@ -252,35 +254,35 @@ def _check_room(length: Tensor, room: Tensor) -> None:
 
 
 def _cut(tensor: Tensor, start: Tensor, like: Tensor) -> Tensor:
-    """As many positions as `like` has, from `start` on."""
+    """Cuts as many positions as `like` has, from `start` on."""
     starts = [0, start, *([0] * (len(like.shape) - 2))]
     return ops.slice(tensor, starts, ops.shape(like))
 
 
-def _write(kept: Tensor, new: Tensor, place: Tensor) -> Tensor:
-    """Puts `new` into its place along the second axis."""
-    start = [0, place, *([0] * (len(kept.shape) - 2))]
-    if "float" in backend.standardize_dtype(kept.dtype):
+def _write(stored: Tensor, new: Tensor, place: Tensor) -> Tensor:
+    """Writes `new` at `place` along the second axis."""
+    start = [0, place, *([0] * (len(stored.shape) - 2))]
+    if "float" in backend.standardize_dtype(stored.dtype):
         # TensorFlow has no gradient of the update.
-        return with_gradient(_update, (kept, new), start)
-    return _put(kept, new, start)
+        return with_gradient(_update, (stored, new), start)
+    return _put(stored, new, start)
 
 
 def _update(
     inputs: tuple[Tensor, Tensor], start: list[Any]
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    kept, new = inputs
+    stored, new = inputs
 
     def backward(upstream: Tensor) -> tuple[Tensor, Tensor]:
         blank = _put(upstream, ops.zeros_like(new), start)
         return blank, ops.slice(upstream, start, ops.shape(new))
 
-    return _put(kept, new, start), backward
+    return _put(stored, new, start), backward
 
 
-def _put(kept: Tensor, new: Tensor, start: list[Any]) -> Tensor:
+def _put(stored: Tensor, new: Tensor, start: list[Any]) -> Tensor:
     if backend.backend() == "tensorflow":
         from keras_mha.attention import cache_tensorflow
 
-        return cache_tensorflow.put(kept, new, start)
-    return ops.slice_update(kept, start, new)
+        return cache_tensorflow.put(stored, new, start)
+    return ops.slice_update(stored, start, new)

@@ -1,4 +1,4 @@
-"""Cutting tensors into blocks, and laying blocks out for products.
+"""Cuts tensors into blocks, and lays blocks out for products.
 
 Axes are named by letters: b, t and s are those that are cut. Others: n query heads, k
 key/value heads, g query heads to each of these, h and v sizes of heads.
@@ -27,7 +27,7 @@ def extent(
         x: The tensor.
         letters: One for each axis.
         place: Where the block lies.
-        broadcasts: Whether axes may be of length 1 instead, which are left whole.
+        broadcasts: Whether axes may be of length 1 instead; those are not cut.
     """
     starts, sizes = [], []
     for dim, letter in zip(shape(x), letters, strict=True):
@@ -59,7 +59,7 @@ def put(x: Tensor, letters: str, place: Place, block: Tensor) -> Tensor:
 
 
 def add(x: Tensor, letters: str, place: Place, block: Tensor) -> Tensor:
-    """Adds a block to what is in its place."""
+    """Adds a block to the values in its place."""
     return put(x, letters, place, cut(x, letters, place) + block)
 
 
@@ -71,12 +71,12 @@ def loop(
 ) -> tuple[Tensor, ...]:
     """Applies `step(index, *state)` for each index from `first` up to `last`."""
     index = ops.cast(first, "int32")
-    found: Any = ops.while_loop(
+    result: Any = ops.while_loop(
         lambda index, *_: index < last,
         lambda index, *state: (index + 1, *step(index, *state)),
         (index, *state),
     )
-    return tuple(found[1:])
+    return tuple(result[1:])
 
 
 def columns(x: Tensor, heads: int) -> Tensor:
@@ -113,7 +113,7 @@ def transpose(pairs: Tensor | None) -> Tensor | None:
 
 def clear(x: Tensor, counts: Tensor) -> Tensor:
     """Zeroes what does not count, by selection: `0 * NaN` would be NaN."""
-    # The shape is known, whatever is known of what counts.
+    # `where` may lose a static shape to that of `counts`.
     return ops.reshape(ops.where(counts, x, ops.zeros_like(x)), shape(x))
 
 
@@ -138,7 +138,7 @@ def of_rows(ends: Tensor, rows: int, reduce: Callable[..., Tensor]) -> Tensor:
 
 
 def shape(x: Tensor) -> tuple[Any, ...]:
-    """Sizes, as ints where they are known; Keras types them as if there were none."""
+    """Returns sizes, as ints where known; Keras annotates them as `None`."""
     sizes: Any = ops.shape(x)
     return tuple(sizes)
 

@@ -143,9 +143,9 @@ class _Call(NamedTuple):
         b, K, _, G, t = layout.shape(weights)
         rows = ops.reshape(layout.cut(self.noise.rows, "bnt", place), (b, K, 1, G * t))
         transposed = PairNoise(layout.cut(self.noise.columns, "s", place), rows)
-        kept = keep_pairs(transposed, self.dropout)
+        keeps = keep_pairs(transposed, self.dropout)
         raised = weights * (1.0 / (1.0 - self.dropout))
-        return layout.clear(raised, ops.reshape(kept, layout.shape(weights)))
+        return layout.clear(raised, ops.reshape(keeps, layout.shape(weights)))
 
     def scores(
         self,
@@ -179,7 +179,7 @@ class _Call(NamedTuple):
             scores = scores + layout.as_scores(block, K)
         if visible is not None:
             scores = ops.where(visible, scores, layout.lowest(scores.dtype))
-        # Their shape is known, whatever is known of what they were joined with.
+        # Masks and biases of unknown shape make the sum lose its static shape.
         return ops.reshape(scores, (b, K, s, G, t)), slope
 
 
@@ -251,7 +251,7 @@ def attend(
 
 
 def _choose_blocks(sizes: tuple[Any, Any, Any, Any]) -> Blocks:
-    """Blocks for `(B, N, T, S)`, of which little is filled up.
+    """Chooses blocks for `(B, N, T, S)` that need little filling up.
 
     Rows of the batch share a block where it holds all their pairs; otherwise each
     leaves out its own blocks of keys.
@@ -306,7 +306,7 @@ def _fill_up_bias(
 
 
 def _fill_up_mask(mask: MaskParts, lengths: Mapping[str, tuple[Any, Any]]) -> MaskParts:
-    """Fills a mask up; what is filled up of the keys is hidden."""
+    """Fills a mask up, and hides the keys that were added."""
     S, wanted = lengths["s"]
     padding = _fill_up(mask.key_padding, "bs", lengths)
     if padding is None and not (isinstance(S, int) and wanted == S):
@@ -366,7 +366,7 @@ def _forward(inputs: _Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
 
         parts = (
             ops.zeros((b, K, V, G, t), dtype),
-            # Above what hides a pair: then the exponential of that is zero.
+            # Higher than a hidden score, whose exponential is then zero.
             ops.full((b, K, 1, G, t), layout.lowest(dtype) / 2, dtype),
             ops.zeros((b, K, 1, G, t), dtype),
         )
@@ -378,7 +378,7 @@ def _forward(inputs: _Inputs, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
 
     whole = tuple(ops.zeros((B, K, size, G, T), dtype) for size in (V, 1, 1))
     mixed, highest, total = layout.loop(0, (B // b) * (T // t), query_step, whole)
-    # Not `total > 0`: NaN is to stay NaN.
+    # Not `total > 0`, which is False for NaN: NaN must stay NaN.
     sees = ops.not_equal(total, 0)
     if inputs.bias.sinks is not None:
         sinks = ops.reshape(inputs.bias.sinks, (1, K, 1, G, 1))
@@ -463,7 +463,7 @@ def _backward(
         d_columns, *sums = layout.loop(*call.key_blocks(place), key_step, state)
         return layout.put(d_query, "bkhgt", place, d_columns), *sums
 
-    # A part of the bias that is not there still has its place in the loops' state.
+    # An absent part of the bias keeps its place in the loops' state.
     parts = (0.0 if part is None else part for part in bias[:2])
     state = tuple(ops.zeros_like(x) for x in (query, key, value, *parts))
     d_query, d_key, d_value, d_pairs, d_distances = layout.loop(
@@ -505,7 +505,7 @@ def _add_distances(
 
 
 def _sum_to(x: Tensor, sizes: Shape) -> Tensor:
-    """Sums over axes to the sizes given, which are 1 or those there are."""
+    """Sums axes down to `sizes`, each of which is 1 or the size of its axis."""
     for axis, size in enumerate(sizes):
         shape = layout.shape(x)
         split = (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])

@@ -20,8 +20,8 @@ def loop(count: Any, step: Callable[..., Any], state: Any, parallel: int) -> Any
         return step(0, *state)
 
     def body(index: Any, *state: Any) -> Any:
-        found = step(index, *state)
-        return index + 1, *tf.nest.map_structure(_as_before, state, found)
+        results = step(index, *state)
+        return index + 1, *tf.nest.map_structure(_as_before, state, results)
 
     _, *state = tf.while_loop(
         lambda index, *_: index < count,
@@ -40,7 +40,7 @@ def _of_any_length(tensor: Any) -> Any:
 
 
 def of_shape(tensor: Tensor, shape: tuple[int | None, ...] | None) -> Tensor:
-    """Lets a graph know no more of a shape than this."""
+    """Hides from a graph what it knows of a shape beyond `shape`."""
     if tf.executing_eagerly():
         return tensor
     return tf.raw_ops.PlaceholderWithDefault(
@@ -63,7 +63,7 @@ def array_of(dtype: Any, size: Any, shape: tuple[int | None, ...]) -> tf.TensorA
 
 
 def pick(tensor: Tensor, places: slice, axis: int = 0) -> Tensor:
-    """Cuts along an axis, unless its one element is for all."""
+    """Cuts along an axis, unless its single element serves all places."""
     if tensor.shape[axis] == 1:
         return tensor
     return tensor[(*([slice(None)] * axis), places)]
@@ -83,7 +83,7 @@ def join_heads(part: Tensor) -> Tensor:
 
 
 def in_xla() -> bool:
-    """Whether what is being traced is for XLA, which needs shapes that stay."""
+    """Returns whether XLA compiles what is being traced; it needs shapes that stay."""
     if tf.executing_eagerly():
         return False
     return GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())

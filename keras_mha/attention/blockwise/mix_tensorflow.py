@@ -205,23 +205,23 @@ def _backward(
             # The last block first, for `_add_keys`.
             row = tiling.row_tiles - 1 - step
             tile = tile_at(section, row, tiling, call)
-            found = _differentiate(*tensors, tile, call)
+            results = _differentiate(*tensors, tile, call)
             inner = {
                 **inner,
-                "query": inner["query"].write(row, found["query"]),
+                "query": inner["query"].write(row, results["query"]),
                 **{
-                    name: inner[name].add(found[name], tile, row, call)
+                    name: inner[name].add(results[name], tile, row, call)
                     for name in ("key", "value")
                 },
                 **{
-                    name: inner[name] + found[name]
+                    name: inner[name] + results[name]
                     for name in ("distances", "sinks")
                     if name in inner
                 },
             }
             if "pairs" in inner:
                 inner["pairs"] = add_pairs(
-                    inner["pairs"], found["biased"], index, row, tile, tiling, call
+                    inner["pairs"], results["biased"], index, row, tile, tiling, call
                 )
             return (inner,)
 
@@ -233,7 +233,7 @@ def _backward(
             **{name: state[name] for name in state if name == "pairs"},
         }
         (inner,) = loop(tiling.row_tiles, row_step, (inner,), parallel=1)
-        found = {
+        results = {
             "query": join_heads(inner["query"].join()),
             **{
                 name: join_heads(inner[name].join(section)) for name in ("key", "value")
@@ -242,7 +242,7 @@ def _backward(
         }
         return (
             {
-                **{name: state[name].write(index, found[name]) for name in found},
+                **{name: state[name].write(index, results[name]) for name in results},
                 **{name: inner[name] for name in inner if name == "pairs"},
             },
         )
@@ -287,28 +287,28 @@ def _differentiate(
 ) -> dict[str, Tensor]:
     """A tile's gradients, and that of its biased scores."""
     queries, keys, values, visible = _load(query, key, value, tile, call)
-    found = _probabilities(queries, keys, visible, tile, call)
+    softmax = _probabilities(queries, keys, visible, tile, call)
     upstream, delta = (
         _clear_blind(cut_along(tensor, tile.rows), visible)
         for tensor in (upstream, delta)
     )
     grouped = _grouped(upstream, call)
-    kept = found.pairs
+    dropped = softmax.pairs
     d_pairs = _ungrouped(tf.matmul(grouped, values, transpose_b=True), call)
     if call.noise is not None:
-        kept, d_pairs = (_drop(pairs, tile, call) for pairs in (kept, d_pairs))
-    biased = found.pairs * (d_pairs - delta)
-    scores = _grouped(biased if found.slope is None else biased * found.slope, call)
+        dropped, d_pairs = (_drop(pairs, tile, call) for pairs in (dropped, d_pairs))
+    biased = softmax.pairs * (d_pairs - delta)
+    scores = _grouped(biased if softmax.slope is None else biased * softmax.slope, call)
     gradients = {
         "query": _ungrouped(tf.matmul(scores, keys), call),
         "key": tf.matmul(scores, _grouped(queries, call), transpose_a=True),
-        "value": tf.matmul(_grouped(kept, call), grouped, transpose_a=True),
+        "value": tf.matmul(_grouped(dropped, call), grouped, transpose_a=True),
         "biased": biased,
     }
     if call.bias.distances is not None:
         gradients["distances"] = _sum_tile_distances(biased, tile, call)
-    if found.sinks is not None:
-        gradients["sinks"] = -tf.reduce_sum(found.sinks * delta, axis=(0, 2))
+    if softmax.sinks is not None:
+        gradients["sinks"] = -tf.reduce_sum(softmax.sinks * delta, axis=(0, 2))
     return gradients
 
 
@@ -385,8 +385,8 @@ def _probabilities(
         return _Probabilities(tf.nn.softmax(scores), None, slope)
     sinks = bias.sinks[tile.section.heads][:, None, None]
     sinks = tf.broadcast_to(sinks, (*sizes_of(scores)[:3], 1))
-    found: Any = tf.nn.softmax(tf.concat([scores, sinks], axis=-1))
-    return _Probabilities(found[..., :-1], found[..., -1:], slope)
+    joined: Any = tf.nn.softmax(tf.concat([scores, sinks], axis=-1))
+    return _Probabilities(joined[..., :-1], joined[..., -1:], slope)
 
 
 def _hide_later(scores: Tensor, tile: Tile, call: Call) -> Tensor:
@@ -418,8 +418,8 @@ def _drop(pairs: Tensor, tile: Tile, call: Call) -> Tensor:
         call.noise.rows[section.batch, section.heads, tile.rows],
         call.noise.columns[tile.columns],
     )
-    kept = tf.cast(keep_pairs(noise, call.dropout), pairs.dtype)
-    return pairs * (kept * (1.0 / (1.0 - call.dropout)))
+    keeps = tf.cast(keep_pairs(noise, call.dropout), pairs.dtype)
+    return pairs * (keeps * (1.0 / (1.0 - call.dropout)))
 
 
 def _clear_blind(rows: Tensor, visible: Tensor | None) -> Tensor:
@@ -434,9 +434,9 @@ def _sum_tile_distances(d_biased: Tensor, tile: Tile, call: Call) -> Tensor:
     """A tile's gradient of the numbers for distances, `(n or 1, T + S - 1)`."""
     if call.bias.distances.shape[0] == 1:
         d_biased = tf.reduce_sum(d_biased, axis=1, keepdims=True)
-    found = sum_distances(tf.reduce_sum(d_biased, axis=0))
+    sums = sum_distances(tf.reduce_sum(d_biased, axis=0))
     start, end = distance_places(tile, call)
-    return tf.pad(found, ((0, 0), (start, sum(call.lengths) - 1 - end)))
+    return tf.pad(sums, ((0, 0), (start, sum(call.lengths) - 1 - end)))
 
 
 def _zeros_by_head(key: Tensor, call: Call) -> dict[str, Tensor]:

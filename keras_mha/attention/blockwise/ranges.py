@@ -1,4 +1,4 @@
-"""Which keys the queries of a block may see: what blockwise attention leaves out.
+"""Finds the keys that the queries of a block may see, so that others are skipped.
 
 Letters: B batch, T query length, S key length.
 """
@@ -16,7 +16,7 @@ from keras_mha.typing import Tensor
 def key_ranges(
     mask: MaskParts, query_length: Tensor, key_length: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns, for each block of queries, a range of keys outside which it sees none.
+    """Returns a range of keys for each block of queries, which sees none outside it.
 
     Causality, window, segments and padding narrow the range. Segments do by blocks
     of keys as long as those of queries, so that nothing of the size `(T, S)` is made.
@@ -113,10 +113,10 @@ def _count(length: Tensor, size: Tensor) -> Tensor:
 def rows_that_see(
     mask: MaskParts, query_length: Tensor, key_length: Tensor
 ) -> Tensor | None:
-    """Which queries see a key, as far as padding, causality and window tell.
+    """Finds the queries that see a key, as far as padding, causality and window tell.
 
     Args:
-        mask: The mask, spelled out; its pairs and segments are not looked at.
+        mask: The mask, spelled out; pairs and segments are ignored.
         query_length: T, an int or an integer scalar tensor.
         key_length: S, likewise.
 

@@ -1,4 +1,4 @@
-"""Where TensorFlow's blockwise attention puts together what its tiles give.
+"""Joins and sums what the tiles of TensorFlow's blockwise attention return.
 
 Letters: B batch, T query length, S key length, N query heads. In a tile b, n, k, t and
 s stand for the parts of B, N, K, T and S.
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     Attributes:
         array: `(t, b, n, X)` each, for an array joins the first axis. `()` where
-            there is but one block.
+            there is one block only.
         only: That block, `(b, n, t, X)`.
     """
 
@@ -105,9 +105,9 @@ class Keys(NamedTuple):
         return self.done.write(0, held).join()
 
 
-def sum_heads(found: tf.TensorArray, like: Tensor, tiling: Tiling) -> Tensor:
+def sum_heads(sums: tf.TensorArray, like: Tensor, tiling: Tiling) -> Tensor:
     """Sums sections' `(n or 1, X)` over the batch, and lays heads under each other."""
-    stacked = found.stack()
+    stacked = sums.stack()
     rows, width = sizes_of(stacked)[1:]
     stacked = tf.reshape(stacked, (-1, tiling.head_tiles * rows, width))
     joined = tf.reduce_sum(stacked, axis=0)
@@ -135,7 +135,7 @@ def pair_array(call: Call, tiling: Tiling) -> tf.TensorArray:
 
 
 def add_pairs(
-    found: tf.TensorArray,
+    sums: tf.TensorArray,
     d_biased: Tensor,
     index: Any,
     row: Any,
@@ -163,14 +163,14 @@ def add_pairs(
             is_new = tf.logical_and(is_new, tf.equal(number, start))
         else:
             place = place * _pair_places(call, tiling)[axis] + number
-    part = tf.cond(is_new, lambda: part, lambda: part + found.read(place))
-    return found.write(place, part)
+    part = tf.cond(is_new, lambda: part, lambda: part + sums.read(place))
+    return sums.write(place, part)
 
 
-def join_pairs(found: tf.TensorArray, call: Call, tiling: Tiling) -> Tensor:
+def join_pairs(sums: tf.TensorArray, call: Call, tiling: Tiling) -> Tensor:
     """Lays the tiles' gradients of the bias side by side."""
     batch, heads, _ = _pair_places(call, tiling)
-    rows = found.concat()
+    rows = sums.concat()
     n, s = sizes_of(rows)[1:]
     rows = tf.reshape(rows, (batch, heads, -1, n, s))
     rows = tf.transpose(rows, (0, 1, 3, 2, 4))
