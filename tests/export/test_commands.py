@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,16 +22,39 @@ from tests.support import small_models, tflite_files
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "export" / command), *map(str, arguments)],
-        cwd=ROOT,
+class Done(NamedTuple):
+    """What a command printed, and its exit status."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(command: str, *arguments: object) -> Done:
+    """Runs a script in this process, where TensorFlow is loaded already."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = [command, *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        runpy.run_path(str(ROOT / "export" / command), run_name="__main__")
+    return Done(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def test_a_command_runs_from_its_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "export" / "to_tflite.py"), "--help"],
+        cwd=tmp_path,
         # The checkout need not be installed.
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
     )
+    assert done.stdout.startswith("usage: keras-mha export ")
 
 
 def test_to_saved_model(tmp_path: Path) -> None:

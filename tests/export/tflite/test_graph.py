@@ -220,7 +220,13 @@ def test_a_file_that_takes_for_ever_is_given_up(tmp_path: Path) -> None:
 
 
 # Several, since it is chance what the last bytes are asked for.
-@pytest.mark.parametrize("limit", [64_000_000, 67_100_000, 67_870_000])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        67_870_000,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (64_000_000, 67_100_000)),
+    ],
+)
 def test_a_file_that_takes_all_memory_is_given_up(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
