@@ -6,16 +6,22 @@ keys, V head size of values.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import keras
 from keras import ops
 
+from keras_mha.convert.stock_masks import StockMaskAttention
 from keras_mha.copying import set_trainable
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.layers.projections import Projection
+from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.twin import Twins, put
 from keras_mha.typing import Tensor
+
+Masks: TypeAlias = Literal["mend", "as_keras"]
 
 StockAttention = keras.layers.MultiHeadAttention
 StockGroupedAttention = keras.layers.GroupQueryAttention
@@ -28,9 +34,9 @@ _PROJECTIONS = (
     "_value_dense",
     "_output_dense",
 )
+_SEPARATE = "_query_dense", "_key_dense", "_value_dense"
 # What `MultiHeadSelfAttention` calls those that it does not fuse.
 _UNFUSED = {"_gate_dense": "gate_dense", "_output_dense": "output_dense"}
-_WEIGHTS = ("_kernel", "bias", "kernel_scale", "lora_kernel_a", "lora_kernel_b")
 _SHARED_OPTIONS = (
     "dropout",
     "use_bias",
@@ -51,13 +57,22 @@ def is_stock(layer: object) -> bool:
     return type(layer) in (StockAttention, StockGroupedAttention)
 
 
+def is_fused(layer: object) -> bool:
+    """Whether it is ours, and takes one input where Keras' layer takes two."""
+    return type(layer) is MultiHeadSelfAttention
+
+
 def is_ours(layer: object) -> bool:
     """Whether it is an attention layer of ours, no subclass of it."""
-    return type(layer) in (MultiHeadAttention, MultiHeadSelfAttention)
+    return type(layer) in (
+        MultiHeadAttention,
+        MultiHeadSelfAttention,
+        StockMaskAttention,
+    )
 
 
-def from_stock(layer: Any) -> MultiHeadAttention:
-    """Makes our layer of the options and, if it is built, the weights of Keras'."""
+def from_stock(layer: Any, twins: Twins, masks: Masks = "mend") -> MultiHeadAttention:
+    """Makes our layer of the options and, if it is built, the parts of Keras'."""
     grouped = isinstance(layer, StockGroupedAttention)
     prefix = "" if grouped else "_"
     options = {name: getattr(layer, prefix + name) for name in _SHARED_OPTIONS}
@@ -70,7 +85,11 @@ def from_stock(layer: Any) -> MultiHeadAttention:
     else:
         names = ("num_heads", "key_dim", "value_dim", "output_shape", "attention_axes")
         options.update({name: getattr(layer, f"_{name}") for name in names})
-    converted = MultiHeadAttention(
+    kind = MultiHeadAttention
+    if masks == "as_keras":
+        kind = StockMaskAttention
+        options["takes_masks_off"] = not grouped
+    converted = kind(
         **options,
         # Keras' configurations leave it out.
         flash_attention=layer._flash_attention,
@@ -79,24 +98,28 @@ def from_stock(layer: Any) -> MultiHeadAttention:
     )
     if layer.built:
         converted.build_from_config(layer.get_build_config())
-        copy_weights(layer, converted)
+        _take_parts(layer, converted, twins, Projection)
     return converted
 
 
-def to_stock(layer: Any) -> Any:
+def to_stock(layer: Any, twins: Twins) -> Any:
     """Makes Keras' layer of the options and, if it is built, the weights of ours.
 
     Raises:
         ValueError: If Keras' layer lacks an option that the layer uses.
     """
     converted = _unbuilt_stock(layer, *_head_sizes(layer))
-    if layer.built:
-        config = layer.get_build_config()
-        if isinstance(layer, MultiHeadSelfAttention):
-            shape = config["input_shape"]
-            config = {"shapes_dict": {"query_shape": shape, "value_shape": shape}}
-        converted.build_from_config(config)
-        copy_weights(layer, converted)
+    if not layer.built:
+        return converted
+    config = layer.get_build_config()
+    if is_fused(layer):
+        shape = config["input_shape"]
+        config = {"shapes_dict": {"query_shape": shape, "value_shape": shape}}
+    converted.build_from_config(config)
+    if is_fused(layer):
+        separate = tuple(getattr(converted, name) for name in _SEPARATE)
+        _split(layer.qkv_dense, separate)
+    _take_parts(layer, converted, twins, keras.layers.EinsumDense)
     return converted
 
 
@@ -176,71 +199,26 @@ def _head_sizes(layer: Any) -> tuple[int, int]:
 # Weights.
 
 
-def copy_weights(source: Any, target: Any) -> None:
-    """Copies all weights between built attention layers, of which one is Keras'.
-
-    Raises:
-        ValueError: If the source is quantized or adapted in a way that the target
-            cannot be.
-    """
-    if isinstance(source, MultiHeadSelfAttention):
-        _copy_fused(source.qkv_dense, _separate(target))
-    for one, other in _projections(source, target):
-        _copy_projection(one, other)
-    copy_trainable(source, target)
-
-
-def copy_trainable(source: Any, target: Any) -> None:
-    """Says of each part of an attention layer whether it is trained."""
-    target.trainable = source.trainable
-    if not source.trainable:
-        # Keras leaves what a frozen layer builds unfrozen.
-        return
-    pairs = _projections(source, target)
-    if isinstance(source, MultiHeadSelfAttention):
-        pairs += [(source.qkv_dense, part) for part in _separate(target)]
-    for one, other in pairs:
-        other.trainable = one.trainable
-        for name in _WEIGHTS:
-            weight = getattr(one, name, None)
-            if weight is not None:
-                set_trainable(getattr(other, name), weight.trainable)
-
-
-def _projections(source: Any, target: Any) -> list[tuple[Any, Any]]:
-    """The dense layers that both have, those of the source first."""
-    fused = isinstance(source, MultiHeadSelfAttention)
-    pairs = []
+def complete(target: Any) -> None:
+    """Does what has to wait until the parts of the new layer are complete."""
     for name in _PROJECTIONS:
-        one = getattr(source, _UNFUSED.get(name, name) if fused else name, None)
-        if one is not None:
-            pairs.append((one, getattr(target, name)))
-    return pairs
+        part = getattr(target, name, None)
+        if isinstance(part, Projection):
+            part.read_equation()
+    keep_frozen(target)
 
 
-def _separate(layer: Any) -> list[Any]:
-    return [layer._query_dense, layer._key_dense, layer._value_dense]
+def _take_parts(source: Any, target: Any, twins: Twins, kind: type) -> None:
+    """Puts copies of a built layer's projections into another, as of a class."""
+    for name in _PROJECTIONS:
+        name_there = _UNFUSED.get(name, "") if is_fused(source) else name
+        part = getattr(source, name_there, None)
+        if part is not None:
+            put(target, name, twins.copy(part, kind))
+    target._path, target._parent_path = source._path, source._parent_path
 
 
-def _copy_projection(source: Any, target: Any) -> None:
-    mode = source.quantization_mode
-    if mode not in (None, "int8"):
-        raise ValueError(
-            "Only float and int8 weights convert: convert the float layer, then "
-            f"quantize it. Received: projection '{source.path}' with quantization "
-            f"mode {mode!r}"
-        )
-    if mode != target.quantization_mode:
-        target.quantize(mode, config=source.quantization_config)
-    if source.lora_enabled and not target.lora_enabled:
-        target.enable_lora(source.lora_rank, lora_alpha=source.lora_alpha)
-    for name in _WEIGHTS:
-        weight = getattr(source, name, None)
-        if weight is not None:
-            getattr(target, name).assign(weight)
-
-
-def _copy_fused(fused: FusedProjection, parts: list[Any]) -> None:
+def _split(fused: FusedProjection, parts: tuple[Any, ...]) -> None:
     """Splits the kernel `(D, K, G H + H + V)` and the bias, G = N / K."""
     if fused.quantization_mode is not None or fused._adapted:
         raise ValueError(
@@ -249,11 +227,14 @@ def _copy_fused(fused: FusedProjection, parts: list[Any]) -> None:
             f"Received: projection '{fused.path}' with quantization mode "
             f"{fused.quantization_mode!r} and low-rank factors on {fused._adapted}"
         )
+    for part in parts:
+        part.trainable = fused.trainable
     for name in ("kernel", "bias"):
         weight = getattr(fused, name)
         if weight is None:
             continue
         columns: list[Tensor] = fused.cut(ops.convert_to_tensor(weight))
-        for part, target in zip(columns, parts, strict=True):
-            weight = getattr(target, name)
-            weight.assign(ops.reshape(part, weight.shape))
+        for part, values in zip(parts, columns, strict=True):
+            split = getattr(part, name)
+            split.assign(ops.reshape(values, split.shape))
+            set_trainable(split, weight.trainable)

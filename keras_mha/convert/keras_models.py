@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_mha.convert.keras_layers import from_stock, is_ours, is_stock, to_stock
-from keras_mha.convert.model_copy import Rule, copy_model
-from keras_mha.layers.self_attention import MultiHeadSelfAttention
+from keras_mha.convert.comparison import describe_differences
+from keras_mha.convert.keras_layers import (
+    Masks,
+    from_stock,
+    is_fused,
+    is_ours,
+    is_stock,
+    to_stock,
+)
+from keras_mha.convert.layer_swap import Rule, swap_layers
+from keras_mha.layers.arguments import check_flag, check_name
+from keras_mha.twin import Twins
 
 
-def from_keras(layer_or_model: Any) -> Any:
+def from_keras(
+    layer_or_model: Any,
+    *,
+    samples: Any = None,
+    masks: Masks = "mend",
+    dtype: Any = None,
+    copy: bool = True,
+) -> Any:
     """Turns Keras' attention into ours: one layer, or every one of a model.
 
     `keras.layers.MultiHeadAttention` and `keras.layers.GroupQueryAttention` become
@@ -21,45 +38,63 @@ def from_keras(layer_or_model: Any) -> Any:
     weights; int8 weights and LoRA factors are carried over. A layer that is not built
     gives one that is not.
 
-    In a Functional or Sequential model every such layer is swapped, in models inside
-    the model and inside wrappers such as `TimeDistributed` too. All other layers are
-    copied with their weights, vocabularies and what `trainable` says. Names stay, and
-    layers that were shared are. The original model is left as it is and shares nothing
-    with the new one, which is not compiled: call `compile`; an optimizer's state does
-    not carry over.
+    In a model, or a layer of yours, every such layer is swapped: in the graph, in
+    models inside the model, in wrappers, and in attributes of your own layers and
+    subclassed models, which keep their code. All other layers are copied with their
+    weights, vocabularies and what `trainable` says, without calling a constructor.
+    Names stay, weights fit the same files, and layers that were shared are. The
+    original stays as it is and shares no variable with the new one, which is not
+    compiled: call `compile`; an optimizer's state does not carry over.
+
+    A saved model of your own class makes its layers in its code when it is loaded, and
+    so makes Keras' attention again. Convert what was loaded, or put
+    `keras_mha.MultiHeadAttention` into the code: it takes the same arguments.
 
     Outputs are the same, but where Keras' layer is at fault:
 
+    - Masks stay on the inputs. Keras' layer takes them off, so that in `x + y` or
+      `Add()([x, y])` of its inputs and outputs the mask is lost, and the attention
+      after it reads padding.
     - A query that sees no key, such as one that is padding, gets the output
       projection's bias; from Keras the mean of all values, or NaN. This shows where
-      what comes after reads padding: `Flatten` does, and pooling after `x + y`, which
-      drops masks as `keras.layers.Add()` does not.
-    - Masks stay on the inputs. Keras' layer takes them off, so that a second one that
-      attends to the same tensor sees its padding.
+      what comes after reads padding, as `Flatten` and pooling without a mask do.
     - An explicit `query_mask` counts, and the outputs carry it.
     - A floating `attention_mask` is refused; Keras reads it as booleans.
     - An `activity_regularizer` is for the outputs of the projections, each once;
       `GroupQueryAttention` counts the layer's outputs twice.
 
-    What cannot be swapped raises: a layer, or a subclassed model, that makes Keras'
-    attention in code of its own, as KerasHub's `TransformerEncoder` does. In code of
-    yours put `keras_mha.MultiHeadAttention` in the place of
-    `keras.layers.MultiHeadAttention`; it takes the same arguments, and weights go over
-    by `set_weights`. Subclasses of Keras' layers are kept as they are: those in
-    KerasHub's `TransformerDecoder`, for one.
+    Original and copy are compared on `samples`, or on a few inputs drawn with padding
+    and without. Where their answers differ, a warning says in which output, by how much
+    and through which layers. What an output's own mask says is padding does not count.
+
+    Subclasses of Keras' layers may compute something else and stay as they are.
 
     Args:
-        layer_or_model: A layer of one of the two classes, or a model.
+        layer_or_model: A layer of one of the two classes, or a layer or model of any
+            class that holds some.
+        samples: Inputs in the structure that `model(...)` takes, to compare the answers
+            on. Defaults to drawn ones.
+        masks: `"mend"` treats masks as `keras_mha.MultiHeadAttention` does;
+            `"as_keras"` keeps the answers of the original, faults included, by layers
+            of the class `StockMaskAttention`.
+        dtype: A dtype policy for all floating layers of the copy, such as
+            `"mixed_bfloat16"`; weights keep their values. Defaults to the policies of
+            the original.
+        copy: Whether the new layers have variables of their own. With False they share
+            those of the original: training one trains the other, and no memory is
+            taken.
 
     Returns:
         A new layer, or a new model of the same class.
 
     Raises:
-        TypeError: If it is not such a layer or model, or holds a layer that makes
-            attention in code of its own.
-        ValueError: If the model holds no such layer, or something cannot be copied:
-            weights quantized in another way than int8, or layers whose configuration
-            does not tell all of them.
+        TypeError: If it is not such a layer or model.
+        ValueError: If the model holds no such layer, `masks` has another value, or
+            `dtype` is no floating policy or, with `copy=False`, has weights of another
+            dtype.
+
+    Warns:
+        UserWarning: If the copy answers otherwise than the original.
 
     Example:
 
@@ -78,9 +113,23 @@ def from_keras(layer_or_model: Any) -> Any:
     >>> bool(np.allclose(converted(ids), model(ids), atol=1e-5))
     True
     """
-    if is_stock(layer_or_model):
-        return from_stock(layer_or_model)
-    return _convert_model(layer_or_model, _FROM_KERAS)
+    masks = check_name(masks, "masks", Masks)
+    policy = None if dtype is None else _check_policy(dtype)
+    share = not check_flag(copy, "copy")
+    rule = _from_keras(masks)
+    converted, swapped = _convert(layer_or_model, rule, policy, share=share)
+    # Rounding would hide what else differs.
+    same = converted, swapped
+    if policy is not None:
+        same = _convert(layer_or_model, rule, share=True)
+    differences = describe_differences(
+        layer_or_model, *same, samples, expected=masks == "mend"
+    )
+    if differences:
+        if masks == "mend":
+            differences += ' `masks="as_keras"` keeps the answers of the original.'
+        warnings.warn(differences, stacklevel=2)
+    return converted
 
 
 def to_keras(layer_or_model: Any) -> Any:
@@ -100,15 +149,15 @@ def to_keras(layer_or_model: Any) -> Any:
     `flash_attention=False` stays.
 
     Args:
-        layer_or_model: A `MultiHeadAttention`, a `MultiHeadSelfAttention`, or a
-            Functional or Sequential model that holds some.
+        layer_or_model: A `MultiHeadAttention`, a `MultiHeadSelfAttention`, or a layer
+            or model that holds some.
 
     Returns:
         A new layer, or a new model: of the same class, except as said above.
 
     Raises:
-        TypeError: If it is not such a layer or model, or holds a layer that makes our
-            attention in code of its own, as transformer blocks do.
+        TypeError: If it is not such a layer or model, or holds a layer that calls
+            `MultiHeadSelfAttention` in its code, as transformer blocks do.
         ValueError: If Keras' layer has no such thing as an option or a call argument
             that is used: `position`, `qk_norm`, `logits_soft_cap`, `use_sinks`,
             `flash_attention=True` on TensorFlow; with grouped heads `value_dim`,
@@ -128,25 +177,58 @@ def to_keras(layer_or_model: Any) -> Any:
     >>> bool(np.allclose(to_keras(layer)(inputs, inputs), expected, atol=1e-5))
     True
     """
-    if is_ours(layer_or_model):
-        return to_stock(layer_or_model)
-    return _convert_model(layer_or_model, _TO_KERAS)
+    converted, swapped = _convert(layer_or_model, _TO_KERAS)
+    differences = describe_differences(
+        layer_or_model, converted, swapped, None, expected=True
+    )
+    if differences:
+        warnings.warn(differences, stacklevel=2)
+    return converted
 
 
-def _convert_model(model: Any, rule: Rule) -> Any:
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            f"Expected {rule.old}, or a model that holds some. A subclass of such a "
-            "layer may compute something else and does not convert. "
-            f"Received: {model!r} of class {type(model).__name__}"
+def _convert(
+    model: Any, rule: Rule, policy: Any = None, *, share: bool = False
+) -> tuple[Any, list[tuple[Any, Any]]]:
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(_expected(model, rule))
+    converted, swapped = swap_layers(model, rule, policy, share=share)
+    if swapped:
+        return converted, swapped
+    if isinstance(model, keras.Model):
+        raise ValueError(
+            f"There is nothing to convert: the model holds no {rule.old}. "
+            f"Received: model '{model.name}' of class {type(model).__name__}, "
+            f"{'built' if model.built else 'not built'}"
         )
-    return copy_model(model, rule)
+    raise TypeError(_expected(model, rule))
 
 
-def _call_ours(
-    original: Any, converted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    del original  # takes the same arguments
+def _expected(received: Any, rule: Rule) -> str:
+    return (
+        f"Expected {rule.old}, or a layer or model that holds some. A subclass of such "
+        "a layer may compute something else and does not convert. "
+        f"Received: {received!r} of class {type(received).__name__}"
+    )
+
+
+def _check_policy(dtype: Any) -> Any:
+    try:
+        policy = keras.dtype_policies.get(dtype)
+        floating = "float" in policy.compute_dtype
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`dtype` must be a floating dtype policy, or its name, such as "
+            f"'mixed_bfloat16'. Received: dtype={dtype!r}"
+        ) from error
+    if not floating or policy.quantization_mode is not None:
+        raise ValueError(
+            "`dtype` must be a floating dtype policy; quantize with `quantize`. "
+            f"Received: dtype={dtype!r}"
+        )
+    return policy
+
+
+def _call_ours(_: Any, converted: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     return converted(*args, **kwargs)
 
 
@@ -155,7 +237,7 @@ def _call_stock(
 ) -> Any:
     arguments = inspect.signature(original.call).bind(*args, **kwargs).arguments
     taken = set(inspect.signature(converted.call).parameters)
-    if _is_fused(original):
+    if is_fused(original):
         arguments["query"] = arguments["value"] = arguments.pop("inputs")
         # Keras hides padded queries by the mask that the inputs carry.
         arguments["value_mask"] = arguments.pop("mask", None)
@@ -176,29 +258,25 @@ def _call_stock(
     return converted(**{name: arguments[name] for name in arguments if name in taken})
 
 
-def _is_fused(layer: Any) -> bool:
-    return type(layer) is MultiHeadSelfAttention
+def _to_stock(layer: Any, twins: Twins) -> Any:
+    return to_stock(layer, twins) if is_ours(layer) else None
 
 
-_FROM_KERAS = Rule(
-    is_swapped=is_stock,
-    is_fused=lambda _: False,
-    convert=from_stock,
-    call=_call_ours,
-    old="`keras.layers.MultiHeadAttention` or `keras.layers.GroupQueryAttention`",
-    advice=(
-        "In that code use `keras_mha.MultiHeadAttention` instead: it takes the same "
-        "arguments, and weights go over by `new.set_weights(old.get_weights())`."
-    ),
-)
+def _from_keras(masks: Masks) -> Rule:
+    def convert(layer: Any, twins: Twins) -> Any:
+        return from_stock(layer, twins, masks) if is_stock(layer) else None
+
+    return Rule(
+        convert=convert,
+        call=_call_ours,
+        is_fused=lambda _: False,
+        old="`keras.layers.MultiHeadAttention` or `keras.layers.GroupQueryAttention`",
+    )
+
+
 _TO_KERAS = Rule(
-    is_swapped=is_ours,
-    is_fused=_is_fused,
-    convert=to_stock,
+    convert=_to_stock,
     call=_call_stock,
+    is_fused=is_fused,
     old="`keras_mha.MultiHeadAttention` or `keras_mha.MultiHeadSelfAttention`",
-    advice=(
-        "`to_keras` converts attention layers, Functional and Sequential models: build "
-        "the rest anew."
-    ),
 )

@@ -99,8 +99,7 @@ def _check_stock(paths: Mapping[str, keras.layers.Layer]) -> None:
     if swapped:
         advice += (
             " `keras_mha.convert.from_keras` swaps, weights included, those of the "
-            "classes MultiHeadAttention and GroupQueryAttention in Functional and "
-            f"Sequential models: {swapped}."
+            f"classes MultiHeadAttention and GroupQueryAttention: {swapped}."
         )
     if others:
         advice += (

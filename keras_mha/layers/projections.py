@@ -88,9 +88,13 @@ class Projection(keras.layers.EinsumDense):
 
     def __init__(self, equation: str, **kwargs: Any) -> None:
         super().__init__(equation, **kwargs)
+        self.read_equation()
+
+    def read_equation(self) -> None:
+        """Takes from the equation how `call` computes it."""
         # It maps each position by itself, so a mask means the same after it.
         self.supports_masking = True
-        inputs, _, outputs = re.split(",|->", equation)
+        inputs, _, outputs = re.split(",|->", self.equation)
         # How many axes of the inputs stay; the kernel's first sum over the others.
         self._free = sum(letter in outputs for letter in inputs)
         self._summed = len(inputs) - self._free

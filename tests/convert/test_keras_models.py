@@ -5,6 +5,7 @@ Letters: B batch, T query length, S key length, N heads, H head size, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
 from keras_mha import (
@@ -20,9 +22,8 @@ from keras_mha import (
     MultiHeadSelfAttention,
     ResidualNorm,
     TransformerEncoderBlock,
-    copying,
 )
-from keras_mha.convert import from_keras, to_keras
+from keras_mha.convert import StockMaskAttention, from_keras, layer_swap, to_keras
 from tests.support.attention_cases import numbers, pairs
 from tests.support.layers import normal, padding, randomize
 
@@ -299,10 +300,16 @@ def test_outputs_are_those_of_the_original(name: str) -> None:
 def test_the_comparison_sees_weights_that_are_not_copied(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying.Copier, "carry_state", lambda _: None)
+    def empty(variable: Any, dtype: Any) -> Any:
+        del dtype
+        return keras.Variable(ops.zeros(variable.shape), dtype=variable.dtype)
+
+    monkeypatch.setattr(layer_swap, "own_variable", empty)
     original = MODELS[name]()
+    with pytest.warns(UserWarning, match="the answers differ"):
+        converted = from_keras(original)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_equal(from_keras(original), original)
+        check_equal(converted, original)
 
 
 @pytest.mark.parametrize("name", ["decoder", "shared_attention", "nested_models"])
@@ -391,14 +398,14 @@ def test_quantized_and_adapted_models(mode: str) -> None:
     assert len(converted.trainable_weights) == len(original.trainable_weights)
 
 
-def test_low_rank_factors_that_no_configuration_tells_are_refused() -> None:
+def test_low_rank_factors_that_no_configuration_tells() -> None:
     x = first = vectors()
     own = MultiHeadSelfAttention(N, H, name="own")
     x = Stock(N, H)(own(x), x)
-    original = keras.Model(first, x)
+    original = randomize(keras.Model(first, x))
     own.enable_lora(2)
-    with pytest.raises(ValueError, match="the same weights.*'qkv'"):
-        from_keras(original)
+    randomize(original)
+    check_equal(from_keras(original), original)
 
 
 def test_what_is_frozen_stays_frozen() -> None:
@@ -483,9 +490,6 @@ class Holder(layers.Layer):
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config()
-
 
 def test_a_class_of_functional_models_stays() -> None:
     x = vectors()
@@ -495,35 +499,205 @@ def test_a_class_of_functional_models_stays() -> None:
     assert converted.answer() == 42
 
 
-def test_a_model_with_a_constructor_of_its_own_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"`keras.Model\(model.input.*\(Sized\)"):
-        from_keras(Sized(3))
-    plain = keras.Model((sized := randomize(Sized(3))).input, sized.output)
-    check_equal(from_keras(plain), plain)
+def test_a_model_with_a_constructor_of_its_own() -> None:
+    original = randomize(Sized(3))
+    check_equal(from_keras(original), original)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_subclassed_model_is_refused_by_name(inside: bool) -> None:
-    original: Any = Subclassed()
+@pytest.mark.parametrize("build", [True, False])
+def test_a_subclassed_model(build: bool) -> None:
+    original = Subclassed()
+    x = normal(B, T, D)
+    if build:
+        original(x)
+        randomize(original)
+    converted = from_keras(original)
+    assert type(converted) is Subclassed
+    assert type(converted.mix) is MultiHeadAttention
+    assert type(original.mix) is Stock
+    assert converted.built == build
+    if not build:
+        original(x)
+        randomize(original)
+        converted(x)
+        converted.set_weights(original.get_weights())
+    assert numbers(original(x)).std() > 0.05
+    np.testing.assert_allclose(converted(x), original(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [from_keras, to_keras])
+@pytest.mark.parametrize("kind", ["alone", "wrapped", "in a model", "in a list"])
+def test_attention_inside_layers_of_users(
+    kind: str, function: Any, tmp_path: Path
+) -> None:
+    old, new = Stock, MultiHeadAttention
+    if function is to_keras:
+        old, new = new, old
+    shape = (3, T, D) if kind == "wrapped" else (T, D)
+    x = keras.Input(shape)
+    layer: Any = {
+        "alone": lambda: Holder(old, name="holder"),
+        "wrapped": lambda: layers.TimeDistributed(Holder(old), name="holder"),
+        "in a model": lambda: Outer(old),
+        "in a list": lambda: Stack(old),
+    }[kind]()
+    original = randomize(keras.Model(x, layer(x)))
+    converted = function(original)
+    kinds = [type(each) for each in converted._flatten_layers()]
+    assert new in kinds
+    assert old not in kinds
+    given = normal(2, *shape)
+    expected = numbers(original(given))
+    assert expected.std() > 0.05
+    tolerance = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(converted(given), expected, atol=tolerance)
+    assert [x.path for x in converted.weights] == [x.path for x in original.weights]
+    # Weights fit the same files.
+    original.save_weights(tmp_path / "old.weights.h5")
+    for weight in converted.weights:
+        weight.assign(weight * 0)
+    converted.load_weights(tmp_path / "old.weights.h5")
+    np.testing.assert_allclose(converted(given), expected, atol=tolerance)
+
+
+def test_a_layer_of_a_user_without_a_model() -> None:
+    x = normal(B, T, D)
+    original = Holder(Stock)
+    original(x)
+    randomize(original)
+    converted = from_keras(original)
+    assert type(converted) is Holder
+    np.testing.assert_allclose(converted(x), original(x), atol=1e-5)
+
+
+class Outer(keras.Model):
+    """A subclassed model around functional ones and parts used twice."""
+
+    def __init__(self, attention: Any = Stock) -> None:
+        super().__init__()
+        x = vectors("inner")
+        self.tied = attention(N, H)
+        self.graph = keras.Model(x, self.tied(x, x, use_causal_mask=True))
+        self.parts = {"first": Holder(attention), "rest": (layers.Dense(D), self.tied)}
+
+    def call(self, inputs: Any) -> Any:
+        dense, tied = self.parts["rest"]
+        x = self.graph(dense(self.parts["first"](inputs)))
+        return x + tied(x, inputs)
+
+
+class Pair:
+    """A plain object that holds layers."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention, self.norm = attention, layers.LayerNormalization()
+
+
+class Stack(layers.Layer):
+    """Layers in containers, in a plain object and in functions."""
+
+    def __init__(self, attention: Any = Stock) -> None:
+        super().__init__()
+        self.blocks = []
+        for _ in range(2):
+            self.blocks.append(attention(N, H))
+        last = attention(N, H)
+        self.pair = Pair(last)
+        self.held = last, self.pair.norm  # where Keras sees them
+        self.scale = functools.partial(ops.multiply, 0.7)
+        self.mix = lambda x: last(x, x)
+
+    def call(self, inputs: Any) -> Any:
+        for block in self.blocks:
+            inputs = inputs + block(inputs, inputs)
+        return self.pair.norm(self.scale(self.mix(inputs)))
+
+
+class Patches(layers.Layer):
+    """A constructor without `**kwargs`, and no configuration."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.dense = layers.Dense(D)
+
+    def call(self, images: Any) -> Any:
+        patches = ops.image.extract_patches(images, self.size)
+        return self.dense(ops.reshape(patches, (-1, 6, 3 * self.size**2)))
+
+
+def test_layers_with_plain_constructors() -> None:
+    image = keras.Input((4, 6, 3))
+    x = Patches(2)(image)
+    original = randomize(keras.Model(image, Stock(N, H)(x, x)))
+    given = normal(2, 4, 6, 3)
+    np.testing.assert_allclose(from_keras(original)(given), original(given), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [ops.gelu, ops.silu])
+def test_functions_are_the_same_functions(function: Any) -> None:
+    # The name of `ops.gelu` says another form of it to Keras.
     x = vectors()
-    y = original(x)
-    if inside:
-        original = keras.Model(x, y)
-    with pytest.raises(
-        TypeError, match=r"'own' \(Subclassed\).*`keras_mha.MultiHeadAttention`"
-    ):
-        from_keras(original)
+    dense = layers.Dense(7, activation=function, name="dense")
+    original = randomize(keras.Model(x, dense(3 * Stock(N, H)(x, x))))
+    converted = from_keras(original)
+    assert converted.get_layer("dense").activation is function
+    check_equal(converted, original)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_layer_that_makes_attention_itself_is_refused_by_name(wrapped: bool) -> None:
-    x = first = vectors()
-    holder = Holder(name="holder")
-    if wrapped:
-        x = first = keras.Input((3, T, D))
-        holder = layers.TimeDistributed(holder, name="each")
-    with pytest.raises(TypeError, match="code of its own.*set_weights.*'mix'"):
-        from_keras(keras.Model(first, holder(x)))
+class Counted(keras.Model):
+    """A model with a step, a metric, an optimizer and a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = Stock(N, H)
+        self.tracker = keras.metrics.Mean(name="own_loss")
+        self.random = keras.random.SeedGenerator(7)
+
+    @property
+    def metrics(self) -> list[Any]:
+        return [self.tracker]
+
+    def call(self, inputs: Any) -> Any:
+        return self.mix(inputs, inputs)
+
+    def compile(self, own: Any, **kwargs: Any) -> None:
+        super().compile(**kwargs)
+        self.own = own
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y = data
+        noise = keras.random.normal(ops.shape(x), stddev=0.01, seed=self.random)
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(self(x + noise, training=True) - y))
+        weights = self.trainable_weights
+        self.own.apply(tape.gradient(loss, weights), weights)
+        self.tracker.update_state(loss)
+        return {"own_loss": self.tracker.result()}
+
+
+def test_a_model_with_a_step_of_its_own_is_fitted() -> None:
+    x, y = normal(B, T, D), normal(B, T, D, seed=3)
+    original = Counted()
+    original(x)
+    randomize(original)
+    original.compile(keras.optimizers.SGD(0.1))
+    original.fit(x, y, verbose=0)
+    original.tracker.reset_state()
+    before = original.get_weights()
+    converted = from_keras(original)
+    assert not converted.compiled
+    assert not hasattr(converted, "optimizer")
+    assert converted.tracker is not original.tracker
+    converted.compile(keras.optimizers.SGD(0.1))
+    told = converted.fit(x, y, epochs=2, verbose=0).history["own_loss"]
+    assert told[1] < told[0]
+    assert float(original.tracker.result()) == 0
+    for weight, expected in zip(original.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    # Both go on from the same state of the generator.
+    again = original.fit(x, y, epochs=2, verbose=0).history["own_loss"]
+    np.testing.assert_allclose(told, again, rtol=1e-5)
 
 
 class Dense3(keras.Model):
@@ -586,17 +760,6 @@ def test_random_numbers_go_on_where_they_were() -> None:
     np.testing.assert_array_equal(*dropped)
 
 
-def test_the_advice_given_works() -> None:
-    x = vectors()
-    old, new = (
-        keras.Model(x, Holder(kind, name="holder")(x))
-        for kind in (Stock, MultiHeadAttention)
-    )
-    randomize(old)
-    new.set_weights(old.get_weights())
-    np.testing.assert_allclose(answers(new)[0], answers(old)[0], atol=1e-5)
-
-
 def test_subclasses_of_keras_attention_are_kept() -> None:
     class Own(Stock):
         pass
@@ -618,13 +781,14 @@ def test_a_model_with_nothing_to_convert_is_refused() -> None:
             function(model)
 
 
-def test_a_layer_shared_with_the_inside_of_a_wrapper_is_refused() -> None:
+def test_a_layer_shared_with_the_inside_of_a_wrapper() -> None:
     steps = keras.Input((3, T, D), name="steps")
     inner = encoder("inner")
     each = layers.TimeDistributed(inner, name="each")(steps)
     original = keras.Model(steps, each + ops.expand_dims(inner(steps[:, 0]), 1))
-    with pytest.raises(ValueError, match="would become two.*'(mix|inner)'"):
-        from_keras(original)
+    converted = from_keras(randomize(original))
+    check_equal(converted, original)
+    assert converted.get_layer("each").layer is converted.get_layer("inner")
 
 
 # Where Keras' layer is at fault.
@@ -642,11 +806,162 @@ def test_masks_that_keras_loses_are_kept() -> None:
         return randomize(keras.Model([x, other], [first, second]))
 
     original, told = attend_twice(), attend_twice(value_mask=True)
-    converted = from_keras(original)
+    with pytest.warns(UserWarning, match="'second' no longer attend to padding"):
+        converted = from_keras(original)
     found, given, right = map(answers, (converted, original, told))
     np.testing.assert_allclose(found[0], given[0], atol=1e-5)
     np.testing.assert_allclose(found[1], right[1], atol=1e-5)
     assert np.abs(found[1] - given[1]).max() > 0.05
+    kept = from_keras(original, masks="as_keras")
+    for one, other in zip(answers(kept), given, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def blocks(joined: str, count: int = 2, mask_zero: bool = True) -> Any:
+    """A classifier of blocks, as people write them."""
+    ids = tokens()
+    x = embed(ids, mask_zero=mask_zero, embeddings_initializer="normal")
+    for i in range(count):
+        mixed = Stock(N, H, name=f"mix{i}")(x, x)
+        x = layers.Add()([x, mixed]) if joined == "Add" else x + mixed
+        x = layers.LayerNormalization()(x)
+    x = layers.GlobalAveragePooling1D()(x)
+    return randomize(keras.Model(ids, layers.Dense(3, "softmax", name="label")(x)))
+
+
+def test_a_warning_tells_where_answers_change() -> None:
+    added = blocks("Add")
+    with pytest.warns(
+        UserWarning, match="'label' by up to 0.*'mix1' no longer"
+    ) as told:
+        from_keras(added)
+    assert told[0].filename == __file__
+    assert "as_keras" in str(told[0].message)
+    # `+` keeps no mask: the pooling reads what stands at padding.
+    for count in (1, 2):
+        with pytest.warns(UserWarning, match="'mix0' give queries that are padding"):
+            from_keras(blocks("+", count))
+
+
+def test_no_warning_where_nothing_changes() -> None:
+    for quiet in (blocks("+", mask_zero=False), blocks("Add", mask_zero=False)):
+        check_equal(from_keras(quiet), quiet)
+    from_keras(blocks("Add", count=1), samples=np.array([[3, 1, 4], [1, 5, 9]]))
+
+
+def test_samples_are_what_is_compared() -> None:
+    original = blocks("Add")
+    full = np.array([[3, 1, 4], [1, 5, 9]])
+    from_keras(original, samples=full)
+    padded = np.array([[3, 1, 4], [1, 5, 0], [2, 7, 1]])
+    expected = answers(original)[0]
+    with pytest.warns(UserWarning, match="For `samples`.*in 1 of 3 rows") as told:
+        converted = from_keras(original, samples=padded)
+    size = np.abs(numbers(converted(padded)) - numbers(original(padded))).max()
+    assert f"by up to {size:.2g}" in str(told[0].message)
+    np.testing.assert_array_equal(answers(original)[0], expected)
+
+
+@pytest.mark.parametrize("joined", ["Add", "+"])
+def test_the_answers_of_the_original_are_kept_on_request(
+    joined: str, tmp_path: Path
+) -> None:
+    original = blocks(joined)
+    kept = from_keras(original, masks="as_keras")
+    assert type(kept.get_layer("mix0")) is StockMaskAttention
+    ids = np.array([[3, 1, 4, 15, 9], [2, 6, 5, 0, 0], [7, 0, 0, 0, 0]])
+    np.testing.assert_allclose(kept(ids), original(ids), atol=1e-5)
+    kept.save(tmp_path / "model.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded(ids), original(ids), atol=1e-5)
+    back = to_keras(kept)
+    np.testing.assert_allclose(back(ids), original(ids), atol=1e-5)
+
+
+def test_the_leak_that_comes_back_is_told() -> None:
+    original = blocks("Add")
+    with pytest.warns(UserWarning, match="no longer attend to padding"):
+        converted = from_keras(original)
+    with pytest.warns(UserWarning, match="'mix1' attend to padding now"):
+        back = to_keras(converted)
+    np.testing.assert_allclose(answers(back)[0], answers(original)[0], atol=1e-5)
+
+
+KEPT: dict[str, Any] = {
+    "plain": {},
+    "scores": {"return_attention_scores": True},
+    "causal": {"use_causal_mask": True},
+    "pairs": {"attention_mask": pairs(B, T, T).astype("float32")},
+    "query": {"query_mask": np.array([[1, 0, 1, 1, 1], [1, 1, 0, 0, 0]], bool)},
+    "value": {"value_mask": np.array([[0, 0, 0, 0, 0], [1, 1, 0, 1, 0]], bool)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*was passed an input with a mask")
+@pytest.mark.parametrize("call", KEPT)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", [Stock, Grouped])
+def test_masks_of_keras_in_every_call(kind: Any, dropout: float, call: str) -> None:
+    ids = tokens()
+    x = embed(ids)
+    sizes = (N, H) if kind is Stock else (H, 6, 2)
+    attention = kind(*sizes, dropout=dropout, name="mix")
+    options = {
+        name: ops.convert_to_tensor(each) if isinstance(each, np.ndarray) else each
+        for name, each in KEPT[call].items()
+    }
+    mixed = keras.tree.flatten(attention(x, x, **options))
+    original = randomize(keras.Model(ids, [*mixed, attention(x, mixed[0])]))
+    kept = from_keras(original, masks="as_keras")
+    for one, other in zip(answers(kept), answers(original), strict=True):
+        assert other.std() > 0.05
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+def test_other_masks_are_refused() -> None:
+    with pytest.raises(ValueError, match="`masks`.*Received: masks='keep'"):
+        from_keras(Stock(N, H), masks="keep")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64", "bfloat16"])
+def test_a_copy_of_another_dtype(policy: str) -> None:
+    original = MODELS["pooled_tokens"]()
+    converted = from_keras(original, dtype=policy)
+    wanted = keras.dtype_policies.get(policy)
+    assert converted.output.dtype == wanted.compute_dtype
+    for weight, expected in zip(converted.weights, original.weights, strict=True):
+        assert weight.dtype == wanted.variable_dtype
+        np.testing.assert_allclose(
+            numbers(ops.cast(weight, "float32")),
+            numbers(expected),
+            rtol=1e-2 if policy == "bfloat16" else 0,
+        )
+    expected = numbers(original(IDS))
+    found = numbers(ops.cast(converted(IDS), "float32"))
+    far = np.abs(found - expected).mean() / np.abs(expected).mean()
+    assert far < (1e-5 if policy == "float64" else 0.05)
+    if policy == "mixed_bfloat16":
+        back = from_keras(to_keras(converted), dtype="float32")
+        check_equal(back, original)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float33", 7])
+def test_what_is_no_policy_is_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="`dtype`.*Received: dtype="):
+        from_keras(Stock(N, H), dtype=dtype)
+
+
+def test_weights_can_be_shared() -> None:
+    original = MODELS["nested_models"]()
+    converted = from_keras(original, copy=False)
+    check_equal(converted, original)
+    assert [id(x) for x in converted.weights] == [id(x) for x in original.weights]
+    assert not {id(x) for x in converted._flatten_layers()} & {
+        id(x) for x in original._flatten_layers()
+    }
+    with pytest.raises(ValueError, match="cannot be shared.*dtype='bfloat16'"):
+        from_keras(original, copy=False, dtype="bfloat16")
+    from_keras(original, copy=False, dtype="mixed_bfloat16")
 
 
 def test_queries_that_see_no_key_differ_on_purpose() -> None:
@@ -654,6 +969,7 @@ def test_queries_that_see_no_key_differ_on_purpose() -> None:
     x = embed(ids)
     mixed = Stock(N, H, name="mix")(x, x)
     original = randomize(keras.Model(ids, mixed))
+    # No warning: the output says by its mask that this is padding.
     found, given = answers(from_keras(original))[0], answers(original)[0]
     np.testing.assert_allclose(found[IDS > 0], given[IDS > 0], atol=1e-5)
     bias = numbers(original.get_layer("mix").output_dense.bias)
@@ -694,8 +1010,8 @@ def check_sequence(converted: Any, original: Any) -> None:
     assert names == [x.name for x in original.layers]
     assert type(converted.get_layer("mix")) is Stock
     trained = [x.path for x in converted.trainable_weights]
-    assert "dense/kernel" in trained
-    assert "dense/bias" not in trained
+    assert any(path.endswith("dense/kernel") for path in trained)
+    assert not any(path.endswith("dense/bias") for path in trained)
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
