@@ -21,6 +21,7 @@ from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
 from keras_mha.layers.feed_forward import FeedForward
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.layers.normalization import RMSNormalization
 from keras_mha.layers.positions import (
     ALiBi,
     DistanceBias,
@@ -42,6 +43,7 @@ __all__ = [
     "MultiHeadSelfAttention",
     "PackedSequences",
     "PaddingMask",
+    "RMSNormalization",
     "RelativePositionBias",
     "ResidualNorm",
     "RotaryEmbedding",

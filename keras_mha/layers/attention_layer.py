@@ -26,6 +26,7 @@ from keras_mha.layers.arguments import (
     constructor_options,
 )
 from keras_mha.layers.dtype_config import dtype_config
+from keras_mha.layers.normalization import RMSNormalization
 from keras_mha.layers.observer import current_observer
 from keras_mha.layers.positions import (
     ALiBi,
@@ -46,10 +47,8 @@ from keras_mha.typing import Shape, Tensor
 Position: TypeAlias = Literal["rotary", "alibi", "relative"]
 Norm: TypeAlias = Literal["layer", "rms"]
 
-_QK_NORMS = {
-    "layer": keras.layers.LayerNormalization,
-    "rms": keras.layers.RMSNormalization,
-}
+_QK_NORMS = {"layer": keras.layers.LayerNormalization, "rms": RMSNormalization}
+_QK_NORM_EPSILON = 1e-6
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -62,6 +61,7 @@ class AttentionOptions(TypedDict, total=False):
     num_key_value_heads: int | None
     position: Position | keras.layers.Layer | Callable[..., Tensor] | None
     qk_norm: Norm | None
+    qk_norm_epsilon: float
     logits_soft_cap: float | None
     use_sinks: bool
     # Those of `keras.layers.Layer`.
@@ -100,6 +100,7 @@ class AttentionLayer(SeededLayer):
         num_key_value_heads: int | None = None,
         position: Position | keras.layers.Layer | Callable[..., Tensor] | None = None,
         qk_norm: Norm | None = None,
+        qk_norm_epsilon: float = _QK_NORM_EPSILON,
         logits_soft_cap: float | None = None,
         use_sinks: bool = False,
         **kwargs: Any,
@@ -133,6 +134,12 @@ class AttentionLayer(SeededLayer):
             else check_flag(flash_attention, "flash_attention")
         )
         self._qk_norm = check_name(qk_norm, "qk_norm", Norm, optional=True)
+        self._qk_norm_epsilon = check_number(qk_norm_epsilon, "qk_norm_epsilon")
+        if self._qk_norm is None and self._qk_norm_epsilon != _QK_NORM_EPSILON:
+            raise ValueError(
+                "`qk_norm_epsilon` belongs to the normalizations of `qk_norm`. "
+                f"Received: qk_norm=None, qk_norm_epsilon={qk_norm_epsilon}"
+            )
         self._logits_soft_cap = (
             None
             if logits_soft_cap is None
@@ -154,17 +161,13 @@ class AttentionLayer(SeededLayer):
                 None
                 if qk_norm is None
                 else _QK_NORMS[qk_norm](
-                    epsilon=1e-6, dtype=self.dtype_policy, name=name
+                    epsilon=self._qk_norm_epsilon, dtype=self.dtype_policy, name=name
                 )
                 for name in ("query_norm", "key_norm")
             )
         self._turns = qk_norm is not None or isinstance(
             self.position_layer, RotaryEmbedding
         )
-        for norm in (self.query_norm, self.key_norm):
-            if norm is not None:
-                # Keras' RMSNormalization maps each position by itself, unsaid.
-                norm.supports_masking = True
 
     @property
     def num_heads(self) -> int:

@@ -53,7 +53,7 @@ class TransformerDecoderBlock(TransformerBlock):
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; with the
     default `placement="pre"` the order of Xiong et al. 2020. A stack of `"pre"`
-    blocks wants a normalization after its last block.
+    blocks wants a normalization after its last block, such as `RMSNormalization`.
 
     Letters: B batch, T length, S length of the memory, D model width, N query heads,
     K key/value heads, H head size.
@@ -140,6 +140,10 @@ class TransformerDecoderBlock(TransformerBlock):
         )
         if memory is not None:
             self._memory_attention()  # raises now what `build` would
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        return {**super().argument_shapes(), "memory": "(B, S, any size)"}
 
     @override
     def get_config(self) -> dict[str, Any]:

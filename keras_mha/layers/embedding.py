@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ from keras import ops
 from typing_extensions import override
 
 from keras_mha.layers.arguments import check_flag, check_positive
+from keras_mha.layers.checked_layer import CheckedLayer
 from keras_mha.layers.dtype_config import dtype_config
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.layers.seeded_layer import keep_frozen
@@ -16,7 +18,7 @@ from keras_mha.typing import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class TokenAndPositionEmbedding(keras.layers.Layer):
+class TokenAndPositionEmbedding(CheckedLayer):
     """Adds a learned vector for each token and one for each position.
 
     Source: Devlin et al. 2019, "BERT", section 3 (learned positions).
@@ -70,7 +72,6 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.embedding_dim = check_positive(embedding_dim, "embedding_dim")
         self.mask_zero = check_flag(mask_zero, "mask_zero")
         self.embeddings_initializer = keras.initializers.get(embeddings_initializer)
-        self.input_spec = keras.layers.InputSpec(ndim=2)
         # Ids are not cast to the layer's floating dtype.
         self.autocast = False
         self.token_embedding = keras.layers.Embedding(
@@ -80,6 +81,10 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="token_embedding",
         )
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        return {"inputs": "(B, T)"}
 
     @override
     def get_config(self) -> dict[str, Any]:

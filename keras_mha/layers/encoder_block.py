@@ -18,7 +18,7 @@ class TransformerEncoderBlock(TransformerBlock):
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.1; with the
     default `placement="pre"` the order of Xiong et al. 2020. A stack of `"pre"`
-    blocks wants a normalization after its last block.
+    blocks wants a normalization after its last block, such as `RMSNormalization`.
 
     Letters: B batch, T length, D model width, N query heads, K key/value heads, H head
     size.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -101,6 +101,10 @@ class FeedForward(SeededLayer):
         self.seed = check_seed(seed)
         if self.dropout > 0:
             self._add_generator(self.seed)
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        return {"inputs": "(B, ..., D)"}
 
     @override
     def get_config(self) -> dict[str, Any]:

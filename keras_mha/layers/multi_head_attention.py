@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import keras
@@ -112,6 +112,7 @@ class MultiHeadAttention(AttentionLayer):
         qk_norm: `"rms"` or `"layer"`: normalizes each head's queries and keys over H
             before they are rotated (Dehghani et al. 2023, "Scaling vision
             transformers to 22 billion parameters"). Defaults to none.
+        qk_norm_epsilon: Added to the variance by these normalizations.
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)` (Gemma Team 2024,
             "Gemma 2"). Defaults to no bound.
         use_sinks: Whether each head learns the score of a key that is always there
@@ -212,6 +213,11 @@ class MultiHeadAttention(AttentionLayer):
         self._attention_axes = _check_axes(attention_axes)
         computes: Any = type(self)._compute_attention
         self._is_overridden = computes is not MultiHeadAttention._compute_attention
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        keys = "(B, S, ..., D)"
+        return {"query": "(B, T, ..., D)", "value": keys, "key": keys}
 
     @property
     def key_dim(self) -> int:

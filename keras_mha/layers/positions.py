@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -19,12 +20,13 @@ from keras_mha.attention.positions import (
     turn,
 )
 from keras_mha.layers.arguments import check_flag, check_positive
+from keras_mha.layers.checked_layer import CheckedLayer
 from keras_mha.layers.projections import clone_initializer
 from keras_mha.typing import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class RotaryEmbedding(keras.layers.Layer):
+class RotaryEmbedding(CheckedLayer):
     """Turns queries or keys by their position, so that scores depend only on distances.
 
     It has no weights; one layer serves queries and keys. See
@@ -101,6 +103,10 @@ class RotaryEmbedding(keras.layers.Layer):
             low_frequency_factor,
             high_frequency_factor,
         )
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        return {"inputs": "(B, T, N, H)"}
 
     @override
     def get_config(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import keras
@@ -12,7 +12,9 @@ from typing_extensions import override
 
 from keras_mha.attention.dropout import check_rate, dropout
 from keras_mha.layers.arguments import check_flag, check_name, check_number, check_seed
+from keras_mha.layers.checked_layer import CheckedLayer
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
+from keras_mha.layers.normalization import RMSNormalization
 from keras_mha.layers.seeded_layer import SeededLayer, keep_frozen, not_rematerialized
 from keras_mha.typing import Shape, Tensor
 
@@ -117,7 +119,6 @@ class ResidualNorm(SeededLayer):
                 f"choose one. Received: layer_scale={layer_scale}, rezero={rezero}"
             )
         self.supports_masking = True
-        self.input_spec = sublayer.input_spec  # of the inputs, as yet without a width
         self.sublayer = sublayer
         self.placement: Placement = check_name(placement, "placement", Placement)
         self.dropout = check_rate(dropout, "dropout")
@@ -139,6 +140,13 @@ class ResidualNorm(SeededLayer):
     def normalization(self) -> str | keras.layers.Layer:
         """The normalization as asked for: its name, or the layer."""
         return self._named_norm or self.norm
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        sublayer, shape = self.sublayer, "(B, ..., D)"
+        if isinstance(sublayer, CheckedLayer):
+            shape = next(iter(sublayer.argument_shapes().values()), shape)
+        return {"inputs": shape}
 
     @override
     def get_config(self) -> dict[str, Any]:
@@ -219,16 +227,15 @@ class ResidualNorm(SeededLayer):
     def _normalization(
         self, normalization: str | keras.layers.Layer
     ) -> keras.layers.Layer:
-        named = {
-            "layer": keras.layers.LayerNormalization,
-            "rms": keras.layers.RMSNormalization,
-        }
+        named = {"layer": keras.layers.LayerNormalization, "rms": RMSNormalization}
         if isinstance(normalization, keras.layers.Layer):
             if self.epsilon != _EPSILON:
                 raise ValueError(
                     "`epsilon` belongs to the normalizations named by a string; a "
                     f"layer brings its own. Received: epsilon={self.epsilon}"
                 )
+            # It maps each position by itself, which not every layer says of itself.
+            normalization.supports_masking = True
             return normalization
         if not isinstance(normalization, str):
             raise TypeError(
@@ -241,10 +248,7 @@ class ResidualNorm(SeededLayer):
                 f"Received: normalization={normalization!r}"
             )
         with not_rematerialized():
-            layer = named[normalization](epsilon=self.epsilon, dtype=self.dtype_policy)
-        # Keras' RMSNormalization does not say so, but maps each position by itself.
-        layer.supports_masking = True
-        return layer
+            return named[normalization](epsilon=self.epsilon, dtype=self.dtype_policy)
 
     def _scale(self, branch: Tensor, training: bool) -> Tensor:
         if training and self.dropout > 0:

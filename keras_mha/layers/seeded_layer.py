@@ -10,13 +10,14 @@ from typing import Any
 import keras
 from typing_extensions import override
 
+from keras_mha.layers.checked_layer import CheckedLayer
 from keras_mha.layers.keras_mask import get_keras_mask, set_keras_mask
 from keras_mha.typing import Tensor
 
 _draw: ContextVar[Callable[[Any], Tensor] | None] = ContextVar("draw", default=None)
 
 
-class SeededLayer(keras.layers.Layer):
+class SeededLayer(CheckedLayer):
     """Base of the layers with dropout, right under `keras.RematScope` too.
 
     There a layer's call runs twice, once forward and once more when its gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import keras
@@ -98,6 +98,7 @@ class MultiHeadSelfAttention(AttentionLayer):
         qk_norm: `"rms"` or `"layer"`: normalizes each head's queries and keys over H
             before they are rotated (Dehghani et al. 2023, "Scaling vision
             transformers to 22 billion parameters"). Defaults to none.
+        qk_norm_epsilon: Added to the variance by these normalizations.
         logits_soft_cap: `c` turns scores `x` into `c tanh(x / c)` (Gemma Team 2024,
             "Gemma 2"). Defaults to no bound.
         use_sinks: Whether each head learns the score of a key that is always there
@@ -209,7 +210,10 @@ class MultiHeadSelfAttention(AttentionLayer):
         )
         self._key_dim = check_optional(key_dim, "key_dim")
         self._value_dim = check_optional(value_dim, "value_dim")
-        self.input_spec = keras.layers.InputSpec(ndim=3)
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        return {"inputs": "(B, T, D)"}
 
     @property
     def key_dim(self) -> int | None:

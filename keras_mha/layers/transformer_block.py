@@ -134,7 +134,6 @@ class TransformerBlock(SeededLayer):
             **{name: options.pop(name) for name in _OF_LAYERS if name in options}
         )
         self.supports_masking = True
-        self.input_spec = keras.layers.InputSpec(ndim=3)
         dropout = check_rate(dropout, "dropout")
         self._attention_dropout, self._hidden_dropout = (
             None if rate is None else check_rate(rate, name)
@@ -178,6 +177,10 @@ class TransformerBlock(SeededLayer):
                 )
                 half = self._with_residual(sublayer, normalization, name, 2 + place)
                 setattr(self, name, half)
+
+    @override
+    def argument_shapes(self) -> Mapping[str, str]:
+        return {"inputs": "(B, T, D)"}
 
     @override
     def get_config(self) -> dict[str, Any]:

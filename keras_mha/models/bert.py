@@ -20,6 +20,7 @@ from keras_mha.layers.arguments import (
     check_seed,
     constructor_options,
 )
+from keras_mha.layers.checked_layer import check_shape
 from keras_mha.layers.dropout import Dropout
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.encoder_block import TransformerEncoderBlock
@@ -377,6 +378,9 @@ def _check_inputs(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             f"`inputs` must have 'attention_mask' or '{_SEGMENTS}', not both: negative "
             f"segment ids are padding. Received: {names}"
         )
+    for name, value in inputs.items():
+        if name != "positions":  # of all rows, or of each
+            check_shape(value, name, "(B, T)", BertEncoder.__name__)
     return inputs
 
 

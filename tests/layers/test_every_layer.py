@@ -14,6 +14,7 @@ from keras_mha import (
     MultiHeadSelfAttention,
     RelativePositionBias,
     ResidualNorm,
+    RMSNormalization,
     RotaryEmbedding,
     TokenAndPositionEmbedding,
     TransformerDecoderBlock,
@@ -50,6 +51,7 @@ SCORES = {
     "num_key_value_heads": 1,
     "position": "alibi",
     "qk_norm": "layer",
+    "qk_norm_epsilon": 0.25,
     "logits_soft_cap": 2.0,
     "use_sinks": True,
     "use_gate": True,
@@ -125,6 +127,7 @@ CASES = [
         },
         [VECTORS],
     ),
+    LayerCase(RMSNormalization, {}, {"axis": (-1,), "epsilon": 0.01}, [VECTORS]),
     LayerCase(
         ResidualNorm,
         {"sublayer": keras.layers.Dense(D)},

@@ -106,6 +106,30 @@ def test_a_normalization_layer_given_is_used(placement: str) -> None:
     np.testing.assert_allclose(layer(inputs), expected_of(layer, inputs), atol=1e-5)
 
 
+class Unsaid(keras.layers.Layer):
+    """A normalization of a user that does not say that it keeps masks."""
+
+    def call(self, inputs: Any) -> Any:
+        return inputs / keras.ops.sqrt(
+            keras.ops.mean(inputs**2, axis=-1, keepdims=True)
+        )
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", [keras.layers.RMSNormalization, Unsaid])
+def test_masks_survive_any_normalization(placement: str, kind: type) -> None:
+    ids = keras.Input((None,), dtype="int32")
+    table = keras.layers.Embedding(9, D, mask_zero=True)
+    layer = ResidualNorm(keras.layers.Dense(D), placement, kind())
+    model = keras.Model(ids, keras.layers.GlobalAveragePooling1D()(layer(table(ids))))
+    randomize(model)
+    padded = np.array([[5, 3, 0, 0, 0]])
+    np.testing.assert_allclose(model(padded), model(padded[:, :2]), atol=1e-5)
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_rezero_starts_as_no_branch(placement: str) -> None:
     layer = ResidualNorm(keras.layers.Dense(D), placement, rezero=True)

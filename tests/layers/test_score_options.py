@@ -561,6 +561,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"`qk_norm` must be None or one of \['layer', 'rms'\]\. Received: "
         r"qk_norm='batch'",
     ),
+    "qk_norm_epsilon": (
+        {"qk_norm": "rms", "qk_norm_epsilon": -1.0},
+        r"`qk_norm_epsilon` must be a positive, finite number\. Received: "
+        r"qk_norm_epsilon=-1\.0",
+    ),
+    "epsilon_of_nothing": (
+        {"qk_norm_epsilon": 0.5},
+        r"`qk_norm_epsilon` belongs to .* Received: qk_norm=None, qk_norm_epsilon=0\.5",
+    ),
     "soft_cap": (
         {"logits_soft_cap": 0.0},
         r"`logits_soft_cap` must be a positive, finite number\. Received: "

@@ -207,7 +207,7 @@ def test_padding_masks_that_do_not_fit(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(T, D), (B, T, D, 1)])
 def test_inputs_must_have_rank_3(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="expected ndim=3, found ndim="):
+    with pytest.raises(ValueError, match=r"must have the shape \(B, T, D\)"):
         MultiHeadSelfAttention(N, H)(np.ones(shape, "float32"))
 
 

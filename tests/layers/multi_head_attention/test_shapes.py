@@ -57,7 +57,7 @@ def test_compute_output_shape(
         ((2, 4, 8), (2, 2, 7), (2, 3, 7)),
         ((2, 4, 8), (2, 2, 8), (2, 1, 7)),
         ((2, 4, 2, 3, 8), (2, 1, 1, 5, 8), (2, 1, 15, 5, 2)),
-        ((2, 4, 8), (2, 2, 8), (2,)),
+        ((2, 4, 8), (2, 2, 8), (2, 2, 1, 8)),
     ],
 )
 def test_keys_must_match_values(shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -134,8 +134,11 @@ def test_axes_that_do_not_attend_must_match() -> None:
 
 
 def test_inputs_need_an_axis_to_attend_over() -> None:
+    layer = MultiHeadAttention(2, 3)
+    with pytest.raises(ValueError, match=r"`query` .* must have .* \(B, T, ..., D\)"):
+        layer(normal(B, DQ), normal(B, DV))
     with pytest.raises(ValueError, match="`attention_axes`"):
-        MultiHeadAttention(2, 3)(normal(B, DQ), normal(B, DV))
+        layer.build((B, DQ), (B, DV))
 
 
 def test_queries_and_values_of_different_rank_are_refused() -> None:
