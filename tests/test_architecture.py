@@ -32,7 +32,7 @@ FLOORS: Mapping[str, int] = {
     "interpret": 3,
 }
 # The floors that run on every backend of Keras, and the files there that need not.
-PORTABLE_FLOORS = ("attention", "layers", "models")
+PORTABLE_FLOORS = ("attention", "layers", "models", "text")
 TENSORFLOW_FILES = ("compiled", "_tensorflow")
 # Imported late, when a function needs them.
 LATE = (

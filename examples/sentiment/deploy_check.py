@@ -29,8 +29,6 @@ from data import LABELS, load_reviews, split_fold
 from model import committee, encode
 from report import write_text
 
-# Registers the tokenizer of the saved model.
-import keras_mha.text  # noqa: F401 - registers the tokenizer.
 from keras_mha.export import (
     BertMetadata,
     RuntimeCheck,

@@ -29,9 +29,7 @@ def load_keras(directory: Path) -> Predict:
     import keras
     import tensorflow as tf
 
-    # These register the layers that the file names.
-    import keras_mha.models
-    import keras_mha.text  # noqa: F401 - registers the tokenizer.
+    import keras_mha  # noqa: F401 - registers the layers that the file names.
 
     model: Any = keras.saving.load_model(directory / "model.keras", compile=False)
     return lambda texts: model.predict(tf.constant(list(texts)), verbose=0)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import keras
-import tensorflow as tf
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from typing_extensions import override
 
+from keras_mha.text.vocabulary import SPECIAL_TOKENS, Vocabulary, as_vocabulary
 from keras_mha.typing import Shape, Tensor
 
-_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-# BERT's pre-tokenization cuts at white space, ASCII signs, Unicode punctuation, and
-# Chinese characters, and keeps all of these but white space as pieces.
-_KEPT_DELIMITER = r"[!-/]|[:-@]|[\[-`]|[{-~]|[\p{P}]|[\x{4E00}-\x{9FFF}]"
-_DELIMITER = r"\s+|" + _KEPT_DELIMITER
+# The file in the layer's part of a `.keras` file.
+_ASSET = "vocabulary.txt"
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
@@ -41,6 +38,9 @@ class WordpieceTokenizer(keras.layers.Layer):
 
     Its operations are TensorFlow's and tensorflow-text's. They run in a SavedModel
     under TF Serving (without XLA), and in TFLite with tensorflow-text's operations.
+
+    A `.keras` file holds the vocabulary as an asset, `vocabulary.txt`. What is made of
+    a serialized configuration, such as a model's JSON, has none before `load_assets`.
 
     Sources: Devlin et al. 2019, "BERT" (normalization, special tokens); Song et al.
     2021, "Fast WordPiece tokenization" (the algorithm).
@@ -66,8 +66,8 @@ class WordpieceTokenizer(keras.layers.Layer):
     Raises:
         ImportError: If tensorflow-text is not installed.
         TypeError: If the vocabulary or the inputs are not strings.
-        ValueError: If the vocabulary lacks a special token or repeats a token, a
-            length is too small, or the inputs have another shape.
+        ValueError: If the vocabulary lacks a special token, repeats a token or was not
+            loaded, a length is too small, or the inputs have another shape.
 
     Example:
 
@@ -88,7 +88,7 @@ class WordpieceTokenizer(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        text = _tensorflow_text()
+        _tensorflow_text()
         self.max_length = _check_length("max_length", max_length, at_least=2)
         self.lowercase = lowercase
         self.pad_to = pad_to
@@ -97,57 +97,110 @@ class WordpieceTokenizer(keras.layers.Layer):
                 "`pad_to` must not be greater than `max_length`. "
                 f"Received: pad_to={pad_to} and max_length={max_length}"
             )
-        self.vocabulary = _check_vocabulary(vocabulary)
-        self._start, self._end = map(self.vocabulary.index, ("[CLS]", "[SEP]"))
         # Neither XLA nor Keras' dtype policy knows strings.
         self.supports_jit = False
         self.autocast = False
         # Take lists of strings too.
         self._convert_input_args = False
         self._allow_non_tensor_positional_args = True
-        # Both keep their automata as tensors, which would belong to a single graph if
-        # made in one.
-        with tf.init_scope():
-            self._normalizer = text.FastBertNormalizer(
-                lower_case_nfd_strip_accents=lowercase
-            )
-            self._tokenizer = text.FastWordpieceTokenizer(
-                self.vocabulary,
-                token_out_type=tf.int32,
-                unknown_token="[UNK]",  # noqa: S106 - not a password.
-                support_detokenization=False,
-            )
+        self._set_vocabulary(as_vocabulary(vocabulary))
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The tokens in the order of their ids."""
+        return self._vocabulary.tokens
 
     @override
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "vocabulary": list(self.vocabulary),
+            # Copies share it; what saves the layer leaves it to `save_assets`.
+            "vocabulary": self._vocabulary,
             "max_length": self.max_length,
             "lowercase": self.lowercase,
             "pad_to": self.pad_to,
         }
 
+    @classmethod
+    @override
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        vocabulary = config["vocabulary"]
+        if isinstance(vocabulary, Mapping):
+            vocabulary = keras.saving.deserialize_keras_object(vocabulary)
+        return cls(**{**config, "vocabulary": vocabulary})
+
+    def save_assets(self, directory: str) -> None:
+        """Writes the vocabulary into a directory; `model.save` calls it.
+
+        Raises:
+            ValueError: If there is none yet.
+        """
+        if not self._vocabulary:
+            raise ValueError(self._missing())
+        self._vocabulary.write(Path(directory) / _ASSET)
+
+    def load_assets(self, directory: str | None) -> None:
+        """Reads what `save_assets` wrote; `keras.saving.load_model` calls it.
+
+        A model that version 0.1.0 saved has its vocabulary already.
+
+        Raises:
+            ValueError: If there is no vocabulary, or one of another size than that
+                of the configuration.
+        """
+        path = None if directory is None else Path(directory) / _ASSET
+        if path is not None and path.is_file():
+            self._set_vocabulary(self._vocabulary.read(path))
+        elif not self._vocabulary:
+            raise ValueError(self._missing())
+
     def get_vocabulary(self) -> list[str]:
         """Returns the tokens in the order of their ids."""
-        return list(self.vocabulary)
+        return list(self._vocabulary)
+
+    def detokenize(self, ids: Any) -> Tensor:
+        """Returns the texts of token ids, as far as the ids tell them.
+
+        Pieces of a word are joined, words and signs are separated by spaces, and
+        `[PAD]`, `[CLS]` and `[SEP]` are left out. Upper case, accents and white space
+        do not come back where the tokenizer drops them, nor what became `[UNK]`.
+
+        Args:
+            ids: Integers `(..., T)`.
+
+        Returns:
+            Strings `(...)`.
+
+        Raises:
+            TypeError: If the ids are not integers.
+            ValueError: If an id is not in the vocabulary, or there is none yet.
+
+        Example:
+
+        >>> from keras_mha.text import WordpieceTokenizer
+        >>> vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "film", "##s", "good"]
+        >>> tokenizer = WordpieceTokenizer(vocabulary)
+        >>> tokenizer.detokenize(tokenizer(["Good films", "film?"])).numpy().tolist()
+        [b'good films', b'film [UNK]']
+        """
+        from keras_mha.text import wordpiece_tensorflow
+
+        if not self._vocabulary:
+            raise ValueError(self._missing())
+        return wordpiece_tensorflow.join_pieces(ids, self._vocabulary)
 
     @override
     def call(self, inputs: Tensor) -> Tensor:
-        texts = _flatten(tf.convert_to_tensor(inputs))
-        pieces = self._tokenizer.tokenize(self._normalizer.normalize(texts))
-        lengths = tf.minimum(pieces.row_lengths(), self.max_length - 2)
-        lengths = tf.cast(lengths, tf.int32)[:, tf.newaxis]
-        # The leading 0 keeps the maximum of an empty batch defined.
-        longest = tf.reduce_max(tf.concat([[0], lengths[:, 0]], 0))
-        length = self._padded(longest + 2)
-        body = pieces.to_tensor(shape=(None, self.max_length - 2))[:, : length - 2]
-        after = length - 1 - tf.shape(body)[1]
-        body = tf.pad(body, tf.stack([[0, 0], [1, after]]))
-        position = tf.range(length)[tf.newaxis, :]
-        ids = tf.where(position <= lengths, body, 0)
-        ids = tf.where(position == 0, self._start, ids)
-        ids = tf.where(position == lengths + 1, self._end, ids)
+        from keras_mha.text import wordpiece_tensorflow
+
+        if self._cutter is None:
+            # Keras traces layers while it loads a file, before it reads their assets.
+            if not in_symbolic_scope():
+                raise ValueError(self._missing())
+            return wordpiece_tensorflow.no_ids(inputs)
+        ids = wordpiece_tensorflow.cut_texts(
+            inputs, self._cutter, self.max_length, self.pad_to
+        )
         # Not an operation: TFLite has none for it.
         ids.set_shape((None, self._static_length()))
         return ids
@@ -164,10 +217,22 @@ class WordpieceTokenizer(keras.layers.Layer):
     def _static_length(self) -> int | None:
         return self.max_length if self.pad_to == self.max_length else None
 
-    def _padded(self, length: tf.Tensor) -> tf.Tensor:
-        if self.pad_to is None:
-            return length
-        return tf.minimum(-(-length // self.pad_to) * self.pad_to, self.max_length)
+    def _set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        from keras_mha.text import wordpiece_tensorflow
+
+        self._vocabulary = vocabulary
+        self._cutter = (
+            wordpiece_tensorflow.Cutter(vocabulary, lowercase=self.lowercase)
+            if vocabulary
+            else None
+        )
+
+    def _missing(self) -> str:
+        return (
+            f"The tokenizer '{self.name}' has no vocabulary: a configuration holds "
+            f"only its size, {self._vocabulary.size}. Load a `.keras` file, whose "
+            f"assets hold it, or call `load_assets` with a folder that has {_ASSET}"
+        )
 
 
 def learn_wordpiece_vocabulary(
@@ -212,9 +277,11 @@ def learn_wordpiece_vocabulary(
     _tensorflow_text()
     from tensorflow_text.tools.wordpiece_vocab import wordpiece_tokenizer_learner_lib
 
+    from keras_mha.text import wordpiece_tensorflow
+
     _check_length("vocabulary_size", vocabulary_size)
     _check_length("min_count", min_count)
-    counts = _count_words(texts, lowercase=lowercase)
+    counts = wordpiece_tensorflow.count_words(texts, lowercase=lowercase)
     # The search need not start above the count of the vocabulary_size-th word, at which
     # that many pieces pass already.
     ranked = sorted(counts.values(), reverse=True)
@@ -223,7 +290,7 @@ def learn_wordpiece_vocabulary(
     learned = wordpiece_tokenizer_learner_lib.learn(
         counts,
         vocabulary_size,
-        list(_SPECIAL_TOKENS),
+        list(SPECIAL_TOKENS),
         lower_thresh=min_count,
         upper_thresh=max(highest, min_count),
         max_unique_chars=len(alphabet),
@@ -231,7 +298,7 @@ def learn_wordpiece_vocabulary(
     # Without every character at the start and inside of words, some words become
     # unknown.
     characters = [*alphabet, *(f"##{character}" for character in alphabet)]
-    essential = [*_SPECIAL_TOKENS, *characters]
+    essential = [*SPECIAL_TOKENS, *characters]
     if len(essential) > vocabulary_size:
         raise ValueError(
             "`vocabulary_size` must leave room for the special tokens and for each "
@@ -244,29 +311,9 @@ def learn_wordpiece_vocabulary(
     # The learner skips words of more than 50 letters, with characters that only they
     # have.
     skipped = [piece for piece in characters if piece not in set(learned)]
-    first = len(_SPECIAL_TOKENS)
+    first = len(SPECIAL_TOKENS)
     ordered = [*learned[:first], *skipped, *learned[first:]]
     return [piece for piece in ordered if piece in chosen]
-
-
-def _count_words(texts: Iterable[str], *, lowercase: bool) -> Counter[str]:
-    """Counts words as the tokenizer splits them."""
-    if isinstance(texts, str):
-        raise TypeError(
-            "`texts` must be an iterable of strings. Received: a single str; put it "
-            "into a list"
-        )
-    text = _tensorflow_text()
-    normalizer = text.FastBertNormalizer(lower_case_nfd_strip_accents=lowercase)
-    strings = tf.constant(list(texts), tf.string)
-    words = text.regex_split(
-        normalizer.normalize(strings), _DELIMITER, _KEPT_DELIMITER
-    ).flat_values.numpy()
-    counts = Counter(word.decode("utf-8", "ignore") for word in words.tolist())
-    del counts[""]
-    if not counts:
-        raise ValueError("`texts` must contain at least one word. Received: none")
-    return counts
 
 
 def _tensorflow_text() -> ModuleType:
@@ -286,52 +333,3 @@ def _check_length(name: str, value: int, at_least: int = 1) -> int:
             f"Received: {name}={value!r}"
         )
     return value
-
-
-def _check_vocabulary(vocabulary: Sequence[str] | str | Path) -> list[str]:
-    if isinstance(vocabulary, str | Path):
-        content = Path(vocabulary).read_text(encoding="utf-8")
-        # Not splitlines(): a token may be a separator that it also splits at.
-        tokens = content.removesuffix("\n").replace("\r\n", "\n").split("\n")
-    else:
-        tokens = list(vocabulary)
-    for token in tokens:
-        if not isinstance(token, str):
-            raise TypeError(
-                "`vocabulary` must contain only strings. "
-                f"Received: {token!r} of type {type(token).__name__}"
-            )
-        if not token:
-            raise ValueError("`vocabulary` must not contain an empty token")
-    repeated = [token for token, count in Counter(tokens).items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"`vocabulary` must not repeat a token. Received twice: {repeated[:5]}"
-        )
-    missing = [token for token in _SPECIAL_TOKENS if token not in tokens]
-    if missing:
-        raise ValueError(
-            f"`vocabulary` must contain {list(_SPECIAL_TOKENS)}. Missing: {missing}"
-        )
-    if tokens[0] != "[PAD]":
-        raise ValueError(
-            "`vocabulary` must begin with '[PAD]': id 0 is padding. "
-            f"Received first: {tokens[0]!r}"
-        )
-    return tokens
-
-
-def _flatten(texts: tf.Tensor) -> tf.Tensor:
-    """Returns strings `(B,)` from `(B,)` or `(B, 1)`."""
-    if texts.dtype != tf.string:
-        raise TypeError(f"`inputs` must be strings. Received: {texts.dtype.name}")
-    rank = texts.shape.rank
-    if rank == 1:
-        return texts
-    if rank == 2 and texts.shape[1] == 1:
-        return texts[:, 0]
-    raise ValueError(
-        f"`inputs` must have the shape (B,) or (B, 1). Received: {tuple(texts.shape)}"
-        if rank is not None
-        else "`inputs` must have the shape (B,) or (B, 1). Received: unknown rank"
-    )

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keras_mha.models import BertEncoder
 from keras_mha.text import WordpieceTokenizer, learn_wordpiece_vocabulary
 from tests.support.check_layer import LayerCase, check_layer, parts_of
 
@@ -177,6 +180,179 @@ def test_the_contract_of_a_layer(part: str) -> None:
     check_layer(CASE, part)
 
 
+def saved_model(path: Path, **options: Any) -> keras.Model:
+    inputs = keras.Input((), dtype="string", name="texts")
+    model = keras.Model(inputs, WordpieceTokenizer(VOCABULARY, **options)(inputs))
+    model.save(path)
+    return model
+
+
+def config_in(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("config.json"))
+
+
+def test_a_file_holds_the_vocabulary_once(tmp_path: Path) -> None:
+    path = tmp_path / "model.keras"
+    saved_model(path)
+    assert "film" not in json.dumps(config_in(path))
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".txt")]
+        text = archive.read(name).decode()
+    assert text == "".join(f"{token}\n" for token in VOCABULARY)
+    loaded: Any = keras.saving.load_model(path)
+    assert loaded.layers[-1].get_vocabulary() == VOCABULARY
+
+
+def test_odd_tokens_come_back(tmp_path: Path) -> None:
+    vocabulary = [*VOCABULARY, "\x85", "\u2028", "\x1c", "\N{GRINNING FACE}", "a\tb"]
+    tokenizer = WordpieceTokenizer(vocabulary)
+    tokenizer.save_assets(str(tmp_path))
+    other = WordpieceTokenizer.from_config(
+        keras.saving.serialize_keras_object(tokenizer)["config"]
+    )
+    other.load_assets(str(tmp_path))
+    assert other.get_vocabulary() == vocabulary
+
+
+def test_files_with_the_vocabulary_in_their_configuration_load(tmp_path: Path) -> None:
+    path, old = tmp_path / "model.keras", tmp_path / "old.keras"
+    model = saved_model(path, max_length=11)
+    config = config_in(path)
+    (layer,) = [x for x in config["config"]["layers"] if "vocabulary" in x["config"]]
+    layer["config"]["vocabulary"] = VOCABULARY
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(old, "w") as written:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if name == "config.json":
+                content = json.dumps(config).encode()
+            if not name.startswith("assets"):
+                written.writestr(name, content)
+    texts = tf.constant(["a fine film", "films !"])
+    loaded: Any = keras.saving.load_model(old)
+    assert np.array_equal(loaded(texts), model(texts))
+
+
+@keras.saving.register_keras_serializable(package="test")
+class Prompt(keras.layers.Layer):
+    """A layer of a user around a tokenizer, which Keras traces when it loads it."""
+
+    def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tokenizer = tokenizer
+        self.supports_jit = False
+
+    def call(self, texts: Any) -> Any:
+        return self.tokenizer(tf.strings.join(["fine ", texts]))
+
+    def get_config(self) -> dict[str, Any]:
+        tokenizer = keras.saving.serialize_keras_object(self.tokenizer)
+        return {**super().get_config(), "tokenizer": tokenizer}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        tokenizer = keras.saving.deserialize_keras_object(config["tokenizer"])
+        return cls(**{**config, "tokenizer": tokenizer})
+
+
+def test_inside_a_layer_of_a_user(tmp_path: Path) -> None:
+    inputs = keras.Input((), dtype="string")
+    model = keras.Model(inputs, Prompt(WordpieceTokenizer(VOCABULARY))(inputs))
+    model.save(tmp_path / "model.keras")
+    loaded: Any = keras.saving.load_model(tmp_path / "model.keras")
+    texts = tf.constant(["film", "a film"])
+    assert np.array_equal(loaded(texts), model(texts))
+    assert rows(loaded.layers[-1].tokenizer, ["fine film"]) == [
+        ids("[CLS]", "fine", "film", "[SEP]")
+    ]
+
+
+def test_copies_share_the_vocabulary() -> None:
+    inputs = keras.Input((), dtype="string")
+    model = keras.Model(inputs, WordpieceTokenizer(VOCABULARY)(inputs))
+    texts = tf.constant(["a film"])
+    assert np.array_equal(keras.models.clone_model(model)(texts), model(texts))
+
+
+def test_a_tokenizer_without_its_vocabulary_says_so(tmp_path: Path) -> None:
+    inputs = keras.Input((), dtype="string")
+    model = keras.Model(inputs, WordpieceTokenizer(VOCABULARY, name="cut")(inputs))
+    bare: Any = keras.models.model_from_json(model.to_json())
+    message = "tokenizer 'cut' has no vocabulary: a configuration holds only its size"
+    tokenizer = bare.layers[-1]
+    for call in (
+        lambda: tokenizer(tf.constant(["a"])),
+        lambda: tokenizer.detokenize([[1]]),
+        lambda: bare.save(tmp_path / "bare.keras"),
+        lambda: tokenizer.load_assets(str(tmp_path)),
+        lambda: bare.predict(tf.constant(["a"]), verbose=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    WordpieceTokenizer(VOCABULARY[:-1]).save_assets(str(tmp_path))
+    with pytest.raises(ValueError, match="has 15 tokens. Received: .* with 14"):
+        tokenizer.load_assets(str(tmp_path))
+    WordpieceTokenizer(VOCABULARY).save_assets(str(tmp_path))
+    tokenizer.load_assets(str(tmp_path))
+    texts = tf.constant(["a fine film"])
+    assert np.array_equal(bare.predict(texts, verbose=0), model(texts))
+
+
+def test_detokenize() -> None:
+    tokenizer = WordpieceTokenizer([*VOCABULARY, "##", "##film"])
+    texts = ["A fine film!", "films", "unheard films", "", "[PAD] caf\xe9"]
+    back = [b"a fine film !", b"films", b"[UNK] films", b"", b"[ pad ] cafe"]
+    found = tokenizer(tf.constant(texts))
+    assert tokenizer.detokenize(found).numpy().tolist() == back
+    assert np.array_equal(tokenizer(tokenizer.detokenize(found[:2])), found[:2, :6])
+    ragged = np.array([[[ID["film"], ID["##s"]]], [[ID["##s"], 0]]], "int64")
+    assert tokenizer.detokenize(ragged).numpy().tolist() == [[b"films"], [b"s"]]
+    assert tokenizer.detokenize([len(VOCABULARY), 4]).numpy() == b"## a"
+    assert tokenizer.detokenize(np.zeros((0, 3), int)).shape == (0,)
+    in_graph = tf.function(tokenizer.detokenize)(found)
+    assert in_graph.numpy().tolist() == back
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "message"),
+    [
+        ([[1.0]], TypeError, "`ids` must be integers. Received: float32"),
+        (3, ValueError, r"must have the shape \(..., T\)"),
+        ([[1, 15]], ValueError, "from 0 to 14.* Received: ids from 1 to 15"),
+        ([-1], ValueError, "Received: ids from -1 to -1"),
+    ],
+)
+def test_ids_that_are_no_texts(
+    numbers: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        WordpieceTokenizer(VOCABULARY).detokenize(numbers)
+
+
+def test_the_package_itself_registers_every_layer(tmp_path: Path) -> None:
+    saved_model(tmp_path / "texts.keras")
+    ids = {
+        name: keras.Input((None,), dtype="int32", name=name)
+        for name in ("input_ids", "attention_mask")
+    }
+    encoder = BertEncoder(9, 8, 6, num_layers=1, num_heads=2, hidden_dim=5)
+    keras.Model(ids, encoder(ids)).save(tmp_path / "bert.keras")
+    program = (
+        "import sys, keras, keras_mha\n"
+        "assert 'tensorflow_text' not in sys.modules\n"
+        "for path in sys.argv[1:]: print(keras.saving.load_model(path).layers[-1].name)"
+    )
+    files = [str(tmp_path / name) for name in ("texts.keras", "bert.keras")]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *files],
+        cwd=Path(__file__).resolve().parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split()[1] == encoder.name
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_vocabulary_from_a_file(tmp_path: Path, end: str) -> None:
     path = tmp_path / "vocab.txt"
@@ -201,6 +377,7 @@ def test_vocabulary_from_a_file(tmp_path: Path, end: str) -> None:
         ({"vocabulary": ["a", *VOCABULARY]}, ValueError, r"twice: \['a'\]"),
         ({"vocabulary": ["b", *VOCABULARY]}, ValueError, "Received first: 'b'"),
         ({"vocabulary": [*VOCABULARY, ""]}, ValueError, "empty token"),
+        ({"vocabulary": [*VOCABULARY, "a\nb"]}, ValueError, "must not contain line br"),
         ({"vocabulary": [*VOCABULARY, 5]}, TypeError, "Received: 5 of type int"),
     ],
 )
@@ -217,6 +394,7 @@ def test_refused_arguments(
         (tf.constant([1, 2]), TypeError, "`inputs` must be strings. Received: int32"),
         (tf.constant("a"), ValueError, r"\(B,\) or \(B, 1\). Received: \(\)"),
         (tf.constant([["a", "b"]]), ValueError, r"Received: \(1, 2\)"),
+        (tf.ragged.constant([["a"], []]), TypeError, "dense. Received: a RaggedTensor"),
     ],
 )
 def test_refused_inputs(

@@ -184,9 +184,9 @@ def test_another_vocabulary_is_caught(
 
     def swapped(tokenizer: WordpieceTokenizer, length: int) -> WordpieceTokenizer:
         config = of_length(tokenizer, length).get_config()
-        words = config["vocabulary"]
+        words = list(config["vocabulary"])
         words[4], words[5] = words[5], words[4]  # good and bad
-        return WordpieceTokenizer.from_config(config)
+        return WordpieceTokenizer.from_config({**config, "vocabulary": words})
 
     monkeypatch.setattr(tflite_text, "_of_length", swapped)
     with pytest.raises(ParityError, match="'probabilities' .* LiteRT"):
