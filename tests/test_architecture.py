@@ -52,13 +52,14 @@ LATE = (
 # A module of `keras_mha.export` may import from lower floors and from its own folder.
 EXPORT_FLOORS: Mapping[str, int] = {
     **dict.fromkeys(("compiled_marks", "declaration", "files", "report", "samples"), 0),
-    **dict.fromkeys(("endpoint", "parity"), 1),
-    **dict.fromkeys(("runtimes", "tokens"), 2),
-    **dict.fromkeys(("cases", "device"), 3),
-    **dict.fromkeys(("onnx", "tflite"), 4),
-    "saved_model": 5,  # one may hold a TFLite file
-    "formats": 6,
-    "verification": 7,
+    **dict.fromkeys(("inputs", "parity"), 1),
+    "endpoint": 2,
+    **dict.fromkeys(("drawn", "runtimes", "tokens"), 3),
+    **dict.fromkeys(("cases", "device"), 4),
+    **dict.fromkeys(("onnx", "tflite"), 5),
+    "saved_model": 6,  # one may hold a TFLite file
+    "formats": 7,
+    "verification": 8,
 }
 # Read by path: by the command line, or where keras_mha cannot be imported.
 STAND_ALONE = ("runtimes/*.py", "*/declaration.py", "declaration.py", "formats.py")

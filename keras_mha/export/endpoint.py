@@ -1,13 +1,12 @@
 """Describes a Keras model as a function from named tensors to named tensors.
 
-Exported files know their inputs and outputs by name; `model.predict` by structure.
+Exported files know their inputs and outputs by name; a model knows them by structure.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_mha.export.inputs import Inputs, Specs, join, read_inputs
 from keras_mha.export.report import TensorInfo
+from keras_mha.export.samples import Arrays, join_batches
 
-Specs = Mapping[str, tf.TensorSpec]
+_REFUSALS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,70 @@ class Endpoint:
 
     Attributes:
         model: The model.
-        inputs: What each named input holds; the batch dimension is free.
+        inputs: What each named input holds. The batch dimension is free, unless the
+            model answers batches of one size only.
         function: Maps tensors by input name to tensors by output name, in inference.
+        unbatched: The inputs that have no batch dimension.
+        notes: A sentence for each name that Keras made up and that was replaced.
     """
 
     model: keras.Model
     inputs: Specs
     function: Callable[[Mapping[str, Any]], dict[str, Any]]
+    unbatched: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
-    def answer(self, case: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    @property
+    def batch_size(self) -> int | None:
+        """The only size of batches that the model answers, or `None`."""
+        batched = [s for name, s in self.inputs.items() if name not in self.unbatched]
+        return batched[0].shape[0] if batched else 1
+
+    def rows(self, case: Arrays) -> int:
+        """Returns the number of rows in a batch."""
+        batched = [a for name, a in case.items() if name not in self.unbatched]
+        return len(batched[0]) if batched else 1
+
+    def take(self, case: Arrays, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
+        """Returns rows of a batch; inputs without a batch dimension stay whole."""
+        return {
+            name: array if name in self.unbatched else array[rows]
+            for name, array in case.items()
+        }
+
+    def batches(self, case: Arrays) -> list[Arrays]:
+        """Returns all rows in one batch, or in batches of the only size there is."""
+        size = self.batch_size
+        if size is None or self.unbatched.issuperset(case):
+            return [case]
+        starts = range(0, self.rows(case) - size + 1, size)
+        return [self.take(case, slice(i, i + size)) for i in starts]
+
+    def with_batch_size(self, size: int | None) -> Endpoint:
+        """Returns the same for batches of one size, or of any with `None`."""
+        inputs = {
+            name: spec
+            if name in self.unbatched
+            else tf.TensorSpec((size, *spec.shape[1:]), spec.dtype)
+            for name, spec in self.inputs.items()
+        }
+        return replace(self, inputs=inputs)
+
+    def answer_or_none(self, case: Arrays) -> dict[str, np.ndarray] | None:
+        """Returns the model's own values, or `None` where it refuses the inputs."""
+        try:
+            return self.answer(case)
+        except _REFUSALS:
+            return None
+
+    def answer(self, case: Arrays) -> dict[str, np.ndarray]:
         """Returns the model's own values, in eager mode."""
-        tensors = {name: tf.constant(array) for name, array in case.items()}
-        return {n: _to_array(t) for n, t in self.function(tensors).items()}
+        return _arrays(self.function(_tensors(case)))
+
+    def answers_in_graph(self, cases: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        """Returns the same from a traced function, as `predict` computes it."""
+        function = tf.function(self.function, autograph=False)
+        return [_arrays(function(_tensors(case))) for case in cases]
 
     def write(
         self,
@@ -93,17 +146,30 @@ def describe(
 ) -> tuple[Endpoint, dict[str, np.ndarray]]:
     """Reads a model's named inputs and outputs, and the samples by input name.
 
+    Functional and Sequential models name their inputs themselves. Where Keras made a
+    name up (`keras_tensor_3`), the key in a dictionary of inputs takes its place, or
+    else the name of the input's layer. The inputs of other models are read off
+    `samples`: free in the batch dimension, and otherwise of the samples' shapes. They
+    are called by the keys of a dictionary, or else by the parameter of the model's
+    `call`: `inputs`, or `inputs_0` and `inputs_1` for a list of two. Names in nested
+    structures are joined by underscores.
+
+    An input has the type that the model declares. That is `float32` where none was
+    given, even for ids: such an input takes integer samples, as floats of the same
+    value. A scalar has no batch dimension, and neither has an input whose first size
+    the model fixes while it leaves that of others free. The batch size is free unless
+    the model answers batches of one size only, which is tried.
+
     Args:
-        model: A built model. Functional and Sequential models name their inputs
-            themselves. Of others the inputs are read off `samples`: free in the
-            batch dimension and otherwise of the samples' shapes, called by the keys
-            of a dictionary or else `inputs`.
-        samples: What one would hand to `model.predict`: an array, a tensor, a list
-            of strings, a dictionary by input name, or a list with one entry for each
-            of several inputs.
+        model: A model that was built, called or fitted.
+        samples: Inputs in the structure that `model(...)` takes: an array, a tensor,
+            a list of strings, a list or tuple with one entry for each of several
+            inputs, a dictionary, or these nested. Or a `tf.data.Dataset` of batches of
+            them, with or without targets: see `samples.join_batches`.
         output_names: Names for the outputs, in the order of `keras.tree.flatten`.
-            Default: the keys of a dictionary output, else the names of the layers
-            that a Functional or Sequential model ends in, else `output_0`, ...
+            Default: the keys of a dictionary; else the names of the layers that a
+            Functional or Sequential model ends in, numbered where one layer gives
+            several outputs; else `output_0`, ...
 
     Returns:
         The endpoint, and the samples as NumPy arrays by input name; strings are
@@ -113,6 +179,17 @@ def describe(
         TypeError: If `model` is not a Keras model, or samples have another type than
             the input that they are for.
         ValueError: If names, ranks, sizes or numbers of rows do not fit.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_mha.export.endpoint import describe
+    >>> left, right = keras.Input((3,), name="left"), keras.Input((3,), name="right")
+    >>> model = keras.Model([left, right], keras.layers.Add(name="sum")([left, right]))
+    >>> samples = [np.ones((5, 3)), np.zeros((5, 3))]
+    >>> endpoint, arrays = describe(model, samples)
+    >>> list(arrays), list(endpoint.answer(arrays)), endpoint.inputs["left"].shape
+    (['left', 'right'], ['sum'], TensorShape([None, 3]))
     """
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -121,36 +198,104 @@ def describe(
         )
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a keras.Model. Received: {model!r}")
-    if not model.built:
+    if not model.built and not model.weights:
         raise ValueError(f"`model` must be built or called once. Received: {model!r}")
-    structure, specs, arrays = _read_inputs(model, samples)
-    _check_names(specs)
-    arrays = {name: _fit(name, arrays[name], specs[name]) for name in specs}
-    rows = {name: len(array) for name, array in arrays.items()}
-    if len(set(rows.values())) != 1 or 0 in rows.values():
-        raise ValueError(
-            "`samples` must have one or more rows, equally many in every input. "
-            f"Received: {rows}"
-        )
-    names = output_names or _default_output_names(model)
+    inputs = read_inputs(model, join_batches(samples))
+    if not model.built:
+        _build(model, inputs)
+    names, notes = _output_names(model, output_names)
 
     def function(tensors: Mapping[str, Any]) -> dict[str, Any]:
-        flat = [tf.cast(tensors[name], spec.dtype) for name, spec in specs.items()]
-        packed = keras.tree.pack_sequence_as(structure, flat)
-        results = model(packed, training=False)
-        if output_names is None and isinstance(results, Mapping):
-            return dict(results)
-        flat_results = keras.tree.flatten(results)
-        if names is None:
-            return {f"output_{i}": result for i, result in enumerate(flat_results)}
-        if len(set(names)) != len(flat_results) or len(names) != len(flat_results):
-            raise ValueError(
-                f"`output_names` must hold {len(flat_results)} different names, one "
-                f"for each output of the model. Received: {list(names)}"
-            )
-        return dict(zip(names, flat_results, strict=True))
+        cast = {n: tf.cast(tensors[n], spec.dtype) for n, spec in inputs.specs.items()}
+        return _by_name(inputs.call(model, cast), names)
 
-    return Endpoint(model, specs, function), arrays
+    endpoint = Endpoint(
+        model, inputs.specs, function, inputs.unbatched, (*inputs.notes, *notes)
+    )
+    arrays = dict(inputs.arrays)
+    return _with_its_batch_size(endpoint, arrays), arrays
+
+
+def _build(model: keras.Model, inputs: Inputs) -> None:
+    """Calls a model whose layers were trained without `call`, as in a `train_step`."""
+    before = len(model.weights)
+    inputs.call(model, _tensors(inputs.arrays))
+    if len(model.weights) != before:
+        raise ValueError(
+            "`model` must have all weights that its `call` uses before it is exported. "
+            f"Received: {model!r} with {before} weights, and {len(model.weights)} "
+            "after it was called with `samples`"
+        )
+
+
+def _with_its_batch_size(endpoint: Endpoint, arrays: Arrays) -> Endpoint:
+    """Frees the batch size, or fixes it where the model answers no other."""
+    of_graph = getattr(endpoint.model, "inputs", None) is not None
+    if endpoint.unbatched.issuperset(arrays):
+        return endpoint
+    if of_graph and endpoint.batch_size is None:
+        return endpoint
+    rows = endpoint.rows(arrays)
+    size = endpoint.batch_size or rows
+    # Not one row, which may be broadcast.
+    other = endpoint.take(arrays, np.zeros(3 if size == 2 else 2, int))
+    if endpoint.answer_or_none(other) is not None:
+        return endpoint.with_batch_size(None)
+    if rows < size:
+        raise ValueError(
+            f"`samples` must have at least {size} rows, the only size of batches that "
+            f"`model` answers. Received: {rows}"
+        )
+    return endpoint.with_batch_size(size)
+
+
+def _output_names(
+    model: keras.Model, names: Sequence[str] | None
+) -> tuple[Sequence[str] | None, tuple[str, ...]]:
+    """Returns the names of a model's outputs, and notes on those that are numbered.
+
+    `None` stands for those that only the structure of its answers gives.
+    """
+    outputs: Any = getattr(model, "outputs", None)
+    if names is not None or not outputs:
+        return names, ()
+    if not isinstance(model, keras.Sequential):
+        outputs = model.output
+    paths = list(keras.tree.flatten_with_path(outputs))
+    layers = [tensor._keras_history.operation.name for _, tensor in paths]
+    if any(len(path) > 1 or isinstance(path[-1], str) for path, _ in paths if path):
+        return [join(path, "output") for path, _ in paths], ()
+    if isinstance(model, keras.Sequential) and len(layers) == 1:
+        layers = [model.layers[-1].name]
+    named = [
+        f"{layer}_{layers[:i].count(layer)}" if layers.count(layer) > 1 else layer
+        for i, layer in enumerate(layers)
+    ]
+    return named, tuple(
+        f"Output {i} is called {name!r}: its layer {layer!r} gives several"
+        for i, (name, layer) in enumerate(zip(named, layers, strict=True))
+        if name != layer
+    )
+
+
+def _by_name(results: Any, names: Sequence[str] | None) -> dict[str, Any]:
+    """Returns a model's answers by name."""
+    paths = [(p, x) for p, x in keras.tree.flatten_with_path(results) if x is not None]
+    if names is None:
+        names = [join(path or (0,), "output") for path, _ in paths]
+    if len(set(names)) != len(names) or len(names) != len(paths):
+        raise ValueError(
+            f"`output_names` must hold {len(paths)} different names, one "
+            f"for each output of the model. Received: {list(names)}"
+        )
+    named = dict(zip(names, (result for _, result in paths), strict=True))
+    for name, result in named.items():
+        if isinstance(result, tf.RaggedTensor | tf.SparseTensor):
+            raise ValueError(
+                "The model's outputs must be dense: no exported file gives sparse or "
+                f"ragged tensors. Received: {name!r}, a {type(result).__name__}"
+            )
+    return named
 
 
 def _named(specs: Specs) -> dict[str, tf.TensorSpec]:
@@ -167,133 +312,16 @@ def tensor_infos(specs: Specs) -> tuple[TensorInfo, ...]:
     )
 
 
-def _read_inputs(
-    model: keras.Model, samples: Any
-) -> tuple[Any, dict[str, tf.TensorSpec], dict[str, np.ndarray]]:
-    """Reads what `model` is called with, a tensor or a structure of them, by name."""
-    inputs: list[keras.KerasTensor] | None = getattr(model, "inputs", None)
-    if inputs is not None:
-        specs = {
-            tensor.name: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype)
-            for tensor in inputs
-        }
-        return getattr(model, "input", inputs[0]), specs, _by_name(samples, specs)
-    named = samples if isinstance(samples, Mapping) else {"inputs": samples}
-    structure = {name: name for name in named} if named is samples else "inputs"
-    arrays = {name: _as_array(name, array) for name, array in named.items()}
-    specs = {
-        name: tf.TensorSpec((None, *arrays[name].shape[1:]), _dtype(arrays[name]))
-        for name in keras.tree.flatten(structure)
-    }
-    return structure, specs, arrays
+def _tensors(case: Arrays) -> dict[str, Any]:
+    return {name: tf.constant(array) for name, array in case.items()}
 
 
-def _check_names(names: Iterable[str]) -> None:
-    bad = [name for name in names if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII)]
-    if bad:
-        raise ValueError(
-            "The model's inputs must be named by a letter and then letters, digits "
-            f"and underscores: TensorFlow would rename others. Received: {bad}"
-        )
-
-
-def _default_output_names(model: keras.Model) -> Sequence[str] | None:
-    if isinstance(model, keras.Sequential):
-        return [model.layers[-1].name]
-    names = getattr(model, "output_names", None)
-    # A layer with several outputs gives them all its name.
-    return names if names is None or len(set(names)) == len(names) else None
-
-
-def _by_name(samples: Any, specs: Specs) -> dict[str, np.ndarray]:
-    if isinstance(samples, Mapping):
-        named = samples
-    elif _is_one_for_each(samples, specs):
-        named = dict(zip(specs, samples, strict=True))
-    elif len(specs) == 1:
-        named = dict.fromkeys(specs, samples)
-    else:
-        raise ValueError(
-            f"`samples` must be a dictionary with the keys {sorted(specs)}, or a list "
-            f"in the order {list(specs)}. Received: {type(samples).__name__}"
-        )
-    if set(named) != set(specs):
-        raise ValueError(
-            f"`samples` must have the keys {sorted(specs)}, the model's inputs. "
-            f"Received: {sorted(named)}"
-        )
-    return {name: _as_array(name, array) for name, array in named.items()}
-
-
-def _is_one_for_each(samples: Any, specs: Specs) -> bool:
-    return (
-        isinstance(samples, list | tuple)
-        and len(samples) == len(specs)
-        and all(
-            np.ndim(entry) == spec.shape.rank
-            for entry, spec in zip(samples, specs.values(), strict=True)
-        )
-    )
-
-
-def _as_array(name: str, samples: Any) -> np.ndarray:
-    """Converts samples to an array; strings become `bytes` in an object array."""
-    try:
-        array = np.asarray(samples)
-    except UnicodeDecodeError:  # str mixed with bytes that are not ASCII
-        array = np.array(samples, object)
-    if array.dtype.kind in "biuf":
-        return array
-    # Again from the samples: NumPy's own bytes type drops trailing NULs.
-    strings = np.array(samples, object)
-    encoded = np.empty(strings.shape, object)
-    for index, item in np.ndenumerate(strings):
-        if not isinstance(item, str | bytes):
-            raise TypeError(
-                f"`samples` for input {name!r} must be numbers or strings, equally "
-                f"many in each row. Received: {type(item).__name__}"
-            )
-        encoded[index] = item if isinstance(item, bytes) else _to_bytes(name, item)
-    return encoded
-
-
-def _to_bytes(name: str, text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"`samples` for input {name!r} must be text that UTF-8 can write. "
-            f"Received: {error}"
-        ) from error
-
-
-def _dtype(array: np.ndarray) -> Any:
-    return tf.string if array.dtype.kind == "O" else array.dtype
-
-
-def _fit(name: str, array: np.ndarray, spec: tf.TensorSpec) -> np.ndarray:
-    """Brings samples to an input's type and rank, or says why they do not fit."""
-    if (spec.dtype == tf.string) != (array.dtype.kind == "O") or not (
-        spec.dtype == tf.string
-        or np.can_cast(array.dtype, spec.dtype.as_numpy_dtype, casting="same_kind")
-    ):
-        raise TypeError(
-            f"`samples` for input {name!r} must be of type {spec.dtype.name}. "
-            f"Received: {_dtype(array)}"
-        )
-    if spec.dtype != tf.string:
-        array = array.astype(spec.dtype.as_numpy_dtype)
-    if array.ndim == spec.shape.rank - 1 and spec.shape[-1] == 1:
-        array = array[..., np.newaxis]  # as Keras does
-    if not spec.shape.is_compatible_with(array.shape):
-        raise ValueError(
-            f"`samples` for input {name!r} must have the shape {tuple(spec.shape)}. "
-            f"Received: {array.shape}"
-        )
-    return array
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: _to_array(tensor) for name, tensor in tensors.items()}
 
 
 def _to_array(tensor: Any) -> np.ndarray:
+    tensor = tf.convert_to_tensor(tensor)
     if tensor.dtype == tf.bfloat16:  # NumPy has none: widen, which is exact
         tensor = tf.cast(tensor, tf.float32)
     return np.asarray(tensor.numpy())

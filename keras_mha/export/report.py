@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -32,13 +32,15 @@ class Parity:
     """The distance of an exported file's values from its model's.
 
     Attributes:
-        max_absolute_difference: Over all outputs of all runs.
+        max_absolute_difference: Over all outputs of all runs. Of inputs that were no
+            samples it counts in proportion, where their outputs are larger.
         max_relative_difference: The same, where the model's value is not zero.
         tolerance: The absolute difference that was allowed.
         samples: Number of rows compared.
         batch_sizes: The batch sizes that were run.
         runtime: What ran the file.
         runtime_version: Its version.
+        drawn: Number of rows compared that were no samples.
     """
 
     max_absolute_difference: float
@@ -48,6 +50,7 @@ class Parity:
     batch_sizes: tuple[int, ...]
     runtime: str
     runtime_version: str
+    drawn: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class ExportReport(ReportPart):
         keras: Version of Keras that wrote the files.
         tensorflow: Version of TensorFlow that wrote the files.
         blocked: Packages that the verifying process was unable to import.
+        notes: One sentence for whatever differs from the model: a name that Keras made
+            up, a layer that was exported as it is.
     """
 
     model: str
@@ -107,6 +112,7 @@ class ExportReport(ReportPart):
     keras: str
     tensorflow: str
     blocked: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def written(self) -> Sequence[WrittenFile]:
         """Returns the files that were written."""
@@ -145,6 +151,7 @@ class ExportReport(ReportPart):
         | keras | 3.15.1 |
         | tensorflow | 2.21.0 |
         | blocked | none |
+        | notes | none |
         """
         return "\n\n".join(_sections(self, self.heading, 2))
 

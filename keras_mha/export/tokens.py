@@ -92,7 +92,7 @@ def tokenizer_of(model: keras.Model) -> WordpieceTokenizer:
 def _output_names(
     endpoint: Endpoint, arrays: Mapping[str, np.ndarray]
 ) -> Sequence[str]:
-    return list(endpoint.answer({name: array[:1] for name, array in arrays.items()}))
+    return list(endpoint.answer(endpoint.take(arrays, slice(1))))
 
 
 def _cut(

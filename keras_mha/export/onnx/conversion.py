@@ -1,6 +1,6 @@
 """Converts a model's function to an ONNX graph through tf2onnx.
 
-Three TensorFlow operations are converted here, because tf2onnx converts them wrongly,
+Four TensorFlow operations are converted here, because tf2onnx converts them wrongly,
 slowly or not at all:
 
 - `Erfc`, which Keras' GELU is made of, is unknown to it.
@@ -9,20 +9,29 @@ slowly or not at all:
 - `Einsum`, which Keras' `EinsumDense` and `MultiHeadAttention` are made of, becomes a
   product of padded operands and some twenty operations on their shapes. Here it
   becomes `MatMul` between transpositions or constant `Reshape`s.
+- `ExtractImagePatches`, which many cut images with, fails where the batch is free. Here
+  it becomes `SpaceToDepth`, or a `Conv` that picks pixels.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_mha.attention.dispatch import implementation_scope
+from keras_mha.copying import described
 from keras_mha.export.compiled_marks import strip_compiled_marks
 from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.inputs import Specs
 
 
 def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
@@ -39,47 +48,115 @@ def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
     Raises:
         ValueError: If the model needs operations that ONNX or tf2onnx lack.
     """
-    import onnx
     import tf2onnx
+    from tensorflow.python.util import deprecation
 
-    names = list(endpoint.inputs)
     saved_model = directory / "saved_model"
     with implementation_scope("portable"):
         endpoint.write(saved_model, endpoint.inputs)
     strip_compiled_marks(saved_model)
     loaded: Any = tf.saved_model.load(str(saved_model))
     answer = loaded.signatures["serving_default"]
-
-    def function(*tensors: Any) -> dict[str, Any]:
-        return answer(**dict(zip(names, tensors, strict=True)))
-
-    taken = sorted(set(answer.structured_outputs) & set(names))
+    outputs = sorted(answer.structured_outputs)
+    taken = sorted(set(outputs) & set(endpoint.inputs))
     if taken:
         raise ValueError(
             "An ONNX file's inputs and outputs must have different names; pass "
             f"other `output_names`. Received: {taken} for both"
         )
-    handlers = {
-        "Einsum": _einsum,
-        "Erfc": _erfc,
-        "Select": _select,
-        "SelectV2": _select,
-    }
-    model, _ = tf2onnx.convert.from_function(
-        tf.function(function, autograph=False),
-        input_signature=[
-            tf.TensorSpec(spec.shape, spec.dtype, name=name)
-            for name, spec in endpoint.inputs.items()
-        ],
-        opset=opset,
-        custom_op_handlers={name: (handler, []) for name, handler in handlers.items()},
-    )
-    unknown = {n.op_type for n in model.graph.node if not onnx.defs.has(n.op_type)}
-    if unknown:
-        raise ValueError(
-            f"`model` needs operations that tf2onnx does not convert: {sorted(unknown)}"
+    frozen = _freeze(answer, endpoint.inputs)
+    tensors = [tensor.name for tensor in (*frozen.inputs, *frozen.outputs)]
+    with _listening() as listener, deprecation.silence():
+        model, _ = tf2onnx.convert.from_graph_def(
+            frozen.graph.as_graph_def(add_shapes=True),
+            input_names=tensors[: len(endpoint.inputs)],
+            output_names=tensors[len(endpoint.inputs) :],
+            opset=opset,
+            custom_op_handlers={name: (call, []) for name, call in _HANDLERS.items()},
+            tensors_to_rename=dict(
+                zip(tensors, [*endpoint.inputs, *outputs], strict=True)
+            ),
         )
+    _check_operations(endpoint, model, listener.nodes)
     return model
+
+
+def _freeze(answer: Any, specs: Specs) -> Any:
+    """Makes constants of all that a function took from outside, weights or not."""
+    from tensorflow.python.framework import convert_to_constants
+
+    names = list(specs)
+    signature = [tf.TensorSpec(s.shape, s.dtype, name=n) for n, s in specs.items()]
+
+    def function(*tensors: Any) -> list[Any]:
+        results = answer(**dict(zip(names, tensors, strict=True)))
+        # A name for each, also where two are the same tensor.
+        return [tf.identity(results[name]) for name in sorted(results)]
+
+    traced: Any = tf.function(function, autograph=False)
+    return convert_to_constants.convert_variables_to_constants_v2(
+        traced.get_concrete_function(*signature),
+        lower_control_flow=False,
+        aggressive_inlining=True,
+    )
+
+
+class _Listener(logging.Handler):
+    """Keeps the names of the nodes that tf2onnx could not convert."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.nodes: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Reads a message, whose first argument is the node's name."""
+        if isinstance(record.args, tuple):
+            self.nodes.add(str(record.args[0]))
+
+
+@contextmanager
+def _listening() -> Iterator[_Listener]:
+    """Reads tf2onnx' log in the user's place; it tells of problems nowhere else."""
+    logger, listener = logging.getLogger("tf2onnx"), _Listener()
+    handlers, propagate = logger.handlers[:], logger.propagate
+    logger.handlers[:], logger.propagate = [listener], False
+    try:
+        yield listener
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+
+
+def _check_operations(endpoint: Endpoint, model: Any, failed: set[str]) -> None:
+    """Refuses a graph in which operations of TensorFlow's are left."""
+    import onnx
+
+    left = [
+        node
+        for node in model.graph.node
+        if node.name in failed or not onnx.defs.has(node.op_type)
+    ]
+    if left:
+        raise ValueError(
+            "`model` needs operations that tf2onnx does not convert: "
+            f"{sorted({node.op_type for node in left})}, in "
+            + ", ".join(sorted({place_of(endpoint.model, n.name) for n in left}))
+        )
+
+
+def place_of(model: keras.Model, node: str) -> str:
+    """Says which layer of a model made a node of its graph.
+
+    Args:
+        model: The model.
+        node: The node's name, which has the names of the layers around it.
+    """
+    layers = {layer.name: layer for layer in model._flatten_layers(include_self=False)}
+    for part in reversed(node.split("/")):
+        # A layer that is called again gets a number.
+        layer = layers.get(part) or layers.get(re.sub(r"_\d+$", "", part))
+        if layer is not None:
+            return described(layer)
+    return f"{node.rsplit('/', 1)[-1]!r} outside any layer"
 
 
 def _replace(
@@ -177,6 +254,55 @@ def _multiply_batched(graph: Any, node: Any, *orders: list[int]) -> None:
     ]
     product = graph.make_node("MatMul", operands).output[0]
     _replace(graph, node, "Transpose", [product], perm=result)
+
+
+def _extract_patches(graph: Any, node: Any, _: str, __: list[Any]) -> None:
+    """Cuts images `(B, Y, X, C)` into patches, `(B, Y', X', Y" * X" * C)`."""
+    from onnx import TensorProto
+
+    sizes, strides, rates = (
+        list(node.get_attr_value(name)[1:3]) for name in ("ksizes", "strides", "rates")
+    )
+    padding = node.get_attr_value("padding").decode()
+    rows, columns, channels = graph.get_shape(node.input[0])[1:]
+    dtype = graph.get_dtype(node.output[0])
+    first = graph.make_node(
+        "Transpose", [node.input[0]], attr={"perm": [0, 3, 1, 2]}
+    ).output[0]
+    if (
+        sizes == strides
+        and sizes[0] == sizes[1]
+        and rates == [1, 1]
+        and min(rows, columns) > 0
+        and rows % sizes[0] == columns % sizes[0] == 0
+    ):
+        cut = graph.make_node("SpaceToDepth", [first], attr={"blocksize": sizes[0]})
+    else:
+        # One output for each pixel of a patch, which is 1 there and 0 elsewhere.
+        kernel = np.eye(sizes[0] * sizes[1] * channels, dtype=np.float32)
+        kernel = kernel.reshape(-1, *sizes, channels).transpose(0, 3, 1, 2)
+        floats = graph.make_node("Cast", [first], attr={"to": TensorProto.FLOAT})
+        cut = graph.make_node(
+            "Conv",
+            [floats.output[0], _constant(graph, node, np.ascontiguousarray(kernel))],
+            attr={
+                "kernel_shape": sizes,
+                "strides": strides,
+                "dilations": rates,
+                "auto_pad": "VALID" if padding == "VALID" else "SAME_UPPER",
+            },
+        )
+        cut = graph.make_node("Cast", [cut.output[0]], attr={"to": dtype})
+    _replace(graph, node, "Transpose", [cut.output[0]], perm=[0, 2, 3, 1])
+
+
+_HANDLERS = {
+    "Einsum": _einsum,
+    "Erfc": _erfc,
+    "ExtractImagePatches": _extract_patches,
+    "Select": _select,
+    "SelectV2": _select,
+}
 
 
 def _as_product(equation: str) -> tuple[int, int] | None:

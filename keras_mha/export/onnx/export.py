@@ -12,12 +12,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_mha.export.drawn import drawn_cases, halved
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import check_overwrite, size_of, staging
-from keras_mha.export.onnx.conversion import convert
+from keras_mha.export.onnx.conversion import convert, place_of
 from keras_mha.export.onnx.report import ONNXReport
 from keras_mha.export.onnx.rewrites import rewrite
-from keras_mha.export.parity import check_parity, check_timeout, check_tolerance
+from keras_mha.export.parity import (
+    VerificationError,
+    check_parity,
+    check_timeout,
+    check_tolerance,
+)
 from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
@@ -53,18 +59,20 @@ def export_onnx(
 
     The file is loaded by ONNX Runtime in a fresh process that can import none of
     `keras_mha`, `keras` and `tensorflow`, and its values are compared with the
-    model's: for all samples at once, for only the first, and for half of them cut to
-    half of every free size. Only then is it renamed to `path`. After an error nothing
-    new is left.
+    model's: for all samples at once, for only the first, for half of them cut to half
+    of every free size, and for inputs drawn in addition, with other values and padding.
+    Only then is it renamed to `path`. After an error nothing new is left.
 
     Args:
-        model: A built Keras model on the TensorFlow backend, without string inputs.
-            Inputs of a subclassed model are free only in their batch dimension, and
-            have the samples' shapes otherwise.
+        model: A Keras model on the TensorFlow backend that was built, called or fitted,
+            without string inputs. Inputs of a subclassed model are free only in their
+            batch dimension, and have the samples' shapes otherwise. The batch is fixed
+            too where the model answers batches of one size only.
         path: Where the file goes, ending in `.onnx`; its directory is created if
             absent.
-        samples: What one would hand to `model.predict`: an array, a tensor, a
-            dictionary by input name.
+        samples: Inputs in the structure that `model(...)` takes: an array, a tensor,
+            a list or dictionary of several, or a `tf.data.Dataset` of batches, with or
+            without targets. Integers for an input of floats become floats.
         overwrite: Whether an existing file is replaced, in one step. Left out, it is
             replaced with a DeprecationWarning; a later version will refuse it.
         opset: Version of ONNX' operations, 13 to 18. Before 17 there is none for layer
@@ -73,7 +81,8 @@ def export_onnx(
             suits float32 probabilities (measured: under 1e-6).
         output_names: Names for the outputs, in the order of `keras.tree.flatten`.
             Default: the keys of a dictionary output, else the names of the layers
-            that a Functional or Sequential model ends in, else `output_0`, ...
+            that a Functional or Sequential model ends in, numbered where one layer
+            gives several, else `output_0`, ...
         timeout: Seconds that the check may take.
 
     Returns:
@@ -134,16 +143,26 @@ def export_onnx(
         proto = _to_proto(endpoint, opset, staged)
         written.write_bytes(proto.SerializeToString(deterministic=True))
         cases, wanted = _cases(endpoint, arrays)
-        answers, facts = run_in_fresh_process(
-            ONNX_RUNTIME, File(written, "onnx"), cases, timeout=timeout
-        )
+        drawn, wanted_of_drawn = drawn_cases(endpoint, arrays)
+        cases, wanted = [*cases, *drawn], [*wanted, *wanted_of_drawn]
+        try:
+            answers, facts = run_in_fresh_process(
+                ONNX_RUNTIME, File(written, "onnx"), cases, timeout=timeout
+            )
+        except VerificationError as error:
+            refused = _refused(endpoint, proto, str(error))
+            if refused is None:
+                raise
+            raise refused from error
         parity = check_parity(
             wanted,
             answers,
             tolerance=tolerance,
-            samples=len(next(iter(arrays.values()))),
+            samples=endpoint.rows(arrays),
             runtime=facts["runtime"],
             runtime_version=facts["version"],
+            drawn=len(drawn),
+            again=lambda: endpoint.answers_in_graph(cases),
         )
         size = size_of(written)
         written.replace(path)
@@ -165,6 +184,7 @@ def export_onnx(
         operators=dict(Counter(n.op_type for n in proto.graph.node).most_common()),
         free_sizes=_sizes_run(endpoint, cases),
         parity=parity,
+        notes=endpoint.notes,
     )
 
 
@@ -219,42 +239,48 @@ def _to_proto(endpoint: Endpoint, opset: int, directory: Path) -> Any:
     imports = [entry for entry in proto.opset_import if entry.domain in used]
     del proto.opset_import[:]
     proto.opset_import.extend(imports)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise (_refused(endpoint, proto, str(error)) or error) from error
     return proto
+
+
+def _refused(endpoint: Endpoint, proto: Any, text: str) -> ValueError | None:
+    """Says which operation ONNX or its runtime refused, where `text` names one."""
+    named = [node for node in proto.graph.node if node.name and node.name in text]
+    if not named:
+        return None
+    # The longest, for one name may begin with another.
+    node = max(named, key=lambda node: len(node.name))
+    return ValueError(
+        "`model` must convert to operations that ONNX Runtime takes. Received: "
+        f"{node.op_type} in {place_of(endpoint.model, node.name)}, which it refuses: "
+        f"{text.strip().splitlines()[-1]}"
+    )
 
 
 def _size_name(tensor: str, axis: int) -> str:
     return f"{tensor}_{axis}" if axis else "batch"
 
 
-def _cases(
-    endpoint: Endpoint, arrays: Case
-) -> tuple[list[Case], list[dict[str, np.ndarray]]]:
-    """Returns runs of different free sizes, and the model's answers to them."""
-    first = {name: array[:1] for name, array in arrays.items()}
-    cases: list[Case] = [arrays, first]
-    wanted = [endpoint.answer(case) for case in cases]
-    shorter = _cut(endpoint, arrays)
-    try:
-        answer = endpoint.answer(shorter)
-    except (ValueError, tf.errors.InvalidArgumentError):
-        # Sizes of several inputs may depend on each other in a way that only the
-        # model knows; the report says which sizes were run.
-        return cases, wanted
-    return [*cases, shorter], [*wanted, answer]
+def _cases(endpoint: Endpoint, arrays: Case) -> tuple[list[Case], list[Case]]:
+    """Returns runs of the samples in different sizes, and the model's answers.
 
-
-def _cut(endpoint: Endpoint, arrays: Case) -> Case:
-    """Takes half of the rows, cut to half of every size that is free."""
-
-    def half(name: str) -> tuple[slice, ...]:
-        shape = endpoint.inputs[name].shape
-        return tuple(
-            slice((size + 1) // 2 if free is None else size)
-            for size, free in zip(arrays[name].shape, shape, strict=True)
-        )
-
-    return {name: array[half(name)] for name, array in arrays.items()}
+    Sizes of several inputs may depend on each other in a way that only the model knows.
+    Those that it refuses are left out; the report says which were run.
+    """
+    cases = endpoint.batches(arrays)
+    if endpoint.batch_size is None:
+        some = slice((endpoint.rows(arrays) + 1) // 2)
+        first = endpoint.take(arrays, slice(1))
+        cases += [first, endpoint.take(halved(endpoint, arrays), some)]
+    answers = [(case, endpoint.answer_or_none(case)) for case in cases[1:]]
+    answered = [(case, answer) for case, answer in answers if answer is not None]
+    return (
+        [cases[0], *(case for case, _ in answered)],
+        [endpoint.answer(cases[0]), *(answer for _, answer in answered)],
+    )
 
 
 def _free_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:

@@ -185,7 +185,7 @@ def _to_tensor(tf: Any, array: np.ndarray) -> int:
             tf.TF_StringInit(data + i * _STRING_SIZE)
             tf.TF_StringCopy(data + i * _STRING_SIZE, item, len(item))
         return tensor
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # a scalar stays one
     kind = _TYPES[array.dtype.name]
     tensor = tf.TF_AllocateTensor(kind, shape, array.ndim, array.nbytes)
     ctypes.memmove(tf.TF_TensorData(tensor), array.ctypes.data, array.nbytes)

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from keras_mha.export.parity import check_parity
+from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.parity import Arrays, check_parity
+from keras_mha.layers.arguments import check_flag
 
-Arrays = Mapping[str, np.ndarray]
+_ANYWAY = "Pass `batching=False` to export it for a server that batches no requests."
+
+
+def choose_batching(batching: bool | None, endpoint: Endpoint) -> bool:
+    """Returns whether a server may batch requests, as far as the inputs tell.
+
+    Raises:
+        ValueError: If `batching` is not what it may be, or is set where an input has
+            no batch dimension; or if the model answers batches of one size only, and
+            `batching` is not False.
+    """
+    whole = sorted(endpoint.unbatched)
+    if batching is None:
+        batching = not whole
+    if not check_flag(batching, "batching"):
+        return False
+    if whole:
+        raise ValueError(
+            "With `batching=True` every input of `model` must have a batch dimension. "
+            f"Received: {whole} without one"
+        )
+    if endpoint.batch_size is not None:
+        raise ValueError(
+            "`model` must answer batches of any size, or a server could not batch "
+            f"requests. Received: one for batches of {endpoint.batch_size} rows only. "
+            f"{_ANYWAY}"
+        )
+    return True
 
 
 def padded(arrays: Arrays) -> dict[str, np.ndarray]:
@@ -62,14 +91,19 @@ def check_batching(
     >>> check_batching(batch, filled, [single], rows=2, tolerance=1e-6)
     0.0
     """
-    for name, array in together.items():
-        sizes = [answer[name].shape[:1] for answer in (together, filled)]
-        if sizes != [(rows,), (_filled_rows(rows),)]:
+    alone = [singles[0]] if singles else []
+    for name in together:
+        shapes = [answer[name].shape for answer in (together, filled, *alone)]
+        counts = (rows, _filled_rows(rows), 1)
+        batched = all(
+            shape[:1] == (count,) for shape, count in zip(shapes, counts, strict=False)
+        )
+        if not batched or len({shape[1:] for shape in shapes}) != 1:
             raise ValueError(
                 "Every output of `model` must have the batch as its first dimension, "
-                f"or a server could not batch requests. Received: output {name!r} of "
-                f"shape {array.shape} for {rows} rows, and {filled[name].shape} for "
-                f"{_filled_rows(rows)}"
+                "and as no other, or a server could not batch requests: its rows would "
+                f"depend on each other. Received: output {name!r} of shape {shapes[0]} "
+                f"for {rows} rows, and {shapes[1]} for {_filled_rows(rows)}. {_ANYWAY}"
             )
     difference = check_parity(
         [together, *(_rows(together, i, i + 1) for i in range(len(singles)))],
@@ -80,10 +114,13 @@ def check_batching(
         runtime_version="",
     ).max_absolute_difference
     if difference > tolerance:
+        sizes = [np.abs(a) for a in together.values() if a.dtype.kind == "f"]
+        largest = max(float(np.max(size, initial=0.0)) for size in sizes or [[]])
         raise ValueError(
             "The answer of `model` to a row must not depend on the other rows of its "
             "batch, or a server could not batch requests. Received: answers that "
-            f"differ by {difference:.3g}; `tolerance` is {tolerance:.3g}"
+            f"differ by {difference:.3g}, where values are as large as {largest:.3g}; "
+            f"`tolerance` is {tolerance:.3g}. {_ANYWAY}"
         )
     return difference
 

@@ -5,6 +5,7 @@ Stand-alone: the standard library, and what all formats declare with.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from ..declaration import (  # noqa: TID252  (the command line reads it by path)
@@ -42,6 +43,15 @@ FORMAT = Format(
                 "help": "also write model.tflite next to saved_model.pb, which TF "
                 "Serving runs instead under --prefer_tflite_model; not for models of "
                 "texts",
+            },
+        ),
+        Option(
+            "--batching",
+            {
+                "action": argparse.BooleanOptionalAction,
+                "help": "whether a server may batch requests (default: yes, unless an "
+                "input has no batch dimension); --no-batching is for models whose "
+                "rows depend on each other",
             },
         ),
         Option(

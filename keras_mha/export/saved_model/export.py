@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import meta_graph_pb2
 
 from keras_mha.export.compiled_marks import strip_compiled_marks
+from keras_mha.export.drawn import drawn_cases
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import (
     check_overwrite,
@@ -26,7 +27,11 @@ from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes.cpp_loader import RUNTIME as CPP_LOADER
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
-from keras_mha.export.saved_model.batching import check_batching, padded
+from keras_mha.export.saved_model.batching import (
+    check_batching,
+    choose_batching,
+    padded,
+)
 from keras_mha.export.saved_model.placement import gpu_note
 from keras_mha.export.saved_model.reader import describe_file, read_meta_graph
 from keras_mha.export.saved_model.report import SavedModelReport, SignatureReport
@@ -53,6 +58,7 @@ def export_saved_model(
     warmup: int = 16,
     tokens: bool = False,
     with_tflite: bool = False,
+    batching: bool | None = None,
     timeout: float = 600.0,
 ) -> SavedModelReport:
     """Writes `model` as a SavedModel at `<directory>/<version>/`, and checks it.
@@ -65,11 +71,13 @@ def export_saved_model(
     samples become warm-up requests.
 
     What was written is loaded in a fresh process that cannot import `keras_mha`, and
-    its values are compared with the model's, for all samples at once and row by row
-    for those of the warm-up. The loader is TensorFlow's C++ one with XLA disabled,
+    its values are compared with the model's: for all samples at once, row by row for
+    those of the warm-up, and for inputs drawn in addition, with other values, padding
+    and half of every free size. The loader is TensorFlow's C++ one with XLA disabled,
     which TF Serving is built on. A server may batch requests: that an answer does not
     depend on the other rows is checked too, also for a batch filled up with copies of
-    its first row.
+    its first row. With `batching=False` a model whose answers do is written all the
+    same; a server must then not batch.
 
     With `with_tflite=True` the version also holds `model.tflite`: the same signature in
     TFLite's builtin operations, with free sizes. TF Serving runs it in place of
@@ -88,13 +96,15 @@ def export_saved_model(
     number; only a checked version is renamed. After an error nothing is left.
 
     Args:
-        model: Any Keras model on the TensorFlow backend, built; string inputs and
-            several inputs included. Inputs of a subclassed model are free in their
-            batch dimension only, and have the samples' shapes otherwise.
+        model: Any Keras model on the TensorFlow backend that was built, called or
+            fitted; string inputs and several inputs included. Inputs of a subclassed
+            model are free in their batch dimension only, and have the samples' shapes
+            otherwise.
         directory: Where the versions are; created if absent.
-        samples: What one would hand to `model.predict`: an array, a list of strings,
-            a tensor, a dictionary by input name. Run as one batch: some dozen rows
-            are enough.
+        samples: Inputs in the structure that `model(...)` takes: an array, a list of
+            strings, a tensor, a list or dictionary of several, or a `tf.data.Dataset`
+            of batches, with or without targets. Integers for an input of floats become
+            floats. Run as one batch: some dozen rows are enough.
         version: Number of the version; default one more than the highest there is.
         overwrite: Whether an existing version is replaced, in one step.
         tolerance: Largest absolute difference allowed in any output. The default
@@ -104,13 +114,19 @@ def export_saved_model(
             more.
         output_names: Names for the outputs, in the order of `keras.tree.flatten`.
             Default: the keys of a dictionary output, else the names of the layers
-            that a Functional or Sequential model ends in, else `output_0`, ...
+            that a Functional or Sequential model ends in, numbered where one layer
+            gives several, else `output_0`, ...
         warmup: Number of samples that become warm-up requests of one row each, at
-            most 1000; 0 writes none.
+            most 1000; 0 writes none. Without batching one request has all rows.
         tokens: Whether to write the signature `tokens`: the part of the model after
             its `keras_mha.text.WordpieceTokenizer`, which takes `ids`, and other
             inputs as they are. The weights are written once.
         with_tflite: Whether to write `model.tflite` next to `saved_model.pb`.
+        batching: Whether a server may put rows of different requests into one batch.
+            Default: yes, unless an input has no batch dimension. False is for models
+            whose answer to a row depends on the others, such as logits between the
+            rows of a batch, and for those that answer batches of one size only, which
+            is then the signature's.
         timeout: Seconds that the check of one file may take.
 
     Returns:
@@ -123,8 +139,9 @@ def export_saved_model(
         ImportError: If `with_tflite` is set and ai-edge-litert is not installed.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong value, an input a name that no
-            signature can carry, or the model is not safe to batch: an output has
-            another first dimension than the batch, or depends on other rows. With
+            signature can carry, or the model is not safe to batch and `batching` is
+            not False: it answers batches of one size only, an output has another
+            first dimension than the batch, or depends on other rows. With
             `with_tflite` also if the model takes strings, or needs operations that
             TFLite has not built in.
 
@@ -154,7 +171,8 @@ def export_saved_model(
     endpoint, arrays = describe(model, samples, output_names)
     if with_tflite:
         _check_tflite(endpoint)
-    rows = len(next(iter(arrays.values())))
+    batching = choose_batching(batching, endpoint)
+    rows = endpoint.rows(arrays)
 
     cut = endpoint_of_tokens(endpoint, arrays) if tokens else None
 
@@ -163,22 +181,31 @@ def export_saved_model(
         further = {} if cut is None else {_TOKENS: cut[0]}
         endpoint.write(path, endpoint.inputs, further=further)
         marks = strip_compiled_marks(path)
-        singles = [_row(arrays, i) for i in range(min(rows, max(warmup, 1)))]
+        together = endpoint.batches(arrays)
+        requests = together[:1]
+        if batching:
+            singles = min(rows, max(warmup, 1))
+            requests = [endpoint.take(arrays, slice(i, i + 1)) for i in range(singles)]
         if warmup:
-            write_warmup(path, singles)
-            singles = read_warmup(path)
-        cases = [arrays, *singles]
-        wanted = [endpoint.answer(case) for case in cases]
+            write_warmup(path, requests)
+            requests = read_warmup(path)
+        cases = [*together, *requests] if batching else together
+        drawn, wanted_of_drawn = drawn_cases(endpoint, arrays)
+        wanted = [*map(endpoint.answer, cases), *wanted_of_drawn]
+        cases += drawn
         meta_graph = read_meta_graph(path)
         (filled, *answers), facts = run_in_fresh_process(
             CPP_LOADER,
             describe_file(path, meta_graph),
-            [padded(arrays), *cases],
+            [padded(arrays) if batching else cases[0], *cases],
             timeout=timeout,
         )
-        batch_difference = check_batching(
-            answers[0], filled, answers[1:], rows=rows, tolerance=tolerance
-        )
+        batch_difference = None
+        if batching:
+            singles = answers[1 : 1 + len(requests)]
+            batch_difference = check_batching(
+                answers[0], filled, singles, rows=rows, tolerance=tolerance
+            )
         parity = check_parity(
             wanted,
             answers,
@@ -186,6 +213,8 @@ def export_saved_model(
             samples=rows,
             runtime=facts["runtime"],
             runtime_version=facts["version"],
+            drawn=len(drawn),
+            again=lambda: endpoint.answers_in_graph(cases),
         )
         signatures = []
         if cut is not None:
@@ -203,6 +232,7 @@ def export_saved_model(
                 wanted,
                 tensor_infos(endpoint.inputs),
                 _outputs(meta_graph, _DEFAULT),
+                rows=rows,
                 tolerance=tolerance,
                 timeout=timeout,
             )
@@ -221,7 +251,7 @@ def export_saved_model(
         size_bytes=size,
         inputs=tensor_infos(endpoint.inputs),
         outputs=_outputs(meta_graph, _DEFAULT),
-        warmup_records=len(singles) if warmup else 0,
+        warmup_records=len(requests) if warmup else 0,
         compiled_marks_removed=marks,
         custom_operations=tuple(facts["custom_operations"]),
         batch_difference=batch_difference,
@@ -229,6 +259,7 @@ def export_saved_model(
         gpu_note=note,
         further_signatures=tuple(signatures),
         tflite=tflite,
+        notes=endpoint.notes,
     )
 
 
@@ -287,10 +318,6 @@ def _check_version(version: int | None, directory: Path) -> int:
     if version < 0:
         raise ValueError(f"`version` must not be negative. Received: {version}")
     return version
-
-
-def _row(arrays: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
-    return {name: array[i : i + 1] for name, array in arrays.items()}
 
 
 def _outputs(

@@ -62,7 +62,7 @@ class SavedModelReport(ExportReport):
         custom_operations: Operations that plain TensorFlow does not know; TF Serving
             has those of tensorflow-text built in.
         batch_difference: How much the answer to a row changed at most with the other
-            rows of its batch.
+            rows of its batch; `None` where no server may batch.
         parity: The comparison with the model.
         gpu_note: What to know before it is served on a GPU.
         further_signatures: Those other than `serving_default` and `serve`.
@@ -79,7 +79,7 @@ class SavedModelReport(ExportReport):
     warmup_records: int
     compiled_marks_removed: int
     custom_operations: tuple[str, ...]
-    batch_difference: float
+    batch_difference: float | None
     parity: Parity
     gpu_note: str
     further_signatures: tuple[SignatureReport, ...] = ()

@@ -11,10 +11,8 @@ is experimental there. The server itself was not run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from keras_mha.export.parity import Arrays, check_parity
 from keras_mha.export.report import TensorInfo
@@ -69,6 +67,7 @@ def check_served_tflite(
     inputs: tuple[TensorInfo, ...],
     outputs: tuple[TensorInfo, ...],
     *,
+    rows: int,
     tolerance: float,
     timeout: float,
 ) -> ServedTFLite:
@@ -84,12 +83,8 @@ def check_served_tflite(
         wanted,
         answers,
         tolerance=tolerance,
-        samples=_rows(cases[0]),
+        samples=rows,
         runtime=facts["runtime"],
         runtime_version=facts["version"],
     )
     return ServedTFLite(_SIGNATURE, inputs, outputs, parity)
-
-
-def _rows(case: Mapping[str, np.ndarray]) -> int:
-    return len(next(iter(case.values())))

@@ -112,7 +112,6 @@ class TFLiteReport(ExportReport):
         signature_name: The name of the signature in every file.
         quantization: How the files were shrunk, or `None`.
         target: What the files are for.
-        notes: One sentence for each layer that was exported as it is.
         files: One entry for each file, by length and kind.
         companions: The paths of the other files: `vocab.txt` and `labels.txt`
             where they are known, `manifest.json`, and snippets of code.
@@ -123,7 +122,6 @@ class TFLiteReport(ExportReport):
     signature_name: str
     quantization: str | None
     target: str
-    notes: tuple[str, ...]
     files: tuple[TFLiteFile, ...]
     companions: tuple[str, ...]
 
