@@ -6,13 +6,16 @@ import argparse
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from typing_extensions import override
 
 from keras_mha_cli import options
-from keras_mha_cli.console import INTERRUPTED_TEXT
+from keras_mha_cli.console import INTERRUPTED_TEXT, WRONG_USAGE
 from keras_mha_cli.declared import FORMATS, options_of
 from keras_mha_cli.export import Request, export
 from keras_mha_cli.lint import add_lint
+from keras_mha_cli.serve_config import add_serve_config
 from keras_mha_cli.verify import add_verify
 
 _WRITTEN = {
@@ -55,7 +58,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command `keras-mha`; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="keras-mha",
         description="Attention layers for Keras: exports and checks saved models.",
         epilog="`keras-mha COMMAND --help` tells more, with examples and exit codes.",
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_export(commands)
     add_verify(commands)
     add_lint(commands)
+    add_serve_config(commands)
     parsed = parser.parse_args(arguments)
     return parsed.run(parsed)
 
@@ -112,8 +116,20 @@ def _add_export(commands: Any) -> None:
     command.add_argument(
         "--debug", action="store_true", help="show tracebacks of errors"
     )
+    options.add_import(command)
     options.add_options(command)
     command.set_defaults(run=lambda parsed: export(_request(command, parsed)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells wrong usage in two lines; argparse would print all options first."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            WRONG_USAGE,
+            f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n",
+        )
 
 
 class _Version(argparse.Action):
@@ -143,12 +159,14 @@ def _request(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> Req
     read = [values[name] for name in values if name in known and known[name][0].read]
     options.check_files(parser, [parsed.model, parsed.samples, *read])
     options.check_model(parser, parsed.model)
+    options.check_modules(parser, parsed.modules)
     return Request(
         model=parsed.model,
         samples=parsed.samples,
         places={name: parsed.out / FORMATS[name].place for name in formats},
         options=values,
         tokens=parsed.tokens,
+        modules=parsed.modules,
         report=parsed.report,
         debug=parsed.debug,
     )

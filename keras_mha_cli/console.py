@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import sys
 import time
@@ -9,7 +11,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,9 @@ class Console:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if self.debug else "3")
         # What is compared is computed on the CPU.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+        hidden = nullcontext() if self.debug else _compiled_code_is_silent()
         try:
-            with warnings.catch_warnings():
+            with hidden, warnings.catch_warnings():
                 # Python hides these unless the program asks, and users are to know.
                 warnings.filterwarnings(
                     "default", category=DeprecationWarning, module="keras_mha_cli"
@@ -117,17 +120,73 @@ class Console:
             f"{message} (On the command line: {', '.join(here)})" if here else message
         )
 
-    def load_model(self, path: Path, *, code: int = FAILED) -> Any:
-        """Loads a `.keras` file of layers of Keras and keras_mha, in a step.
+    def start(self) -> Any:
+        """Imports `keras_mha.export` in a step; returns the package."""
+        with self.step("start Keras and TensorFlow"):
+            import keras_mha.export
+        if not self.debug:
+            for name in ("absl", "tensorflow", "tf2onnx"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+        return keras_mha
+
+    def load_model(
+        self, path: Path, modules: Sequence[str] = (), *, code: int = FAILED
+    ) -> Any:
+        """Loads a `.keras` file in a step, after the modules that register its layers.
 
         Raises:
             StepError: If that fails.
         """
+        for name in modules:
+            with (
+                self.step(f"import {name}", (Exception,), code=code),
+                modules_of_this_directory(),
+            ):
+                importlib.import_module(name)
         with self.step(f"load {path}", (ValueError,), code=code):
             return _load_model(path)
 
     def _show_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
         self.say(f"warning: {self.with_options(str(message))}")
+
+
+@contextmanager
+def modules_of_this_directory() -> Iterator[None]:
+    """Lets Python find the modules of the current directory, after all others."""
+    place = str(Path.cwd())
+    sys.path.append(place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)
+
+
+@contextmanager
+def _compiled_code_is_silent() -> Iterator[None]:
+    """Drops what libraries write to the error stream behind Python's back."""
+    python = sys.stderr
+    if not _is_standard_error(python):
+        yield  # a test reads it
+        return
+    python.flush()
+    own, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    # Not closed: handlers of logging may hold it until the program ends.
+    sys.stderr = os.fdopen(own, "w", encoding=python.encoding, buffering=1)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(own, 2)
+        sys.stderr = python
+
+
+def _is_standard_error(stream: Any) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _load_model(path: Path) -> Any:
@@ -140,9 +199,9 @@ def _load_model(path: Path) -> Any:
         # Keras quotes the configuration of every layer around the one that failed.
         told = str(error).rsplit("Exception encountered: ")[-1]
         raise ValueError(
-            f"{told.split(' Full object config')[0]}\nThis command loads layers of "
-            "Keras and of keras_mha. For your own layers, import them and call "
-            "`keras_mha.export` in Python."
+            f"{told.split(' Full object config')[0]}\nThis command knows the layers "
+            "of Keras and of keras_mha. Name the module that registers your own: "
+            "--import MODULE"
         ) from error
     except UNREADABLE as error:
         raise ValueError(f"{path} holds no whole model: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ class Request:
         places: Where each format goes, by its name.
         options: The exporters' options, by their names of them.
         tokens: Whether formats that take no strings get the part after the tokenizer.
+        modules: Modules that register the user's own layers.
         report: Where the report goes, if anywhere.
         debug: Whether errors are shown with their traceback.
     """
@@ -35,6 +36,7 @@ class Request:
     places: Mapping[str, Path]
     options: Mapping[str, Any]
     tokens: bool
+    modules: Sequence[str]
     report: Path | None
     debug: bool
 
@@ -53,11 +55,8 @@ def export(request: Request) -> int:
 
 
 def _export(request: Request, console: Console) -> int:
-    with console.step("start Keras and TensorFlow"):
-        import keras_mha.export
-        import keras_mha.models  # registers the layers that models hold
-        import keras_mha.text
-    model = console.load_model(request.model)
+    keras_mha = console.start()
+    model = console.load_model(request.model, request.modules)
     known = options_of(list(request.places))
     values = dict(request.options)
     with console.step(f"load {request.samples}", UNREADABLE):

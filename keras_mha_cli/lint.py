@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_mha_cli.console import (
     INTERRUPTED_TEXT,
@@ -16,10 +17,14 @@ from keras_mha_cli.console import (
 from keras_mha_cli.declared import seconds
 from keras_mha_cli.options import check_files
 
+if TYPE_CHECKING:
+    from keras_mha.export import Finding
+
 _DESCRIPTION = """\
 Names the operators in TFLite files that a target refuses, or silently computes
 wrongly. A file is read in a process of its own and not run, so it need not be trusted.
-Each finding is one line: where it is, which rule is broken, and how to mend the model.
+A rule that is broken is one line, which says how to mend the model; the operators that
+break it follow.
 No finding does not mean that the values are right: `keras-mha verify` compares those.
 """
 
@@ -78,9 +83,7 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 
 def _lint(console: Console, parsed: argparse.Namespace) -> int:
     """Prints the findings and their number; returns the exit code."""
-    with console.step("start Keras and TensorFlow"):
-        from keras_mha.export import lint_tflite
-
+    lint_tflite = console.start().export.lint_tflite
     code = 0
     for path in parsed.files:
         try:
@@ -89,8 +92,10 @@ def _lint(console: Console, parsed: argparse.Namespace) -> int:
         except StepError as error:  # the other files are read all the same
             code = max(code, error.code)
             continue
-        for finding in findings:
-            print(f"{path}: {finding}")
+        for (severity, rule, message), broken in _by_rule(findings).items():
+            print(f"{path}: {severity}: {rule}: {message}")
+            for finding in broken:
+                print(f"  {finding.place}")
         count = Counter(finding.severity for finding in findings)
         print(
             f"{path}, target {parsed.target}: {count['error']} errors, "
@@ -98,3 +103,11 @@ def _lint(console: Console, parsed: argparse.Namespace) -> int:
         )
         code = max(code, int(count["error"] > 0))
     return code
+
+
+def _by_rule(findings: Iterable[Finding]) -> dict[tuple[str, str, str], list[Finding]]:
+    """Findings by severity, rule and message, in the order of their first ones."""
+    rules: dict[tuple[str, str, str], list[Finding]] = {}
+    for one in findings:
+        rules.setdefault((one.severity, one.rule, one.message), []).append(one)
+    return rules

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_mha_cli.console import modules_of_this_directory
 from keras_mha_cli.declared import FORMATS, options_of
 
 
@@ -38,6 +39,33 @@ def check_report(
         parser.error(f"--report must end in {', '.join(most)} or {last}")
     if not path.parent.is_dir():
         parser.error(f"the directory {path.parent} does not exist")
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names modules of the user's own layers."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module that registers your own layers, from the current directory or "
+        "installed; its code is run; may be repeated",
+    )
+
+
+def check_modules(parser: argparse.ArgumentParser, modules: Iterable[str]) -> None:
+    """Ends the program where one of `modules` is not there to be imported."""
+    for module in modules:
+        if not all(part.isidentifier() for part in module.split(".")):
+            parser.error(
+                f"--import takes the name of a module, such as my_layers, not {module}"
+            )
+        with modules_of_this_directory():
+            if importlib.util.find_spec(module.split(".")[0]) is None:
+                parser.error(
+                    f"there is no module {module}, here or installed, to --import"
+                )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from keras_mha_cli.console import (
     INTERRUPTED_TEXT,
+    MISSING_PACKAGE,
     UNREADABLE,
     WRONG_USAGE,
     Console,
 )
 from keras_mha_cli.declared import FORMATS, RUNTIMES, number, seconds, whole
-from keras_mha_cli.options import check_files, check_model, check_report
+from keras_mha_cli.options import (
+    add_import,
+    check_files,
+    check_model,
+    check_modules,
+    check_report,
+)
 
 if TYPE_CHECKING:
     from keras_mha.export import VerificationReport
@@ -137,6 +145,7 @@ def add_verify(commands: Any) -> None:
         help="for a model of texts: files of formats that take no strings hold what "
         "follows its tokenizer and take ids",
     )
+    add_import(parser)
     for name, settings in OPTIONS.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **settings
@@ -172,7 +181,12 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             if not path.is_dir():
                 parser.error(f"{path} is not a directory")
     check_model(parser, parsed.model)
+    check_modules(parser, parsed.modules)
     console = Console(("tokens", *OPTIONS), debug=parsed.debug)
+    draws = any(report.suffix == ".png" for report in parsed.report)
+    if draws and importlib.util.find_spec("matplotlib") is None:
+        console.say("error: matplotlib not installed: pip install 'keras-mha[plot]'")
+        return MISSING_PACKAGE
     return console.run(lambda: _verify(console, parsed, values))
 
 
@@ -180,13 +194,8 @@ def _verify(
     console: Console, parsed: argparse.Namespace, values: dict[str, Any]
 ) -> int:
     """Verifies, prints the report, and writes it where asked; returns the exit code."""
-    with console.step("start Keras and TensorFlow"):
-        # They register the layers that models hold.
-        import keras_mha.models
-        import keras_mha.text  # noqa: F401
-        from keras_mha.export import load_samples
-
-    model = console.load_model(parsed.model, code=WRONG_USAGE)
+    load_samples = console.start().export.load_samples
+    model = console.load_model(parsed.model, parsed.modules, code=WRONG_USAGE)
     with console.step(f"load {parsed.samples}", UNREADABLE, code=WRONG_USAGE):
         samples = load_samples(parsed.samples)
         if "labels" in values:

@@ -35,10 +35,10 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", SCRIPT, *map(str, arguments)]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments),
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -353,7 +353,53 @@ def test_layers_that_are_not_known_are_named(
     assert main(arguments) == 1
     told = capsys.readouterr().err
     assert "CompiledSoftmax" in told
-    assert "call `keras_mha.export` in Python" in told
+    assert "Name the module that registers your own: --import MODULE" in told
+
+
+OWN_LAYERS = """
+import keras
+
+@keras.saving.register_keras_serializable(package="mine")
+class Doubled(keras.layers.Layer):
+    def call(self, inputs):
+        return 2 * inputs
+"""
+
+
+def test_a_module_of_own_layers_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "own_layers.py").write_text(OWN_LAYERS)
+    program = (
+        "import keras, own_layers\n"
+        "x = keras.Input((3,), name='x')\n"
+        "keras.Model(x, own_layers.Doubled(name='y')(x)).save('own.keras')"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    np.save(tmp_path / "x.npy", np.ones((2, 3), "float32"))
+    samples = ("--import", "own_layers", "--samples", "x.npy")
+    for arguments in (
+        ("export", "own.keras", "--to", "onnx", "--out", ".", *samples),
+        ("verify", "own.keras", "--onnx", "onnx/model.onnx", *samples),
+    ):
+        done = run(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        # Nothing but what the command itself says.
+        lines = done.stderr.splitlines()
+        assert all(line.startswith("keras-mha: ") for line in lines), done.stderr
+        assert "keras-mha: import own_layers: done in " in done.stderr
+
+
+def test_a_module_that_fails_is_told_in_a_line(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_layers.py").write_text("1 / 0")
+    arguments = of_ids(files, tmp_path / "out", "onnx")
+    assert main([*arguments, "--import", "broken_layers"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "keras-mha: error: division by zero"
 
 
 @pytest.mark.parametrize(
@@ -381,6 +427,9 @@ def test_layers_that_are_not_known_are_named(
         (["onnx"], ["--report", "r.txt"], "--report must end in .json or .md"),
         (["onnx"], ["--samples", "absent.npy"], "absent.npy does not exist"),
         (["onnx"], ["--samples", "."], ". is not a file"),
+        (["onnx"], ["--import", "layers.py"], "no module layers.py, here or"),
+        (["onnx"], ["--import", "./layers"], "the name of a module, such as my_la"),
+        (["onnx"], ["--import", "no_such"], "there is no module no_such, here or"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_the_work(
@@ -394,8 +443,10 @@ def test_wrong_usage_ends_with_2_before_the_work(
     with pytest.raises(SystemExit, match="2"):
         main([*of_ids(files, tmp_path / "out", *formats), *further])
     told = capsys.readouterr().err
-    assert message in told
-    assert "start Keras" not in told
+    first, second = told.splitlines()
+    assert first.startswith("keras-mha export: error: ")
+    assert message in first
+    assert second == "Try 'keras-mha export --help'."
     assert not (tmp_path / "out").exists()
 
 
@@ -427,6 +478,7 @@ def test_help_and_version_load_nothing_heavy() -> None:
     for arguments in (
         ["export", "--help"],
         ["lint", "--help"],
+        ["serve-config", "--help"],
         ["verify", "--help"],
         ["--help"],
         ["export", "--opset", "x"],

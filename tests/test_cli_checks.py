@@ -71,14 +71,33 @@ def test_lint_prints_findings_and_their_number(
     free_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert lint(free_file) == 0
-    first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{free_file}: warning: dynamic-shape: EXP (operator 0 of ")
+    first, place, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{free_file}: warning: dynamic-shape: A size is only")
+    assert place.startswith("  EXP (operator 0 of graph 0; ")
     assert last == f"{free_file}, target cpu: 0 errors, 1 warnings"
     assert lint(free_file, "--target", "gpu") == 1
     told = capsys.readouterr()
-    assert told.out.startswith(f"{free_file}: error: dynamic-shape: EXP ")
+    assert told.out.startswith(f"{free_file}: error: dynamic-shape: A size")
     assert told.out.endswith("target gpu: 1 errors, 0 warnings\n")
     assert "dynamic-shape" not in told.err
+
+
+def test_lint_says_a_rule_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.tflite"
+    content = tflite_files.convert(
+        lambda x: tf.nn.log_softmax(x[:, 0]) + tf.nn.log_softmax(x)[:, 0],
+        tflite_files.on((1, 3, 5)),
+    )
+    path.write_bytes(content)
+    assert lint(path, "--target", "gpu") == 1
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [line.split("(")[0] for line in lines if line.startswith("  ")]
+    assert sorted(kinds) == ["  LOG_SOFTMAX "] * 2 + ["  STRIDED_SLICE "] * 2
+    rules = [line.split(": ")[2] for line in lines if ": error: " in line]
+    assert sorted(rules) == ["gpu-operator", "strided-slice-axes"]
+    assert lines[-1].endswith("target gpu: 4 errors, 0 warnings")
 
 
 def test_lint_reads_all_files_though_one_is_none(
@@ -244,6 +263,20 @@ def test_verify_ends_with_3_where_the_model_needs_a_package(
     monkeypatch.setitem(sys.modules, "tensorflow_text", None)
     assert verify(exported, "--saved-model", exported / "served") == 3
     assert "pip install 'keras-mha[text]'" in capsys.readouterr().err
+
+
+def test_verify_asks_for_what_a_picture_needs_before_the_work(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    files = ("--saved-model", exported / "served")
+    assert verify(exported, *files, "--report", tmp_path / "r.png") == 3
+    told = capsys.readouterr().err
+    assert "matplotlib not installed: pip install 'keras-mha[plot]'" in told
+    assert "start Keras" not in told
 
 
 def test_verify_has_every_argument_of_the_function() -> None:

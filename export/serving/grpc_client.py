@@ -12,16 +12,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
-import numpy as np
-import tensorflow as tf
 from answers import Answer, add_arguments, choose, show
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    model_pb2,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-)
+
+try:
+    import grpc
+    import numpy as np
+    import tensorflow as tf
+    from tensorflow_serving.apis import (
+        get_model_metadata_pb2,
+        model_pb2,
+        predict_pb2,
+        prediction_service_pb2_grpc,
+    )
+except ImportError as error:
+    sys.exit(f"{error}: pip install 'keras-mha[serving]'")
 
 SIGNATURE = "serving_default"
 

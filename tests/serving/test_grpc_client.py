@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc_client
@@ -113,3 +116,16 @@ def test_command_reports_an_error(
     arguments = ["x", "--server", server.address, "--version", "7"]
     assert grpc_client.main(arguments) == 1
     assert "NOT_FOUND: Servable not found" in capsys.readouterr().err
+
+
+def test_without_its_packages_it_names_the_extra() -> None:
+    program = "import sys; sys.modules['tensorflow_serving'] = None; import grpc_client"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(grpc_client.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("pip install 'keras-mha[serving]'")

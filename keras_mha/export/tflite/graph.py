@@ -14,6 +14,9 @@ from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes import fresh_process, tflite_schema
 from keras_mha.export.runtimes.descriptor import File
 
+# Operators that keep the values of what they read.
+_PASSING = ("DEQUANTIZE", "QUANTIZE", "RESHAPE", "TRANSPOSE")
+
 
 @dataclass(frozen=True)
 class Tensor(TensorInfo):
@@ -54,6 +57,8 @@ class Operator:
         options: Its numbers and switches, by their names in the schema.
         merges: Name of the operator of which this one reads several outputs, and all
             that anything reads; empty if there is none.
+        feeds: Names of the operators that read its outputs, as they are or in another
+            shape or type.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Operator:
     outputs: tuple[Tensor, ...]
     options: Mapping[str, Any]
     merges: str
+    feeds: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def _operators(subgraph: int, graph: Mapping[str, Any]) -> list[Operator]:
         )
         for number, tensor in enumerate(graph["tensors"])
     ]
-    merged = _merged(graph)
+    merged, fed = _merged(graph), _fed(graph)
     return [
         Operator(
             name=operator["name"],
@@ -165,6 +171,7 @@ def _operators(subgraph: int, graph: Mapping[str, Any]) -> list[Operator]:
             outputs=tuple(tensors[i] for i in operator["outputs"]),
             options=operator["options"],
             merges=merged.get(index, ""),
+            feeds=frozenset(fed[index]),
         )
         for index, operator in enumerate(graph["operators"])
     ]
@@ -183,3 +190,19 @@ def _merged(graph: Mapping[str, Any]) -> dict[int, str]:
         if len(read) > 1 and len(several) == 1:
             merged[several.pop()] = operator["name"]
     return merged
+
+
+def _fed(graph: Mapping[str, Any]) -> dict[int, set[str]]:
+    """What each operator feeds, by its number; an operator comes before its readers."""
+    operators = graph["operators"]
+    fed: dict[int, set[str]] = {}
+    readers: dict[int, set[str]] = {}  # of each tensor
+    for index in reversed(range(len(operators))):
+        operator = operators[index]
+        fed[index] = {
+            name for number in operator["outputs"] for name in readers.get(number, ())
+        }
+        passed = fed[index] if operator["name"] in _PASSING else {operator["name"]}
+        for number in operator["inputs"]:
+            readers.setdefault(number, set()).update(passed)
+    return fed

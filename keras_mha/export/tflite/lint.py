@@ -69,17 +69,21 @@ class Finding:
     outputs: tuple[TensorInfo, ...]
     message: str
 
-    def __str__(self) -> str:
-        """One line: where it is, and what to do."""
+    @property
+    def place(self) -> str:
+        """The operator, its number, and its tensors."""
         tensors = ", ".join(
             f"{tensor.name} {tensor.dtype}{list(tensor.shape or ())}"
             for tensor in (*self.inputs, *self.outputs)
         )
         return (
-            f"{self.severity}: {self.rule}: {self.operator} "
-            f"(operator {self.index} of graph {self.subgraph}; {tensors}): "
-            f"{self.message}"
+            f"{self.operator} (operator {self.index} of graph {self.subgraph}; "
+            f"{tensors})"
         )
+
+    def __str__(self) -> str:
+        """One line: where it is, and what to do."""
+        return f"{self.severity}: {self.rule}: {self.place}: {self.message}"
 
 
 def lint_tflite(
@@ -273,9 +277,11 @@ def _merges_a_split(operator: Operator) -> bool:
 
 
 def _attends_in_int8(operator: Operator) -> bool:
-    return operator.name in ("BATCH_MATMUL", "SOFTMAX") and any(
-        tensor.dtype == "int8" for tensor in operator.outputs
+    # A softmax at the end of a model attends to nothing.
+    attends = operator.name == "BATCH_MATMUL" or (
+        operator.name == "SOFTMAX" and "BATCH_MATMUL" in operator.feeds
     )
+    return attends and any(tensor.dtype == "int8" for tensor in operator.outputs)
 
 
 RULES = (

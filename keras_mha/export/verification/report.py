@@ -195,7 +195,7 @@ def _draw(report: VerificationReport, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "The picture needs matplotlib: pip install 'keras-mha[examples]'"
+            "The picture needs matplotlib: pip install 'keras-mha[plot]'"
         ) from error
 
     checks = report.checks

@@ -223,7 +223,12 @@ def test_good_files_have_no_findings(target: str) -> None:
         return tf.nn.relu(x @ values(D, D)) @ values(D, D, seed=6)
 
     ids = {"ids": ((1, S), tf.int32)}
+
+    def choose(x: Any) -> Any:
+        return tf.nn.softmax(tf.reshape(x @ values(D, D), (S, D)))
+
     for content in (
+        convert(choose, on((1, S, D)), **tflite_files.int8_settings()),
         convert(tflite_files.classify, ids),
         convert(tflite_files.classify, ids, optimizations=[tf.lite.Optimize.DEFAULT]),
         convert(mixed, on((1, S, D)), **tflite_files.int8_settings()),

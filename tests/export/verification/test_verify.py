@@ -360,7 +360,7 @@ def test_other_reports_are_refused(
     with pytest.raises(ValueError, match="in .json, .md or .png. Received: .*r.txt"):
         REPORT.write(tmp_path / "r.txt")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"keras-mha\[examples\]"):
+    with pytest.raises(ImportError, match=r"keras-mha\[plot\]"):
         REPORT.write(tmp_path / "r.png")
     assert not list(tmp_path.iterdir())
 
