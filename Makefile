@@ -56,7 +56,7 @@ test-pythons: ## Run the short set on each Python from 3.11 to 3.13 on this mach
 	.ci/pythons.sh
 
 .PHONY: test-slow
-test-slow: $(DEV) $(VENV)/.installed-transformers ## Run the slow tests
+test-slow: $(DEV) $(VENV)/.installed-transformers $(VENV)/.installed-keras-hub ## Run the slow tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 .PHONY: test-backends

@@ -296,10 +296,10 @@ def retrace(model: keras.layers.Layer, call: Callable[..., Any] | None = None) -
 
 
 def put(layer: keras.layers.Layer, name: str, part: Any) -> None:
-    """Puts a part in the place of that which an attribute of a layer has."""
+    """Puts a part in an attribute of a built layer, in the place of what is there."""
     tracker: Any = layer._tracker
     locked = tracker.locked
-    tracker.untrack(getattr(layer, name))
+    tracker.untrack(getattr(layer, name, None))
     tracker.unlock()
     setattr(layer, name, part)
     tracker.locked = locked

@@ -2,6 +2,7 @@
 
 from keras_mha.convert.hugging_face.bert import load_bert, save_bert
 from keras_mha.convert.keras_models import from_keras, to_keras
+from keras_mha.convert.registry import register_converter
 from keras_mha.convert.stock_masks import StockMaskAttention
 from keras_mha.convert.torch_modules import from_torch
 
@@ -10,6 +11,7 @@ __all__ = [
     "from_keras",
     "from_torch",
     "load_bert",
+    "register_converter",
     "save_bert",
     "to_keras",
 ]

@@ -71,6 +71,8 @@ def compare(
     """Calls both with the same inputs; neither is changed."""
     seen: list[list[list[_Padding]]] = []
     answers: list[Any] = []
+    # Some of Keras' layers that augment images turn dropout on otherwise.
+    inference = {"training": False} if original._call_has_training_arg else {}
     for model, layers in zip(
         (original, converted), zip(*swapped, strict=True), strict=True
     ):
@@ -81,7 +83,7 @@ def compare(
         # said here.
         with keras.StatelessScope(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            answers.append(copied(inputs))
+            answers.append(copied(inputs, **inference))
     gained, lost, padded = [], [], []
     for (layer, _), *calls in zip(swapped, *seen, strict=True):
         pairs = list(zip(*calls, strict=False))

@@ -71,8 +71,16 @@ def is_ours(layer: object) -> bool:
     )
 
 
-def from_stock(layer: Any, twins: Twins, masks: Masks = "mend") -> MultiHeadAttention:
-    """Makes our layer of the options and, if it is built, the parts of Keras'."""
+def from_stock(
+    layer: Any, twins: Twins, kind: type[MultiHeadAttention] = MultiHeadAttention
+) -> MultiHeadAttention:
+    """Makes our layer of the options and, if it is built, the parts of Keras'.
+
+    Args:
+        layer: The layer.
+        twins: Makes the copies of its parts.
+        kind: The class of the new layer.
+    """
     grouped = isinstance(layer, StockGroupedAttention)
     prefix = "" if grouped else "_"
     options = {name: getattr(layer, prefix + name) for name in _SHARED_OPTIONS}
@@ -85,16 +93,14 @@ def from_stock(layer: Any, twins: Twins, masks: Masks = "mend") -> MultiHeadAtte
     else:
         names = ("num_heads", "key_dim", "value_dim", "output_shape", "attention_axes")
         options.update({name: getattr(layer, f"_{name}") for name in names})
-    kind = MultiHeadAttention
-    if masks == "as_keras":
-        kind = StockMaskAttention
+    if kind is StockMaskAttention:
         options["takes_masks_off"] = not grouped
     converted = kind(
         **options,
         # Keras' configurations leave it out.
         flash_attention=layer._flash_attention,
         seed=layer.seed,
-        **_layer_options(layer),
+        **layer_options(layer),
     )
     if layer.built:
         converted.build_from_config(layer.get_build_config())
@@ -155,7 +161,7 @@ def _unbuilt_stock(layer: Any, key_dim: int, value_dim: int) -> Any:
         "flash_attention": config["flash_attention"],
         "seed": layer.seed,
         **layer._projections.projection_kwargs(),
-        **_layer_options(layer),
+        **layer_options(layer),
     }
     if grouped:
         return StockGroupedAttention(
@@ -174,7 +180,8 @@ def _unbuilt_stock(layer: Any, key_dim: int, value_dim: int) -> Any:
     )
 
 
-def _layer_options(layer: Any) -> dict[str, Any]:
+def layer_options(layer: Any) -> dict[str, Any]:
+    """The arguments of `keras.layers.Layer` that a layer in its place has."""
     return {
         "name": layer.name,
         "trainable": layer.trainable,
@@ -215,6 +222,11 @@ def _take_parts(source: Any, target: Any, twins: Twins, kind: type) -> None:
         part = getattr(source, name_there, None)
         if part is not None:
             put(target, name, twins.copy(part, kind))
+    take_path(source, target)
+
+
+def take_path(source: Any, target: Any) -> None:
+    """Says of a layer that it is where another is."""
     target._path, target._parent_path = source._path, source._parent_path
 
 

@@ -12,13 +12,12 @@ from keras import ops
 from keras_mha.convert.comparison import describe_differences
 from keras_mha.convert.keras_layers import (
     Masks,
-    from_stock,
     is_fused,
     is_ours,
-    is_stock,
     to_stock,
 )
 from keras_mha.convert.layer_swap import Rule, swap_layers
+from keras_mha.convert.registry import convert_layer
 from keras_mha.layers.arguments import check_flag, check_name
 from keras_mha.twin import Twins
 
@@ -67,7 +66,11 @@ def from_keras(
     and without. Where their answers differ, a warning says in which output, by how much
     and through which layers. What an output's own mask says is padding does not count.
 
-    Subclasses of Keras' layers may compute something else and stay as they are.
+    Subclasses of Keras' layers may compute something else and stay as they are. Those
+    of KerasHub that have a twin here are swapped in its layers, backbones and tasks:
+    `CachedMultiHeadAttention`, in `TransformerDecoder`, GPT-2, OPT, BART and Whisper,
+    and the attention of Llama, Mistral, Qwen and Gemma. `generate` gives the same
+    tokens. `register_converter` adds classes of yours.
 
     Args:
         layer_or_model: A layer of one of the two classes, or a layer or model of any
@@ -263,11 +266,8 @@ def _to_stock(layer: Any, twins: Twins) -> Any:
 
 
 def _from_keras(masks: Masks) -> Rule:
-    def convert(layer: Any, twins: Twins) -> Any:
-        return from_stock(layer, twins, masks) if is_stock(layer) else None
-
     return Rule(
-        convert=convert,
+        convert=lambda layer, twins: convert_layer(layer, twins, masks),
         call=_call_ours,
         is_fused=lambda _: False,
         old="`keras.layers.MultiHeadAttention` or `keras.layers.GroupQueryAttention`",

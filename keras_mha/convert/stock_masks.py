@@ -15,8 +15,46 @@ from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.typing import Tensor
 
 
+class StockRows(MultiHeadAttention):
+    """`MultiHeadAttention` in which queries that see no key get what Keras gives them.
+
+    That is the mean of all values, unless the layer has dropout or returns its scores.
+    """
+
+    @override
+    def _compute_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        training: bool | None = None,
+        return_attention_scores: bool = False,
+        use_causal_mask: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        fused = not (
+            self._dropout > 0 or return_attention_scores or len(query.shape) != 4
+        )
+        if fused and attention_mask is not None:
+            # Keras' fused path: where all scores are equally low, all weigh the same.
+            sees: Any = ops.any(attention_mask, axis=-1, keepdims=True)
+            attention_mask = ops.logical_or(attention_mask, ops.logical_not(sees))
+            if len(sees.shape) == 3:
+                sees = ops.expand_dims(sees, 1)
+            query = ops.where(ops.swapaxes(sees, 1, 2), query, ops.zeros_like(query))
+        return super()._compute_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            training,
+            return_attention_scores,
+            use_causal_mask,
+        )
+
+
 @keras.saving.register_keras_serializable(package="keras_mha")
-class StockMaskAttention(MultiHeadAttention):
+class StockMaskAttention(StockRows):
     """`MultiHeadAttention` that treats masks as Keras' layers do, faults included.
 
     `from_keras(model, masks="as_keras")` makes it, for a model that was trained with
@@ -103,37 +141,6 @@ class StockMaskAttention(MultiHeadAttention):
         del masks  # Keras' layer refuses none
         return super().compute_output_spec(
             query, value, key, return_attention_scores=return_attention_scores
-        )
-
-    @override
-    def _compute_attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        training: bool | None = None,
-        return_attention_scores: bool = False,
-        use_causal_mask: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        fused = not (
-            self._dropout > 0 or return_attention_scores or len(query.shape) != 4
-        )
-        if fused and attention_mask is not None:
-            # Keras' fused path: where all scores are equally low, all weigh the same.
-            sees: Any = ops.any(attention_mask, axis=-1, keepdims=True)
-            attention_mask = ops.logical_or(attention_mask, ops.logical_not(sees))
-            if len(sees.shape) == 3:
-                sees = ops.expand_dims(sees, 1)
-            query = ops.where(ops.swapaxes(sees, 1, 2), query, ops.zeros_like(query))
-        return super()._compute_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            training,
-            return_attention_scores,
-            use_causal_mask,
         )
 
 
