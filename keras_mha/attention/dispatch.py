@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from keras_mha.attention import portable, reference
+from keras_mha.attention import by_length, portable, reference
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.blockwise import front as blockwise
 from keras_mha.attention.fused import front as fused
@@ -41,8 +41,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "portable": portable,
     "fused": fused,
 }
-# In the order in which "auto" asks them.
-_AUTOMATIC = (fused, blockwise)
+# In the order in which "auto" asks them, in inference and in training.
+_AUTOMATIC = {False: (fused, blockwise), True: (fused, blockwise, by_length)}
 
 _implementation: ContextVar[str] = ContextVar("implementation", default="auto")
 
@@ -60,6 +60,7 @@ def attend(
     dropout: float = 0.0,
     return_scores: bool = False,
     implementation: str = "auto",
+    training: bool = False,
     keys_are_finite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention on projected heads; pure, so that it can be compiled as it is.
@@ -77,6 +78,7 @@ def attend(
         return_scores: Whether the probabilities are wanted. Where they are not,
             a compiled function need not store them.
         implementation: A key of `IMPLEMENTATIONS`, or `"auto"`.
+        training: Whether it is part of a training step; see `by_length`.
         keys_are_finite: Whether keys and values are known to hold neither NaN nor
             infinities where they are hidden, so that they need not be cleared.
 
@@ -106,6 +108,7 @@ def attend(
         logits_soft_cap=logits_soft_cap,
         dropout=dropout,
         return_scores=return_scores,
+        training=training,
     )
     mixed, scores = chosen.attend(
         query,
@@ -133,6 +136,7 @@ def select(
     logits_soft_cap: float | None,
     dropout: float,
     return_scores: bool,
+    training: bool = False,
 ) -> ModuleType:
     """Returns the module that serves a call.
 
@@ -152,6 +156,7 @@ def select(
         logits_soft_cap: Bound of the scores before the bias.
         dropout: Share of the probabilities to drop.
         return_scores: Whether the probabilities are wanted.
+        training: Whether the call is part of a training step.
 
     Raises:
         ValueError: If the implementation asked for cannot serve the call.
@@ -166,7 +171,7 @@ def select(
     }
     is_empty = 0 in (*query.shape[:3], key.shape[1])
     if name == "auto":
-        for module in () if is_empty else _AUTOMATIC:
+        for module in () if is_empty else _AUTOMATIC[training]:
             able = _refusal(module, mask, call) is None
             if able and module.is_preferred(query, key, mask):
                 return module

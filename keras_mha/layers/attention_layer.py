@@ -357,6 +357,7 @@ class AttentionLayer(SeededLayer):
             dropout=dropout,
             return_scores=return_scores,
             implementation=implementation,
+            training=bool(training),
             keys_are_finite=keys_are_finite,
         )
         mixed = scale_heads(mixed, head_mask)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from keras import KerasTensor
 
+from keras_mha.attention import by_length, reference
 from keras_mha.attention.bias import Bias
 from keras_mha.attention.dispatch import IMPLEMENTATIONS, select
 from keras_mha.attention.mask_parts import MaskParts
@@ -55,6 +56,20 @@ def test_auto_goes_by_what_is_known_of_the_sizes(
     shape: tuple[int | None, ...], S: int | None, mask: MaskParts, expected: str
 ) -> None:
     assert chosen(shape, S, mask) == expected
+
+
+@pytest.mark.parametrize("S", [None, 8192])
+def test_training_leaves_unknown_lengths_to_the_running_graph(S: int | None) -> None:
+    query: Any = KerasTensor((8, None, 8, 64))
+    key: Any = KerasTensor((8, S, 8, 64))
+    call = {"logits_soft_cap": None, "dropout": 0.1, "return_scores": False}
+    module = select("auto", query, key, key, CAUSAL, Bias(), **call, training=True)
+    assert module is (by_length if BACKEND == "tensorflow" else reference)
+    named = select("reference", query, key, key, CAUSAL, Bias(), **call, training=True)
+    assert named is reference
+    call["return_scores"] = True
+    module = select("auto", query, key, key, CAUSAL, Bias(), **call, training=True)
+    assert module is reference
 
 
 def test_auto_returns_scores_where_they_are_wanted() -> None:

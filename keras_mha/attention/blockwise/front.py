@@ -3,8 +3,7 @@
 A block of queries meets the keys that it may see; scores are never stored, but computed
 again for the gradient. What causality, windows, segments or padding rule out is left
 out. In graphs and eager calls TensorFlow's own operations are fastest
-(`blockwise_tensorflow`); XLA and the other backends have a form of their own
-(`blockwise_loops`).
+(`mix_tensorflow`); XLA and the other backends have a form of their own (`loops`).
 
 Source: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory"; Dao 2024,
 "FlashAttention-2".
@@ -45,10 +44,8 @@ def refusal(*, return_scores: bool, **call: Any) -> str | None:
 def is_preferred(query: Tensor, key: Tensor, mask: MaskParts) -> bool:
     """Whether "auto" should take this: where scores are many, or some left out.
 
-    Few scores are faster stored than computed twice (`benchmarks/results`), unless
-    the mask leaves out whole blocks. A batch of unknown size is taken to be as large
-    as `fit` makes it, and an unknown length to be short: a choice left to the running
-    graph would keep both forms in it, and what converts models takes no such graph.
+    A batch of unknown size is taken to be as large as `fit` makes it, and an unknown
+    length to be short; in training `by_length` decides on that.
 
     Args:
         query: `(B, T, N, H)`.
@@ -60,10 +57,30 @@ def is_preferred(query: Tensor, key: Tensor, mask: MaskParts) -> bool:
     B, T, N, S = [size if isinstance(size, int) else None for size in sizes]
     if T is None or N is None or S is None:
         return False
+    count = (_USUAL_BATCH if B is None else B) * T * N * S
+    return pays(mask, count, min(T, S))
+
+
+def pays(mask: MaskParts, count: Any, shorter: Any) -> Any:
+    """Whether blocks are better than stored scores, by numbers or by scalar tensors.
+
+    Few scores are faster stored than computed twice (`benchmarks/results`), unless the
+    mask leaves out whole blocks.
+
+    Args:
+        mask: What may attend to what.
+        count: The number of scores.
+        shorter: The smaller of T and S.
+
+    Example:
+
+    >>> from keras_mha.attention.blockwise.front import pays
+    >>> from keras_mha.attention.mask_parts import MaskParts
+    >>> pays(MaskParts(), 2**20, 1024), pays(MaskParts(upper=0), 2**20, 1024)
+    (False, True)
+    """
     leaves_out = mask.is_ordered or mask.query_segments is not None
-    if leaves_out and min(T, S) >= _SKIPPED_FROM:
-        return True
-    return (_USUAL_BATCH if B is None else B) * T * N * S > _FEW
+    return (count > _FEW) | (leaves_out & (shorter >= _SKIPPED_FROM))
 
 
 def attend(
