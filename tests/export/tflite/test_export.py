@@ -71,7 +71,7 @@ def test_values_and_report(tmp_path: Path) -> None:
         parity = file.parity
         assert (parity.samples, parity.batch_sizes) == (5, (2,))
         assert parity.runtime == "LiteRT interpreter, CPU"
-        assert 0 <= parity.max_absolute_difference <= 1e-6
+        assert 0 <= parity.max_absolute_difference <= 3e-6
 
         loaded = interpreter(file.path)
         assert list(loaded.get_signature_list()) == ["classify"]
@@ -137,7 +137,7 @@ def test_our_layers_are_traced_in_their_portable_form(
     model = encoder(jit_compile=jit_compile)
     report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
     (file,) = report.files
-    assert file.parity.max_absolute_difference <= 1e-6
+    assert file.parity.max_absolute_difference <= 3e-6
     # The reference selects by mask; the one selection left is the pooling's.
     assert file.operators.get("SELECT_V2", 0) <= 1
     assert file.operators["BATCH_MATMUL"] == 4
@@ -169,7 +169,7 @@ def test_the_device_form_is_small_and_one_partition(tmp_path: Path) -> None:
         ).files
         assert sum(file.operators.values()) <= 75
         assert file.delegate_partitions == 1
-        assert file.parity.max_absolute_difference <= 1e-6
+        assert file.parity.max_absolute_difference <= 3e-6
         assert file.operators["EMBEDDING_LOOKUP"] == 1
         refused = {"GATHER", "SELECT_V2", "NOT_EQUAL", "LOGICAL_AND", "SHAPE"}
         assert not refused & set(file.operators)
@@ -222,7 +222,7 @@ def test_a_part_of_a_model_that_shares_its_mask(tmp_path: Path) -> None:
     model = small_models.randomize(keras.Model(texts, head(pooled)))
     rest, given = without_tokenizer(model, small_models.TEXTS)
     report = export_tflite(rest, tmp_path, sequence_lengths=(6,), samples=given)
-    assert report.files[0].parity.max_absolute_difference <= 1e-6
+    assert report.files[0].parity.max_absolute_difference <= 3e-6
     assert report.files[0].delegate_partitions == 1
 
 
