@@ -55,6 +55,10 @@ test-short: $(VENV)/.installed-tests ## Run a short set, also with VENV=.venv-3.
 test-pythons: ## Run the short set on each Python from 3.11 to 3.13 on this machine
 	.ci/pythons.sh
 
+.PHONY: test-programs
+test-programs: $(DEV) ## Run programs of many kinds through every door
+	$(RUN)/python -m pytest -n $(WORKERS) -m programs tests/programs
+
 .PHONY: test-slow
 test-slow: $(DEV) $(VENV)/.installed-transformers $(VENV)/.installed-keras-hub ## Run the slow tests
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow

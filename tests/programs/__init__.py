@@ -1,0 +1,1 @@
+"""Programs that use attention, each written as its users write it."""
