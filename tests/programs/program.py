@@ -33,8 +33,9 @@ class Program:
             inputs only.
         compile: Arguments of `compile`.
         pads: Whether the inputs of the program can be padded.
-        reads_padding: Whether Keras' answers depend on padding and ours do not, or the
-            outputs hold rows of padded positions.
+        leaks: Whether Keras' answers depend on padding and ours do not.
+        pads_outputs: Whether outputs have rows of padded positions, which the outputs'
+            mask hides.
         loads: Whether Keras loads the model's own file: it does not where the
             constructor of a layer passes no base arguments on.
         holds_constants: Whether the model holds random numbers that are no weights.
@@ -47,7 +48,8 @@ class Program:
     targets: Callable[[np.random.Generator, int], Any] | None
     compile: dict[str, Any] = field(default_factory=dict)
     pads: bool = False
-    reads_padding: bool = False
+    leaks: bool = False
+    pads_outputs: bool = False
     loads: bool = True
     holds_constants: bool = False
     batching: bool = True

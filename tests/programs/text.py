@@ -309,7 +309,7 @@ PROGRAMS = (
         classes(3),
         _SPARSE,
         pads=True,
-        reads_padding=True,
+        leaks=True,
     ),
     Program(
         tagging,
@@ -317,7 +317,7 @@ PROGRAMS = (
         classes(5, LENGTH),
         _SPARSE,
         pads=True,
-        reads_padding=True,
+        pads_outputs=True,
         loads=False,
     ),
     Program(
@@ -340,7 +340,7 @@ PROGRAMS = (
         classes(WORDS, 5),
         _SPARSE,
         pads=True,
-        reads_padding=True,
+        pads_outputs=True,
     ),
     Program(
         recommendation,
@@ -362,7 +362,7 @@ PROGRAMS = (
         },
         {"loss": dict.fromkeys(("topic", "tags"), _SPARSE["loss"])},
         pads=True,
-        reads_padding=True,
+        leaks=True,
     ),
     Program(
         siamese,
@@ -370,7 +370,7 @@ PROGRAMS = (
         classes(2),
         {"loss": "binary_crossentropy"},
         pads=True,
-        reads_padding=True,
+        leaks=True,
     ),
     Program(
         mixture_of_experts,
@@ -388,6 +388,6 @@ PROGRAMS = (
         classes(WORDS, 6),
         _LOGITS,
         pads=True,
-        reads_padding=True,
+        pads_outputs=True,
     ),
 )

@@ -403,7 +403,7 @@ PROGRAMS = (
         _SPARSE,
         pads=True,
         loads=False,
-        reads_padding=True,
+        pads_outputs=True,
     ),
     Program(
         detection_by_queries,
