@@ -23,7 +23,8 @@ class Patches(layers.Layer):
 
     def call(self, images: Any) -> Any:
         patches = ops.image.extract_patches(images, size=self.size)
-        batch, rows, columns, width = ops.shape(patches)
+        shape: Any = ops.shape(patches)
+        batch, rows, columns, width = shape
         return ops.reshape(patches, (batch, rows * columns, width))
 
 
@@ -315,7 +316,8 @@ class Sinusoids(layers.Layer):
     """Embeds how noisy an image is."""
 
     def call(self, noise: Any) -> Any:
-        waves = 2.0 * 3.14159 * ops.exp(ops.linspace(0.0, 3.0, 6))
+        powers: Any = ops.exp(ops.linspace(0.0, 3.0, 6))
+        waves = 2.0 * 3.14159 * powers
         angles = ops.reshape(noise, (-1, 1)) * waves
         return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
