@@ -1,6 +1,6 @@
 """Converts a model's function to an ONNX graph through tf2onnx.
 
-Four TensorFlow operations are converted here, because tf2onnx converts them wrongly,
+Five TensorFlow operations are converted here, because tf2onnx converts them wrongly,
 slowly or not at all:
 
 - `Erfc`, which Keras' GELU is made of, is unknown to it.
@@ -9,6 +9,8 @@ slowly or not at all:
 - `Einsum`, which Keras' `EinsumDense` and `MultiHeadAttention` are made of, becomes a
   product of padded operands and some twenty operations on their shapes. Here it
   becomes `MatMul` between transpositions or constant `Reshape`s.
+- `Bitcast`, by which Keras' `argmax` and `signbit` read a sign, is unknown to it. Here
+  that one bit is computed.
 - `ExtractImagePatches`, which many cut images with, fails where the batch is free. Here
   it becomes `SpaceToDepth`, or a `Conv` that picks pixels.
 """
@@ -210,6 +212,25 @@ def _select(graph: Any, node: Any, _: str, __: list[Any]) -> None:
     _replace(graph, node, "Where", [condition, *values])
 
 
+def _bitcast(graph: Any, node: Any, _: str, __: list[Any]) -> None:
+    """The sign bit of a float as an integer; other uses are left as they are."""
+    lowest = np.iinfo(np.int32).min
+    for user in graph.find_output_consumers(node.output[0]):
+        constants = [part for part in user.inputs if part.is_const()]
+        if user.type != "BitwiseAnd" or [
+            part.get_tensor_value() for part in constants
+        ] != [lowest]:
+            return
+    (x,) = node.input
+    zero = _constant(graph, node, np.zeros((), np.float32))
+    # Only its inverse tells the sign of zero.
+    inverse = graph.make_node("Reciprocal", [x]).output[0]
+    negative = [graph.make_node("Less", [y, zero]).output[0] for y in (x, inverse)]
+    sign = graph.make_node("Or", negative).output[0]
+    values = [_constant(graph, node, np.array(y, np.int32)) for y in (lowest, 0)]
+    _replace(graph, node, "Where", [sign, *values])
+
+
 def _einsum(graph: Any, node: Any, _: str, __: list[Any]) -> None:
     equation = node.get_attr_value("equation").decode().replace(" ", "")
     product = _as_product(equation)
@@ -297,6 +318,7 @@ def _extract_patches(graph: Any, node: Any, _: str, __: list[Any]) -> None:
 
 
 _HANDLERS = {
+    "Bitcast": _bitcast,
     "Einsum": _einsum,
     "Erfc": _erfc,
     "ExtractImagePatches": _extract_patches,

@@ -340,6 +340,23 @@ def test_what_onnx_has_not_is_named(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
+class Signs(keras.layers.Layer):
+    """Reads the sign of zero, which Keras' `argmax` does too."""
+
+    def call(self, x: Any) -> Any:
+        places: Any = keras.ops.argmax(x, axis=-1, keepdims=True)
+        return places * 10 + keras.ops.cast(keras.ops.signbit(x), "int32")
+
+
+def test_argmax_and_the_sign_of_zero(tmp_path: Path) -> None:
+    rows = keras.Input((3,), name="rows")
+    model = keras.Model(rows, Signs(name="signs")(rows))
+    export_onnx(model, tmp_path / "model.onnx", samples=features())
+    values = np.array([[0, -0.0, -np.inf], [-0.0, 0, -1], [np.inf, 3, -3]], "float32")
+    got = run(tmp_path / "model.onnx", rows=values)["signs"]
+    np.testing.assert_array_equal(got, [[0, 1, 1], [11, 10, 11], [0, 0, 1]])
+
+
 def test_bfloat16_is_refused(tmp_path: Path) -> None:
     inputs = keras.Input((3,), name="features")
     layer = keras.layers.Dense(2, dtype="bfloat16", name="narrow")
