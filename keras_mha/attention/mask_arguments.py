@@ -11,6 +11,7 @@ import numpy as np
 from keras import KerasTensor, backend, ops
 
 from keras_mha.attention.numeric import plain_integer
+from keras_mha.attention.values import known_values
 from keras_mha.typing import Shape, Tensor
 
 
@@ -76,25 +77,11 @@ def known_booleans(mask: Any) -> Any:
         return mask
     if "float" not in backend.standardize_dtype(mask.dtype):
         return mask
-    values = _known_values(mask)
+    values = known_values(mask)
     if values is None:
         return mask
     ones = values == 1
     return ones if ones.any() and np.all(ones | (values == 0)) else mask
-
-
-def _known_values(tensor: Tensor) -> np.ndarray | None:
-    """Returns what a tensor holds, or `None` where that is not known yet."""
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    if backend.backend() == "tensorflow":
-        from keras_mha.attention.values_tensorflow import known_values
-
-        return known_values(tensor)
-    try:
-        return np.asarray(ops.convert_to_numpy(tensor))
-    except (TypeError, RuntimeError):  # it is being traced
-        return None
 
 
 def as_padding(mask: Tensor | None, inputs: Shape, name: str) -> Tensor | None:

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 from typing_extensions import override
 
+from keras_mha.attention.values import known_values
 from keras_mha.layers.arguments import check_flag, check_positive
 from keras_mha.layers.checked_layer import CheckedLayer
 from keras_mha.layers.dtype_config import dtype_config
@@ -43,8 +44,10 @@ class TokenAndPositionEmbedding(CheckedLayer):
         `(B, T, D)`.
 
     Raises:
-        ValueError: If an argument is out of its domain, or T is known and greater
-            than `sequence_length`.
+        ValueError: If an argument is out of its domain, T is known and greater than
+            `sequence_length`, or ids or positions are known and not in the tables.
+            In a graph they are not known: there the backend does as with
+            `keras.layers.Embedding`, and may read another row.
 
     Example:
 
@@ -113,7 +116,9 @@ class TokenAndPositionEmbedding(CheckedLayer):
 
     @override
     def call(self, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        _check_rows(inputs, "inputs", self.vocabulary_size, "vocabulary_size")
         if positions is not None:
+            _check_rows(positions, "positions", self.sequence_length, "sequence_length")
             table = ops.cast(self.position_embedding, self.compute_dtype)
             return self.token_embedding(inputs) + ops.take(table, positions, axis=0)
         self._check_length(inputs)
@@ -153,3 +158,16 @@ class TokenAndPositionEmbedding(CheckedLayer):
                 f"inputs of shape {tuple(inputs.shape)} and "
                 f"sequence_length={self.sequence_length}"
             )
+
+
+def _check_rows(rows: Tensor, name: str, size: int, argument: str) -> None:
+    """Refuses rows that a table of this size has not, where they are known."""
+    values = known_values(rows)
+    if values is None or not values.size:
+        return
+    least, greatest = values.min(), values.max()
+    if not 0 <= least <= greatest < size:
+        raise ValueError(
+            f"`{name}` must be from 0 to {size - 1}, with `{argument}={size}`. "
+            f"Received: {name} from {least} to {greatest}"
+        )

@@ -53,6 +53,33 @@ def test_a_dynamic_length_that_is_too_great_fails_too() -> None:
         traced(np.ones((B, LONGEST + 1), "int32"))
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[1, 19]], r"`inputs` must be from 0 to 18, with .* inputs from 1 to 19"),
+        ([[-1, 3]], "Received: inputs from -1 to 3"),
+    ],
+)
+def test_ids_outside_the_table_are_refused_where_they_are_known(
+    ids: list[list[int]], message: str
+) -> None:
+    layer = embedding()
+    for values in (np.array(ids), tf.constant(ids)):
+        with pytest.raises(ValueError, match=message):
+            layer(values)
+    with pytest.raises(ValueError, match=message):
+        tf.function(lambda: layer(tf.constant(ids)))()
+    # The greatest are no others.
+    assert layer(np.array([[0, VOCABULARY - 1]])).shape == (1, 2, D)
+    assert layer(np.zeros((0, 3), "int32")).shape == (0, 3, D)
+
+
+@pytest.mark.parametrize("positions", [[0, LONGEST], [[-1, 0]]])
+def test_positions_outside_the_table_are_refused(positions: Any) -> None:
+    with pytest.raises(ValueError, match="`positions` must be from 0 to 10, with `seq"):
+        embedding()(np.array([[1, 2]]), positions=np.array(positions))
+
+
 @pytest.mark.parametrize("mask_zero", [True, False])
 def test_zero_is_padding_where_asked_for(mask_zero: bool) -> None:
     layer = embedding(mask_zero=mask_zero)
