@@ -44,14 +44,11 @@ def attend(
     dropout: float = 0.0,
     seed: None = None,
     keys_are_finite: bool = True,
-    clear_padded_queries: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mixes the values by the similarity of queries and keys, for inference.
 
     Args and returns are those of `keras_mha.attention.reference.attend`, without
-    dropout. Paddings may also be numbers, 1 and 0 in place of True and False. Without
-    `clear_padded_queries` the rows of padded queries hold anything finite, which saves
-    a product where nothing reads them, as in a model that is pooled by mask.
+    dropout. Paddings may also be numbers, 1 and 0 in place of True and False.
 
     Example:
 
@@ -88,7 +85,7 @@ def attend(
         scores = scores + (visible - 1.0) * HIDDEN
     probabilities = softmax(scores, bias.sinks)
     mixed = grouped_matmul(probabilities, value)
-    counts = _counts(mask, visible, dtype, T, clear_padded_queries)
+    counts = _counts(mask, visible, dtype, T)
     if counts is not None:
         mixed, probabilities = mixed * counts, probabilities * counts
     return ops.transpose(mixed, (0, 2, 1, 3)), probabilities
@@ -108,7 +105,7 @@ def _visible(mask: MaskParts, dtype: Any, T: Tensor, S: Tensor) -> Tensor | None
 
 
 def _counts(
-    mask: MaskParts, visible: Tensor | None, dtype: Any, T: Tensor, clear: bool
+    mask: MaskParts, visible: Tensor | None, dtype: Any, T: Tensor
 ) -> Tensor | None:
     """0 for queries whose row is zero, else 1, `(B or 1, N or 1, T or 1, 1)`."""
     # In self-attention with padding only, a query that is not padding sees itself.
@@ -125,7 +122,7 @@ def _counts(
     counts = None
     if visible is not None and not sees_itself:
         counts = ops.max(visible, axis=-1, keepdims=True)
-    if mask.query_padding is not None and clear:
+    if mask.query_padding is not None:
         rows = ops.reshape(ops.cast(mask.query_padding, dtype), (-1, 1, T, 1))
         counts = rows if counts is None else counts * rows
     return counts

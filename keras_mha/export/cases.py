@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.tokens import INPUT, endpoint_of_tokens
 
@@ -18,7 +19,7 @@ _BATCH = 32
 
 
 class MisfitError(ValueError):
-    """A file's input has another type or shape than the samples."""
+    """A file's inputs have other names, types or shapes than the samples."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Cases:
     @property
     def timed_rows(self) -> int:
         """The number of rows in the run to time."""
-        return len(next(iter(self.inputs[-1].values())))
+        return _rows(self.inputs[-1])
 
     def first(self, count: int) -> Cases:
         """Returns the runs of the first samples; all runs must be of one size."""
@@ -67,12 +68,9 @@ class Samples:
     @cached_property
     def in_batches(self) -> Cases:
         """All samples in some batches, then only the first."""
-        rows = len(next(iter(self.arrays.values())))
-        cuts = [slice(i, i + _BATCH) for i in range(0, rows, _BATCH)]
-        inputs = tuple(
-            {name: array[cut] for name, array in self.arrays.items()}
-            for cut in [*cuts, slice(1)]
-        )
+        rows = _rows(self.arrays)
+        cuts = [(i, _BATCH) for i in range(0, rows, _BATCH)]
+        inputs = tuple(_cut(self.arrays, *cut) for cut in [*cuts, (0, 1)])
         expected = tuple(map(self.endpoint.answer, inputs))
         return Cases(inputs, expected, np.arange(rows))
 
@@ -104,44 +102,91 @@ class Opened:
     unread: str = ""
 
 
-def fixed_cases(samples: Samples, shape: Sequence[int], dtype: str) -> Cases:
-    """Chooses the samples that fit a file whose one input has a fixed shape.
+def fixed_cases(samples: Samples, inputs: Mapping[str, TensorInfo]) -> Cases:
+    """Chooses the samples that fit a file whose inputs have fixed shapes.
 
     Integers of two axes are ids: they are padded with 0, or lose zeros at their end.
     Strings all fit.
 
     Args:
-        samples: The model and its samples; it has one input.
-        shape: Of the file's input; -1 where it is free.
-        dtype: Of the file's input.
+        samples: The model and its samples.
+        inputs: The file's inputs by name; a size is `None` where it is free.
 
     Raises:
-        MisfitError: If none fits.
+        MisfitError: If the file has other inputs, or no sample fits.
     """
-    ((name, array),) = samples.arrays.items()
-    received = f"the samples are {array.dtype} {array.shape}"
-    strings = array.dtype.kind == "O"
-    if strings != (dtype == "string") or len(shape) != array.ndim:
-        raise MisfitError(f"it takes {dtype} {list(shape)}; {received}")
-    batch = shape[0] if shape[0] > 0 else 1
-    sizes = tuple(
-        free if size < 0 else size
-        for size, free in zip(shape[1:], array.shape[1:], strict=True)
+    if set(inputs) != set(samples.arrays):
+        raise MisfitError(
+            f"it takes {sorted(inputs)}; the samples are for {sorted(samples.arrays)}"
+        )
+    shapes = {
+        name: _check_fit(name, array, inputs[name])
+        for name, array in samples.arrays.items()
+    }
+    fits = np.all(
+        [~_is_cut(samples.arrays[name], shape) for name, shape in shapes.items()],
+        axis=0,
     )
-    numbers = np.arange(len(array))
-    if sizes != array.shape[1:]:
-        if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise MisfitError(f"it takes {dtype} {list(shape)}; {received}")
-        numbers = np.flatnonzero(~np.any(array[:, sizes[0] :], axis=1))
-        if not len(numbers):
-            raise MisfitError(f"no sample has at most {sizes[0]} ids")
-        array = array[numbers, : sizes[0]]
-        array = np.pad(array, ((0, 0), (0, sizes[0] - array.shape[1])))
-    filled = np.concatenate([array, np.repeat(array[-1:], -len(array) % batch, axis=0)])
-    typed = filled if strings else filled.astype(dtype)
-    runs = [{name: typed[i : i + batch]} for i in range(0, len(typed), batch)]
-    expected = _answers(samples.endpoint, {name: filled}, batch)
+    numbers = np.flatnonzero(fits)
+    if not len(numbers):
+        longest = max(shape[1] for shape in shapes.values() if len(shape) == 2)
+        raise MisfitError(f"no sample has at most {longest} ids")
+    batch = next(iter(shapes.values()))[0]
+    filled = {
+        name: _to_shape(samples.arrays[name][numbers], shape)
+        for name, shape in shapes.items()
+    }
+    typed = {
+        name: array if array.dtype.kind == "O" else array.astype(inputs[name].dtype)
+        for name, array in filled.items()
+    }
+    runs = [_cut(typed, i, batch) for i in range(0, _rows(typed), batch)]
+    expected = _answers(samples.endpoint, filled, batch)
     return Cases(tuple(runs), tuple(expected), numbers)
+
+
+def _check_fit(name: str, array: np.ndarray, given: TensorInfo) -> tuple[int, ...]:
+    """Returns the shape of the file's input for these samples, or refuses it."""
+    sizes = given.shape or ()
+    batch, *others = sizes or (None,)
+    shape = (
+        batch or 1,
+        *(size or free for size, free in zip(others, array.shape[1:], strict=False)),
+    )
+    if (
+        (array.dtype.kind == "O") != (given.dtype == "string")
+        or len(sizes) != array.ndim
+        or (shape[1:] != array.shape[1:] and not _is_ids(array))
+    ):
+        raise MisfitError(
+            f"{name!r} takes {given.dtype} {list(sizes)}; the samples are "
+            f"{array.dtype} {array.shape}"
+        )
+    return shape
+
+
+def _is_cut(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Tells of each row whether it has ids beyond the file's length."""
+    if not _is_ids(array):
+        return np.zeros(len(array), bool)
+    return np.any(array[:, shape[1] :], axis=1)
+
+
+def _is_ids(array: np.ndarray) -> bool:
+    return array.ndim == 2 and array.dtype.kind in "iu"
+
+
+def _to_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Pads or cuts ids to the file's length, and fills up the last batch."""
+    if array.shape[1:] != shape[1:]:
+        array = array[:, : shape[1]]
+        array = np.pad(array, ((0, 0), (0, shape[1] - array.shape[1])))
+    return filled_up(array, shape[0])
+
+
+def filled_up(array: np.ndarray, batch: int) -> np.ndarray:
+    """Repeats the last row until the rows make whole batches."""
+    return np.concatenate([array, np.repeat(array[-1:], -len(array) % batch, axis=0)])
 
 
 def text_cases(samples: Samples, length: int) -> Cases:
@@ -172,16 +217,24 @@ def text_cases(samples: Samples, length: int) -> Cases:
 
 
 def _answers(endpoint: Endpoint, arrays: Arrays, batch: int) -> list[Arrays]:
-    """Asks the model for its answers to the batches of its one input."""
-    ((name, array),) = arrays.items()
+    """Asks the model for its answers to the batches of its inputs."""
+    rows = _rows(arrays)
     # It takes several of the batches at once: that is faster.
     step = -(-_BATCH // batch) * batch
     return [
         {output: answer[i : i + batch] for output, answer in answers.items()}
-        for j in range(0, len(array), step)
-        for answers in [endpoint.answer({name: array[j : j + step]})]
-        for i in range(0, len(array[j : j + step]), batch)
+        for j in range(0, rows, step)
+        for answers in [endpoint.answer(_cut(arrays, j, step))]
+        for i in range(0, min(step, rows - j), batch)
     ]
+
+
+def _cut(arrays: Arrays, start: int, count: int) -> dict[str, np.ndarray]:
+    return {name: array[start : start + count] for name, array in arrays.items()}
+
+
+def _rows(arrays: Arrays) -> int:
+    return len(next(iter(arrays.values())))
 
 
 def labels_of(answers: Sequence[Arrays], rows: int) -> np.ndarray | None:

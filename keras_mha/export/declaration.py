@@ -44,6 +44,29 @@ def seconds(text: str) -> float:
     return value
 
 
+def sizes(text: str) -> tuple[str, tuple[int, ...]]:
+    """Reads the sizes of an input, as `ids=1,64`."""
+    name, _, shape = text.partition("=")
+    if not name or not all(size.isdecimal() for size in shape.split(",")):
+        raise argparse.ArgumentTypeError(f"must be written as ids=1,64, not {text}")
+    return name, tuple(map(int, shape.split(",")))
+
+
+class ByName(argparse.Action):
+    """Turns pairs of a name and a value into a dictionary."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Sets the option to the dictionary."""
+        del parser, option_string
+        setattr(namespace, self.dest, dict(values))
+
+
 @dataclass(frozen=True)
 class Option:
     """An option of the exports to some formats.
@@ -117,7 +140,6 @@ class Format:
         file: How a file is named to `verify` on the command line: further arguments of
             `ArgumentParser.add_argument`.
         is_directory: Whether what is written is a directory.
-        one_input: Whether a model must have one input.
         packages: Packages the exporter needs in addition to TensorFlow.
         extra: The extra of keras-mha that installs them.
         options: The exporter's options.
@@ -133,7 +155,6 @@ class Format:
     writes: Mapping[str, str]
     file: Mapping[str, Any]
     is_directory: bool = False
-    one_input: bool = False
     packages: tuple[str, ...] = ()
     extra: str = ""
     options: tuple[Option, ...] = ()

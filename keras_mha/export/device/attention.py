@@ -119,7 +119,6 @@ def _attend_portably(layer: Any, masks: PaddingMasks) -> Swap:
             layer._bias(bias, query, key, offset),
             scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
             logits_soft_cap=layer._logits_soft_cap,
-            clear_padded_queries=masks.padded_queries_read,
         )
 
     return Swap(layer, "_attend", attend)
@@ -151,7 +150,7 @@ def stock_attention(layer: Any, masks: PaddingMasks) -> list[Swap]:
             for padding in (value_mask, key_mask)
             if padding is not None
         ]
-        if query_mask is not None and masks.padded_queries_read:
+        if query_mask is not None:
             rows = masks.as_floats(query_mask, query.dtype)
             parts.append(ops.reshape(rows, (-1, T, 1)))
         if use_causal_mask:
@@ -261,9 +260,15 @@ def _join(parts: Sequence[Tensor], rows: int, scale: float) -> Tensor:
 
 
 def _part(tensor: Tensor, sizes: Sequence[int], axis: int) -> Any:
-    alike = len(set(sizes)) == 1
-    cuts: Any = len(sizes) if alike else np.cumsum(sizes)[:-1].tolist()
-    return ops.split(tensor, cuts, axis=axis)
+    if len(set(sizes)) == 1:
+        return ops.split(tensor, len(sizes), axis=axis)
+    # By slices: delegates take no split into parts of different sizes.
+    ends = np.cumsum(sizes).tolist()
+    whole = (slice(None),) * (axis % len(tensor.shape))
+    return [
+        tensor[(*whole, slice(end - size, end))]
+        for size, end in zip(sizes, ends, strict=True)
+    ]
 
 
 def _fold_scale(layer: Any, key_dim: int) -> tuple[float, list[Swap]]:

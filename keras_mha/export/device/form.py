@@ -21,16 +21,9 @@ from keras_mha.export.device.layers import (
     PaddingMasks,
     Swap,
 )
-from keras_mha.layers.decoder_block import TransformerDecoderBlock
-from keras_mha.layers.dropout import Dropout
 from keras_mha.layers.embedding import TokenAndPositionEmbedding
-from keras_mha.layers.encoder_block import TransformerEncoderBlock
-from keras_mha.layers.feed_forward import FeedForward
-from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
-from keras_mha.layers.positions import DistanceBias, RotaryEmbedding
 from keras_mha.layers.projections import Projection
-from keras_mha.layers.residual_norm import ResidualNorm
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.twin import twin
 
@@ -42,15 +35,21 @@ FORMS: dict[type, Form] = {
     Projection: device_layers.einsum_dense,
     _layers.LayerNormalization: device_layers.layer_normalization,
     _layers.RMSNormalization: device_layers.rms_normalization,
+    _layers.GroupNormalization: device_layers.group_normalization,
     GetItem: device_layers.get_item,
 }
 
 # Those that make padding masks, or read them.
 _MASK_FORMS: dict[type, MaskForm] = {
     _layers.Embedding: device_layers.embedding,
+    _layers.ReversibleEmbedding: device_layers.reversible_embedding,
     _layers.GlobalAveragePooling1D: device_layers.global_average_pooling,
     _layers.MultiHeadAttention: device_attention.stock_attention,
     NotEqual: device_layers.not_equal,
+    **dict.fromkeys(
+        (_layers.RNN, _layers.SimpleRNN, _layers.GRU, _layers.LSTM),
+        device_layers.recurrent,
+    ),
     TokenAndPositionEmbedding: device_layers.token_and_position_embedding,
     MultiHeadSelfAttention: device_attention.self_attention,
     MultiHeadAttention: device_attention.attention,
@@ -60,44 +59,14 @@ Target: TypeAlias = Literal["cpu", "gpu"]
 # Where a target needs another form than the rest.
 TARGETS: dict[Target, dict[type, MaskForm]] = {
     "cpu": {},
-    "gpu": {_layers.Embedding: device_layers.guarded_embedding},
+    "gpu": {
+        _layers.Embedding: device_layers.guarded_embedding,
+        _layers.ReversibleEmbedding: device_layers.guarded_reversible_embedding,
+    },
 }
 
-# Layers that convert well as they are, or are made of others.
-PLAIN: tuple[type, ...] = (
-    keras.Sequential,
-    keras.Model,
-    _layers.InputLayer,
-    _layers.Activation,
-    _layers.ReLU,
-    _layers.LeakyReLU,
-    _layers.Softmax,
-    _layers.Identity,
-    _layers.Dropout,
-    Dropout,
-    _layers.SpatialDropout1D,
-    _layers.GaussianNoise,
-    _layers.Reshape,
-    _layers.Flatten,
-    _layers.Permute,
-    _layers.Add,
-    _layers.Subtract,
-    _layers.Multiply,
-    _layers.Average,
-    _layers.Maximum,
-    _layers.Minimum,
-    _layers.Concatenate,
-    _layers.Rescaling,
-    _layers.GlobalMaxPooling1D,
-    ResidualNorm,
-    TransformerEncoderBlock,
-    TransformerDecoderBlock,
-    FeedForward,
-    FusedProjection,
-    RotaryEmbedding,
-    DistanceBias,
-)
-
+# Their layers without a form convert well as they are.
+_KNOWN_PACKAGES = ("keras", "keras_mha")
 _DEQUANTIZED = (_layers.Dense, _layers.EinsumDense, _layers.Embedding)
 
 
@@ -140,9 +109,7 @@ def register_device_form(layer_class: type, form: Form) -> None:
     FORMS[layer_class] = form
 
 
-def device_form(
-    model: keras.Model, *, target: Target = "cpu", padded_queries_read: bool = True
-) -> keras.Model:
+def device_form(model: keras.Model, *, target: Target = "cpu") -> keras.Model:
     """Copies a model into its device form; the copy shares the model's variables.
 
     The model itself stays as it is, and other threads may call it meanwhile.
@@ -150,8 +117,6 @@ def device_form(
     Args:
         model: A built model, of any kind.
         target: A key of `TARGETS`.
-        padded_queries_read: Whether what attention gives queries that are padding
-            must be right. It need not where outputs are pooled by mask.
 
     Raises:
         ValueError: If a layer was quantized by Keras in another way than int8, or is
@@ -169,7 +134,7 @@ def device_form(
     True
     """
     copied = twin(model)
-    masks = PaddingMasks(padded_queries_read=padded_queries_read)
+    masks = PaddingMasks()
     swaps, _ = _plan(copied, target, masks)
     # Not through `setattr`, with which Keras tracks what layers own.
     for owner, name, value in swaps:
@@ -189,8 +154,7 @@ def device_form(
 
 def layers_as_they_are(model: keras.Model) -> tuple[str, ...]:
     """Says for each layer of a model that has no device form why it has none."""
-    masks = PaddingMasks(padded_queries_read=True)
-    return _plan(twin(model), "cpu", masks)[1]
+    return _plan(twin(model), "cpu", PaddingMasks())[1]
 
 
 def _plan(
@@ -249,11 +213,9 @@ def _find(forms: Mapping[type, Form], layer: Any) -> Form | None:
 
 
 def _is_plain(layer: Any) -> bool:
-    return isinstance(layer, keras.Model) or any(
-        isinstance(layer, plain)
-        and (type(layer).call is plain.call or plain is DistanceBias)
-        for plain in PLAIN
-    )
+    """Whether it converts well as it is, or each layer that it is made of is asked."""
+    is_known = type(layer).__module__.partition(".")[0] in _KNOWN_PACKAGES
+    return is_known or bool(layer._layers)
 
 
 def _check_quantization(layer: Any) -> None:

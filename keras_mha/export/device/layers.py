@@ -8,18 +8,18 @@ Letters: B batch, T length, D model width, V vocabulary size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
 from keras import ops
+from keras.src.backend import set_keras_mask
 
-from keras_mha.layers.embedding import TokenAndPositionEmbedding
+from keras_mha.export.ids import is_looked_up
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.typing import Tensor
-
-_EMBEDDINGS = (keras.layers.Embedding, TokenAndPositionEmbedding)
 
 
 class NoDeviceFormError(Exception):
@@ -45,14 +45,9 @@ class PaddingMasks:
 
     Keras hands boolean masks from layer to layer. A file whose numbers come from the
     ids by arithmetic holds no boolean operation, which delegates do not take.
-
-    Attributes:
-        padded_queries_read: Whether what attention gives queries that are padding
-            must be right.
     """
 
-    def __init__(self, *, padded_queries_read: bool) -> None:
-        self.padded_queries_read = padded_queries_read
+    def __init__(self) -> None:
         self._floats: dict[int, tuple[Tensor, Tensor]] = {}
 
     def remember(self, mask: Tensor, floats: Tensor) -> Tensor:
@@ -157,6 +152,37 @@ def embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
     return [*in_place_of_call(layer, call), *_masks_by_arithmetic(layer, masks)]
 
 
+def reversible_embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
+    """As in `embedding`; back from vectors to ids it stays as it is."""
+    return _reversible(layer, masks, lambda ids: look_up(ids, float_table(layer)))
+
+
+def guarded_reversible_embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
+    """As in `guarded_embedding`."""
+    return _reversible(
+        layer, masks, lambda ids: _add_to_rows(ids, float_table(layer), 0.0)
+    )
+
+
+def _reversible(
+    layer: Any, masks: PaddingMasks, look_up_rows: Callable[[Tensor], Tensor]
+) -> list[Swap]:
+    if layer.quantization_mode is not None:
+        raise NoDeviceFormError("Keras quantized it")
+    original = layer.call
+
+    def call(inputs: Tensor, reverse: bool = False) -> Tensor:
+        if reverse:
+            return original(inputs, reverse=True)
+        rows = look_up_rows(inputs)
+        if layer.mask_zero:  # it hands the mask on by itself, and not by `compute_mask`
+            visible = ops.not_equal(inputs, 0)
+            set_keras_mask(rows, masks.remember(visible, _ids_as_floats(inputs)))
+        return rows
+
+    return [Swap(layer, "call", call)]
+
+
 def guarded_embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """`(E - E[0])[ids] * counts + E[0]`, which is `E[ids]`, for GPU delegates.
 
@@ -188,8 +214,8 @@ def token_and_position_embedding(layer: Any, masks: PaddingMasks) -> list[Swap]:
 def _add_to_rows(ids: Tensor, table: Tensor, vectors: Tensor | float) -> Tensor:
     padding = table[:1]
     rows = look_up(ids, table - padding)
-    counts = ops.reshape(_ids_as_floats(ids), (-1, ops.shape(ids)[1], 1))
-    return rows * counts + ops.expand_dims(vectors + padding, 0)
+    counts = ops.expand_dims(_ids_as_floats(ids), -1)
+    return rows * counts + (vectors + padding)
 
 
 def look_up(ids: Tensor, table: Tensor) -> Tensor:
@@ -222,29 +248,31 @@ def _ids_as_floats(ids: Tensor) -> Tensor:
 
 
 def not_equal(operation: Any, masks: PaddingMasks) -> list[Swap]:
-    """The mask `ids != 0`, which functional models compute once for all layers."""
+    """The mask `ids != padding`, which functional models compute for all layers."""
     original = operation.call
     # Several where the operation is in several models, as in one and a part of it.
     if not all(
-        _is_looked_up(node.input_tensors[0]) for node in operation._inbound_nodes
+        is_looked_up(node.input_tensors[0]) for node in operation._inbound_nodes
     ):
         return []
 
     def call(x1: Tensor, x2: Any) -> Tensor:
         visible = original(x1, x2)
-        is_mask = isinstance(x2, int) and x2 == 0
-        return masks.remember(visible, _ids_as_floats(x1)) if is_mask else visible
+        if not isinstance(x2, int):
+            return visible
+        floats = _ids_as_floats(x1) if x2 == 0 else _differs(x1, x2)
+        return masks.remember(visible, floats)
 
     return [Swap(operation, "call", call)]
 
 
-def _is_looked_up(ids: Any) -> bool:
-    """Whether a table reads them: then they are whole and not negative."""
-    readers = ids._keras_history.operation._outbound_nodes
-    return any(isinstance(reader.operation, _EMBEDDINGS) for reader in readers)
+def _differs(ids: Tensor, padding: int) -> Tensor:
+    """0 for the id `padding` and 1 for all others."""
+    distance = ops.abs(ops.cast(ids, "float32") - float(padding))
+    return ops.minimum(distance, 1.0)
 
 
-# Normalization and pooling.
+# Normalization.
 
 
 def layer_normalization(layer: Any) -> list[Swap]:
@@ -284,6 +312,74 @@ def _check_last_axis(layer: Any) -> None:
         raise NoDeviceFormError(f"it normalizes over the axes {list(axes)}")
 
 
+def group_normalization(layer: Any) -> list[Swap]:
+    """The axes between batch and channels as one: devices take four at most."""
+    rank = len(layer._build_shapes_dict["input_shape"])
+    if layer.axis % rank != rank - 1:
+        raise NoDeviceFormError(f"it normalizes over the axis {layer.axis}")
+
+    def call(inputs: Tensor) -> Tensor:
+        channels = inputs.shape[-1]
+        groups = (-1, math.prod(inputs.shape[1:-1]), layer.groups)
+        grouped = ops.reshape(inputs, (*groups, channels // layer.groups))
+        deviations = grouped - ops.mean(grouped, axis=(1, 3), keepdims=True)
+        squares = ops.mean(deviations * deviations, axis=(1, 3), keepdims=True)
+        normalized = deviations * ops.rsqrt(squares + layer.epsilon)
+        outputs = ops.reshape(normalized, ops.shape(inputs))
+        outputs = outputs if layer.gamma is None else outputs * layer.gamma
+        return outputs if layer.beta is None else outputs + layer.beta
+
+    return in_place_of_call(layer, call)
+
+
+# Recurrent layers.
+
+
+def recurrent(layer: Any, masks: PaddingMasks) -> list[Swap]:
+    """A step after another: loops hold tensors of free shape, which devices refuse.
+
+    Not by the layer's own `unroll`, which takes a mask in the wrong order where it
+    goes backwards (Keras 3.15).
+    """
+
+    def inner_loop(
+        sequences: Tensor,
+        initial_state: Any,
+        mask: Tensor | None,
+        training: bool = False,
+    ) -> tuple[Tensor, Tensor, Any]:
+        order = slice(None, None, -1 if layer.go_backwards else 1)
+        rows: Any = ops.unstack(sequences, axis=1)
+        counts: Any = [None] * len(rows)
+        if mask is not None:
+            floats = masks.as_floats(keras.tree.flatten(mask)[0], sequences.dtype)
+            counts = ops.split(floats, len(rows), axis=1)
+        output, states, outputs = None, initial_state, []
+        for row, count in zip(rows[order], counts[order], strict=True):
+            new, new_states = layer.cell(row, states, training=training)
+            before = None if layer.zero_output_for_mask else output
+            output = _where(count, new, before)
+            states = keras.tree.map_structure(
+                lambda new, before, count=count: _where(count, new, before),
+                new_states,
+                states,
+            )
+            outputs.append(output)
+        return output, ops.stack(outputs, axis=1), states
+
+    return [Swap(layer, "inner_loop", inner_loop)]
+
+
+def _where(count: Tensor | None, new: Tensor, before: Tensor | None) -> Tensor:
+    """What is new where a row counts, and else what was before, or 0."""
+    if count is None:
+        return new
+    return new * count if before is None else before + (new - before) * count
+
+
+# Pooling, and items of tensors.
+
+
 def global_average_pooling(layer: Any, masks: PaddingMasks) -> list[Swap]:
     """The sum of what counts over its number."""
     if layer.data_format != "channels_last":
@@ -301,21 +397,42 @@ def global_average_pooling(layer: Any, masks: PaddingMasks) -> list[Swap]:
 
 
 def get_item(operation: Any) -> list[Swap]:
-    """`x[:, 0]` by slice and reshape: GPU delegates take no slice that drops axes."""
+    """`x[:, 0]` and `x[:, None]` by slices and a reshape.
+
+    GPU delegates take no slice that drops or adds axes, and with free sizes the
+    converter none that adds them.
+    """
     original = operation.call
 
     def call(inputs: Tensor, key: Any) -> Tensor:
         keys = key if isinstance(key, tuple) else (key,)
-        if not all(isinstance(part, int | slice) for part in keys):
+        kinds = (int, slice, type(None), type(...))
+        if not all(isinstance(part, kinds) for part in keys):
             return original(inputs, key)
+        keys = _without_ellipsis(keys, len(inputs.shape))
         slices = tuple(
             slice(part, part + 1 or None) if isinstance(part, int) else part
             for part in keys
+            if part is not None
         )
-        outputs = inputs[slices]
-        dropped = {i for i, part in enumerate(keys) if isinstance(part, int)}
-        sizes: Any = ops.shape(outputs)
-        left = [size for axis, size in enumerate(sizes) if axis not in dropped]
-        return ops.reshape(outputs, left) if dropped else outputs
+        takes_all = all(part == slice(None) for part in slices)
+        outputs = inputs if takes_all else inputs[slices]
+        sizes: Any = iter(ops.shape(outputs))
+        shape: list[Any] = []
+        for part in keys:
+            size = 1 if part is None else next(sizes)
+            if not isinstance(part, int):
+                shape.append(size)
+        same = all(isinstance(part, slice) for part in keys)
+        return outputs if same else ops.reshape(outputs, shape)
 
     return [Swap(operation, "call", call)]
+
+
+def _without_ellipsis(keys: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
+    """Spells out `...`, and the axes that are left out at the end."""
+    keys = keys if any(part is ... for part in keys) else (*keys, ...)
+    place = next(i for i, part in enumerate(keys) if part is ...)
+    named = sum(part is not None and part is not ... for part in keys)
+    whole = (slice(None),) * (rank - named)
+    return (*keys[:place], *whole, *keys[place + 1 :])

@@ -116,23 +116,30 @@ def describe(model: Any, size: int) -> dict[str, Any]:
 
     Returns:
         Whether it `has_metadata` for MediaPipe; its `min_runtime_version`, the oldest
-        TensorFlow Lite that has its operators, as it says itself, or ""; and `graphs`,
-        for each subgraph its `inputs` and `outputs` (numbers of tensors), `tensors`
-        (`name`, `dtype`, `shape` with -1 for a size known at run time, `constant`, and
-        `scales`, how many it was rounded by) and `operators` (`name`, `custom` name,
-        `options`, and `inputs` and `outputs`, numbers of tensors, -1 for an optional
-        one left out).
+        TensorFlow Lite that has its operators, as it says itself, or ""; for each
+        signature by name its `inputs`, the numbers of tensors in the first graph by
+        name; and `graphs`, for each subgraph its `inputs` and `outputs` (numbers of
+        tensors), `tensors` (`name`, `dtype`, `shape` with -1 for a size known at run
+        time, `constant`, and `scales`, how many it was rounded by) and `operators`
+        (`name`, `custom` name, `options`, and `inputs` and `outputs`, numbers of
+        tensors, -1 for an optional one left out).
 
     Raises:
         BrokenFileError: If the model contradicts itself.
     """
     codes = [_operator_name(code) for code in model.operatorCodes or ()]
     filled = [_is_filled(buffer, size) for buffer in model.buffers or ()]
+    graphs = [
+        _read_graph(graph, f"graph {i}", codes, filled)
+        for i, graph in enumerate(model.subgraphs)
+    ]
     return {
-        "graphs": [
-            _read_graph(graph, f"graph {i}", codes, filled)
-            for i, graph in enumerate(model.subgraphs)
-        ],
+        "graphs": graphs,
+        "signatures": {
+            _text(signature.signatureKey): _read_signature(signature, graphs[0])
+            for signature in model.signatureDefs or ()
+            if signature.subgraphIndex == 0
+        },
         "has_metadata": any(_text(e.name) == _METADATA for e in model.metadata or ()),
         "min_runtime_version": min_runtime_version(model),
     }
@@ -334,6 +341,14 @@ def _read_graph(
         "tensors": tensors,
         "operators": operators,
     }
+
+
+def _read_signature(signature: Any, graph: dict[str, Any]) -> dict[str, Any]:
+    entries, count = signature.inputs or (), len(graph["tensors"])
+    where = f"signature {_text(signature.signatureKey)!r}"
+    numbers = _numbers([entry.tensorIndex for entry in entries], where, count)
+    names = [_text(entry.name) for entry in entries]
+    return {"inputs": dict(zip(names, numbers, strict=True))}
 
 
 def _read_tensor(tensor: Any, where: str, filled: Sequence[bool]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
+from keras_mha.export.report import TensorInfo
 from keras_mha.export.tflite.metadata import LABELS, VOCABULARY, lines
 from keras_mha.export.tflite.report import TFLiteFile
 
@@ -94,23 +97,49 @@ def _sha256(path: Path) -> str:
 def _snippets(files: Sequence[TFLiteFile], signature_name: str) -> dict[str, str]:
     """Programs for phones, by the name of their file."""
     texts = {}
-    for kind, stem in (("ids", "litert"), ("mediapipe", "mediapipe")):
-        file = next((file for file in files if file.kind == kind), None)
-        if file is None:
-            continue
-        (source, *_), (answer, *_) = file.inputs, file.outputs
-        facts = {
-            "file": Path(file.path).name,
-            "stem": Path(file.path).stem,
-            "signature": signature_name,
-            "input": source.name,
-            "output": answer.name,
-            "length": file.sequence_length,
-            "rows": file.batch_size,
-            "count": math.prod(size or 1 for size in answer.shape or ()),
-            "shape": ", ".join(map(str, answer.shape or ())),
-        }
+    stems = {"ids": "litert", "tensors": "litert", "mediapipe": "mediapipe"}
+    first = {stems[file.kind]: file for file in reversed(files) if file.kind in stems}
+    for stem, file in first.items():
         for suffix in (".kt", ".swift"):
-            template = (_SNIPPETS / f"{stem}{suffix}").read_text("utf-8")
-            texts[f"{stem}{suffix}"] = Template(template).substitute(facts)
-    return texts
+            template = Template((_SNIPPETS / f"{stem}{suffix}").read_text("utf-8"))
+            facts = _facts(file) | {"signature": signature_name}
+            texts[f"{stem}{suffix}"] = template.substitute(facts)
+    return dict(sorted(texts.items()))
+
+
+# Kotlin's buffers, by the types of TFLite; all others are bytes.
+_BUFFERS = {"float32": "FloatBuffer", "int32": "IntBuffer", "int64": "LongBuffer"}
+
+
+def _facts(file: TFLiteFile) -> dict[str, str]:
+    """Returns what the programs say of a file."""
+    answers = ", ".join(
+        f'"{one.name}" to {_buffer(one)}({_count(one)})' for one in file.outputs
+    )
+    return {
+        "file": Path(file.path).name,
+        "stem": Path(file.path).stem,
+        "takes": "; ".join(map(_written, file.inputs)),
+        "gives": "; ".join(map(_written, file.outputs)),
+        "counts": ", ".join(f'"{one.name}" to {_count(one)}' for one in file.inputs),
+        "answers": answers,
+        "sizes": ", ".join(f'"{one.name}": {_bytes(one)}' for one in file.inputs),
+        "outputs": ", ".join(f'"{one.name}"' for one in file.outputs),
+    }
+
+
+def _buffer(tensor: TensorInfo) -> str:
+    kind = _BUFFERS.get(tensor.dtype)
+    return f"{kind}.allocate" if kind else "ByteBuffer.allocateDirect"
+
+
+def _count(tensor: TensorInfo) -> int:
+    return math.prod(size or 1 for size in tensor.shape or ())
+
+
+def _bytes(tensor: TensorInfo) -> int:
+    return _count(tensor) * np.dtype(tensor.dtype).itemsize
+
+
+def _written(tensor: TensorInfo) -> str:
+    return f"{tensor.name}, {tensor.dtype} {list(tensor.shape or ())}"

@@ -15,9 +15,11 @@ from ..declaration import (  # noqa: TID252  (the command line reads it by path)
     OVERWRITE,
     TIMEOUT,
     TOLERANCE,
+    ByName,
     Format,
     Option,
     number,
+    sizes,
     whole,
 )
 
@@ -30,9 +32,11 @@ def _problem(options: Mapping[str, Any], formats: Sequence[str]) -> str | None:
     metadata = options.get("metadata")
     if metadata is not None and metadata.suffix not in (".txt", ".json"):
         return "--metadata must end in .txt or .json"
-    needs_ranges = options.get("quantization") == "int8_dense"
-    if ("representative_data" in options) != needs_ranges:
+    reads_ranges = options.get("quantization") == "int8_dense"
+    if "representative_data" in options and not reads_ranges:
         return "--representative-data goes with --quantization int8_dense"
+    if {"shapes", "sequence_lengths"} <= set(options):
+        return "--shapes and --sequence-lengths both set sizes: give one of them"
     if tuple(formats) == ("tflite",) and {"quantization", "tolerance"} <= set(options):
         return "with --quantization the tolerance is --quantized-tolerance"
     return None
@@ -61,12 +65,12 @@ FORMAT = Format(
     "tflite",
     place="tflite",
     writes={
-        "tflite/model_<S>.tflite": "LiteRT: phones, ARM, browsers",
+        "tflite/model_<S>.tflite": "LiteRT: phones, ARM, browsers; for ids",
+        "tflite/model.tflite": "the same for what other models take",
         "tflite/text_<S>.tflite": "the same for strings, with --text",
         "tflite/mediapipe_<S>.tflite": "MediaPipe, with --metadata",
     },
     file={"type": Path, "nargs": "+", "metavar": "FILE", "help": "TFLite files"},
-    one_input=True,
     packages=("ai_edge_litert",),
     extra="tflite",
     takes_texts=_takes_texts,
@@ -82,12 +86,27 @@ FORMAT = Format(
                 "nargs": "+",
                 "metavar": "S",
                 "help": "one file for each of these lengths; none shorter than a "
-                "sample (default: 128)",
+                "sample (default for ids of any length: 128)",
+            },
+        ),
+        Option(
+            "--shapes",
+            {
+                "type": sizes,
+                "nargs": "+",
+                "action": ByName,
+                "metavar": "NAME=B,...",
+                "help": "sizes of inputs, the batch's first, as ids=1,64 (default: the "
+                "model's own, and where they are free the samples')",
             },
         ),
         Option(
             "--batch-size",
-            {"type": whole(1), "metavar": "B", "help": "rows in a call (default: 1)"},
+            {
+                "type": whole(1),
+                "metavar": "B",
+                "help": "rows in a call (default: the model's own, else 1)",
+            },
         ),
         Option(
             "--quantization",
@@ -103,7 +122,7 @@ FORMAT = Format(
                 "type": Path,
                 "metavar": "FILE",
                 "help": "typical inputs, a file like that of --samples, from which "
-                "int8_dense takes its ranges",
+                "int8_dense takes its ranges (default: the samples)",
             },
             read="samples",
         ),

@@ -1,9 +1,9 @@
-"""Export to TFLite files for LiteRT, one for each sequence length."""
+"""Export to TFLite files for LiteRT."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import tensorflow as tf
 from keras_mha.export.device.form import Target
 from keras_mha.export.files import check_overwrite, staging
 from keras_mha.export.tflite.companions import write_companions
-from keras_mha.export.tflite.file import LITERT, write_ids_file
+from keras_mha.export.tflite.file import LITERT, write_model_file
+from keras_mha.export.tflite.inputs import FixedInputs
 from keras_mha.export.tflite.mediapipe_file import write_mediapipe_file
 from keras_mha.export.tflite.metadata import BertMetadata, RegexMetadata
-from keras_mha.export.tflite.plan import Padded, Plan, make_plan
+from keras_mha.export.tflite.plan import Plan, make_plan
 from keras_mha.export.tflite.quantization import Quantization
 from keras_mha.export.tflite.report import TFLiteFile, TFLiteReport
 from keras_mha.export.tflite.text import write_text_file
@@ -27,8 +28,9 @@ def export_tflite(
     model: keras.Model,
     directory: str | Path,
     *,
-    sequence_lengths: Sequence[int] = (128,),
-    batch_size: int = 1,
+    sequence_lengths: Sequence[int] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    batch_size: int | None = None,
     samples: Any,
     overwrite: bool | None = None,
     quantization: Quantization | None = None,
@@ -41,13 +43,20 @@ def export_tflite(
     signature_name: str = "serving_default",
     timeout: float = 600.0,
 ) -> TFLiteReport:
-    """Writes `model` as `<directory>/model_<S>.tflite` for each length S.
+    """Writes `model` as `<directory>/model.tflite`, or a file for each length S.
 
-    A file takes int32 ids `(batch_size, S)` and gives the model's outputs, both under
-    the model's own names in the signature `signature_name`. All its shapes are fixed
-    and all its operations built in. Shorter texts are padded with 0.
+    A file takes what the model takes and gives what it gives, under the model's own
+    names in the signature `signature_name`. All its shapes are fixed and all its
+    operations built in. Sizes that the model leaves free come from `shapes`, else from
+    the samples. A model of ids of any length is the exception: it is written as
+    `model_<S>.tflite` for each S of `sequence_lengths`, and shorter rows are padded.
 
-    Two more kinds of file are available. Both hold the same graph and weights:
+    Ids are int32 `(batch_size, S)`, also where Keras calls them float32 because
+    `keras.Input` was given no type. Integers of 64 bits become int32; everything that
+    is not an integer, a boolean or float32 becomes float32.
+
+    Two more kinds of file are available for models of ids. Both hold the same graph and
+    weights:
 
     - `text_<S>.tflite`, with `text=True`, takes strings `(batch_size,)`. Its tokenizer
       is made of operations of tensorflow-text, which the interpreter must be given: in
@@ -68,27 +77,33 @@ def export_tflite(
     stays as it is, and other threads may call it meanwhile. In that form our layers and
     stock Keras ones compute the same values in few operations, which delegates take:
     attention in its portable form (`keras_mha.attention.portable`), with one product
-    for queries, keys and values. The values are the same for rows with at least one id
-    that is not padding. A layer without such a form is traced as it is, with a warning.
-    Where outputs are pooled by mask, attention skips what it gives to padding.
+    for queries, keys and values. The values are the same for rows with at least one
+    position that is not padding, whatever id stands for it. A layer without such a form
+    is traced as it is, with a warning.
 
     ai-edge-litert loads each file in a fresh process that cannot import `keras_mha`,
-    `keras` or `tensorflow`, and its values are compared with the model's on the padded
-    samples; a file with metadata is also run by MediaPipe. Only when all are right are
-    they renamed into place. After an error nothing new is left.
+    `keras` or `tensorflow`, and its values are compared with the model's on the
+    samples, and on other rows made of their values, some of them padded; a file with
+    metadata is also run by MediaPipe. Only when all are right are they renamed into
+    place. After an error nothing new is left.
 
     Args:
-        model: A built Keras model on the TensorFlow backend with one integer input
-            `(B, T)`, the ids. With `text=True`, and optionally with `metadata`, a
-            Functional or Sequential model with an input of strings, `(B,)` or `(B, 1)`,
-            that calls a `keras_mha.text.WordpieceTokenizer` once. Layers that Keras
-            quantized to int8 are dequantized, which is exact in the weights; Keras
-            also rounds activations.
+        model: A Keras model on the TensorFlow backend, of numbers. With `text=True`,
+            and optionally with `metadata`, a Functional or Sequential model with an
+            input of strings, `(B,)` or `(B, 1)`, that calls a
+            `keras_mha.text.WordpieceTokenizer` once. Layers that Keras quantized to
+            int8 are dequantized, which is exact in the weights; Keras also rounds
+            activations.
         directory: Where the files go; created if absent.
-        sequence_lengths: The lengths S.
-        batch_size: The fixed number of rows.
-        samples: Ids: an array `(n, T)`, or a list of rows that may differ in length.
-            For a model of texts: texts.
+        sequence_lengths: The lengths S, for a model whose inputs leave their second
+            axis free. Default: 128 for a model with one input of ids, `(B, T)`, with T
+            free.
+        shapes: Sizes by input name, the batch's first, such as `{"ids": (1, 64)}`.
+            Default: the model's own, and where it leaves them free the samples'.
+        batch_size: The fixed number of rows. Default: the model's own if it has one,
+            else 1.
+        samples: What one would hand to the model; see `export_saved_model`. Rows of ids
+            may differ in length, and are padded. For a model of texts: texts.
         overwrite: Whether existing files of the same names are replaced, each in one
             step. Left out, they are replaced with a DeprecationWarning; a later version
             will refuse them.
@@ -100,10 +115,11 @@ def export_tflite(
             halves the size, for delegates that compute in it.
         representative_data: More of what `samples` has, not longer than any S, from
             which `"int8_dense"` takes those ranges. Some hundred typical rows do.
+            Default: the samples.
         target: `"cpu"`, or `"gpu"` for files that LiteRT's GPU delegate can take over
-            completely: layers that stay as they are then raise instead of warning, and
-            each row of an int8 embedding keeps its scale, 12 bytes, without
-            which the delegate answers wrongly.
+            completely: operations that it cannot take raise, and each row of an int8
+            embedding keeps its scale, 12 bytes, without which the delegate answers
+            wrongly.
         text: Whether to also write files that take strings; needs tensorflow-text.
         metadata: Labels, and for a model of ids the vocabulary and the samples' texts:
             a `BertMetadata`, or for a model of ids also a `RegexMetadata`; needs
@@ -128,11 +144,11 @@ def export_tflite(
             text into the ids of its sample.
         VerificationError: If a file does not run in the fresh process.
         TypeError: If an argument has the wrong type.
-        ValueError: If the model is not such a model, is quantized by Keras in another
-            way than int8, computes in half precision, needs operations that are not
-            built into TFLite, or has a layer that `target` cannot take; if a sample is
-            longer than one of `sequence_lengths`, or an argument is out of its domain
-            or would be ignored.
+        ValueError: If the model takes strings, is quantized by Keras in another way
+            than int8, computes in half precision, or needs operations that are not
+            built into TFLite or that `target` cannot take; if a sample is longer than
+            one of `sequence_lengths`, or an argument is out of its domain or would be
+            ignored.
 
     Warns:
         UserWarning: For each layer that was exported as it is, and each file of which
@@ -163,6 +179,7 @@ def export_tflite(
         model,
         directory,
         sequence_lengths=sequence_lengths,
+        shapes=shapes,
         batch_size=batch_size,
         samples=samples,
         overwrite=overwrite,
@@ -177,9 +194,7 @@ def export_tflite(
         timeout=timeout,
     )
     with staging(directory) as staged:
-        files = [
-            file for padded in plan.lengths for file in _write(plan, padded, staged)
-        ]
+        files = [file for inputs in plan.files for file in _write(plan, inputs, staged)]
         companions = write_companions(
             staged,
             files,
@@ -212,17 +227,16 @@ def export_tflite(
     )
 
 
-def _write(plan: Plan, padded: Padded, directory: Path) -> list[TFLiteFile]:
-    """Writes and checks the files of one length."""
-    length = padded.length
-    of_ids = write_ids_file(plan, padded, directory / f"model_{length}.tflite")
-    files = [of_ids.file]
+def _write(plan: Plan, inputs: FixedInputs, directory: Path) -> list[TFLiteFile]:
+    """Writes and checks the files of one length, or the only one."""
+    written = write_model_file(plan, inputs, directory / f"{inputs.name}.tflite")
+    files = [written.file]
     if plan.writes_text:
-        path = directory / f"text_{length}.tflite"
-        files.append(write_text_file(plan, padded, of_ids, path))
+        path = directory / f"text_{inputs.length}.tflite"
+        files.append(write_text_file(plan, inputs, written, path))
     if plan.metadata is not None:
-        path = directory / f"mediapipe_{length}.tflite"
-        files.append(write_mediapipe_file(plan, padded, of_ids, path))
+        path = directory / f"mediapipe_{inputs.length}.tflite"
+        files.append(write_mediapipe_file(plan, inputs, written, path))
     return files
 
 

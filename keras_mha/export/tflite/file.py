@@ -1,17 +1,18 @@
-"""Writes a TFLite file of a model of ids, and checks it."""
+"""Writes a TFLite file of a model, and checks it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python.convert_phase import ConverterError
 
-from keras_mha.export.device.form import Target
 from keras_mha.export.endpoint import Specs, tensor_infos
 from keras_mha.export.files import size_of
 from keras_mha.export.parity import Arrays, check_parity
@@ -21,19 +22,21 @@ from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.runtimes.litert import RUNTIME as LITERT
 from keras_mha.export.tflite.edit import give_narrow_tables_one_scale
+from keras_mha.export.tflite.gpu import mend_for_gpu
 from keras_mha.export.tflite.graph import Contents, contents_of
+from keras_mha.export.tflite.inputs import FixedInputs
 from keras_mha.export.tflite.lint import findings
-from keras_mha.export.tflite.plan import Padded, Plan
+from keras_mha.export.tflite.plan import Plan
 from keras_mha.export.tflite.quantization import (
     Quantization,
     ask_converter,
     quantize_dense,
 )
-from keras_mha.export.tflite.report import MediaPipeCheck, TFLiteFile
+from keras_mha.export.tflite.report import Kind, MediaPipeCheck, TFLiteFile
 
 
 class Written(NamedTuple):
-    """A file of ids.
+    """A file of a model.
 
     Attributes:
         file: What the report says of it.
@@ -46,66 +49,80 @@ class Written(NamedTuple):
     contents: Contents
 
 
-def write_ids_file(plan: Plan, padded: Padded, path: Path) -> Written:
-    """Writes the file of one length at `path`, and checks it."""
-    name, ids = plan.input_name, padded.ids
-    spec = tf.TensorSpec((plan.batch_size, padded.length), tf.int32, name)
-    graph = path.with_suffix("")
-    trace(
-        lambda rows: plan.device.function({name: rows}),
-        spec,
-        graph,
+def write_model_file(plan: Plan, inputs: FixedInputs, path: Path) -> Written:
+    """Writes the file of these inputs at `path`, and checks it."""
+    with traced(
+        plan.device.function,
+        inputs.specs,
         plan.signature_name,
         # What the function reads must hang on the module.
         [v.value for v in plan.device.model.variables],
-    )
-    content = convert(graph, plan.signature_name, plan.quantization, plan.notes)
-    if padded.ranges is not None:
-        cases = [{name: rows} for rows in batches(padded.ranges, plan.batch_size)]
+    ) as graph:
+        content = convert(graph, plan.signature_name, plan.quantization, plan.notes)
+    if inputs.ranges is not None:
+        cases = inputs.in_batches(inputs.ranges)
         content = quantize_dense(content, plan.signature_name, cases)
     model = tflite_schema.unpack(content)
-    by_row = plan.quantization == "dynamic_int8" and plan.target == "cpu"
-    if by_row and give_narrow_tables_one_scale(model):
+    if _edit(model, plan, len(content)):
         content = tflite_schema.pack(model)
     contents = contents_of(tflite_schema.describe(model, len(content)))
-    _check_contents(contents, plan.target)
+    _check_contents(contents, plan)
     path.write_bytes(content)
 
-    runs = batches(ids, plan.batch_size)
-    answers, facts = run_litert(path, [{name: rows} for rows in runs], plan)
-    compare = functools.partial(
-        compare_runs, actual=answers, facts=facts, samples=len(ids)
-    )
-    rows = np.concatenate(runs)
+    runs = inputs.in_batches(inputs.samples)
+    answers, facts = run_litert(path, runs, plan)
+    rows = len(next(iter(inputs.samples.values())))
+    compare = functools.partial(compare_runs, actual=answers, facts=facts, samples=rows)
+    tried = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
     if plan.rounded_tolerance is not None and plan.quantization is None:
         # The weights that Keras rounded, without its rounding of activations.
-        compare(plan.answer(rows, plan.device), tolerance=plan.tolerance)
-    parity = compare(plan.answer(rows), tolerance=plan.allowed)
+        compare(plan.device.answer(tried), tolerance=plan.tolerance)
+    parity = compare(plan.endpoint.answer(tried), tolerance=plan.allowed)
     run = (answers, facts, parity)
-    file = describe_file(path, "ids", padded.length, {name: spec}, plan, contents, run)
+    kind = "tensors" if inputs.length is None else "ids"
+    file = describe_file(path, kind, inputs, inputs.specs, contents, run)
     return Written(file, model, contents)
 
 
-def trace(
-    function: Callable[[Any], Any],
-    spec: tf.TensorSpec,
-    path: Path,
+def _edit(model: Any, plan: Plan, size: int) -> bool:
+    """Changes what the converter makes for all targets alike; tells if it did."""
+    if plan.target == "gpu":
+        return mend_for_gpu(model, contents_of(tflite_schema.describe(model, size)))
+    if plan.quantization == "dynamic_int8":
+        return give_narrow_tables_one_scale(model)
+    return False
+
+
+@contextlib.contextmanager
+def traced(
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    specs: Specs,
     signature_name: str,
     tracked: Any,
-) -> None:
-    """Traces a function of one tensor into a SavedModel, once.
+) -> Iterator[Path]:
+    """Traces a function into a SavedModel, once, which is removed at the end.
+
+    It stands in the system's directory for temporary files: TensorFlow takes some
+    characters in the names of other directories for patterns.
 
     Args:
-        function: Gives tensors by name.
-        spec: Of the tensor, with its name.
-        path: A directory that does not exist. Keras need not be able to load it.
+        function: Takes and gives tensors by name.
+        specs: Of what it takes.
         signature_name: The name of the signature.
         tracked: The variables and tables that the function reads.
     """
-    traced = tf.function(function, autograph=False).get_concrete_function(spec)
+
+    def of_arguments(*tensors: Any) -> Mapping[str, Any]:
+        return function(dict(zip(specs, tensors, strict=True)))
+
+    concrete = tf.function(of_arguments, autograph=False).get_concrete_function(
+        *(tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in specs.items())
+    )
     module: Any = tf.Module()
     module.tracked = tracked
-    tf.saved_model.save(module, str(path), signatures={signature_name: traced})
+    with tempfile.TemporaryDirectory() as directory:
+        tf.saved_model.save(module, directory, signatures={signature_name: concrete})
+        yield Path(directory)
 
 
 def convert(
@@ -138,26 +155,27 @@ def convert(
         names = sorted({one.operator.name for one in error.errors} - {""})
         if not names:
             raise
-        suspects = f"; {'; '.join(notes)}" if notes else ""
+        suspects = "".join(f"; {note}" for note in notes)
         raise ValueError(
             f"`model` needs operations that TFLite has not built in: {names}{suspects}"
         ) from error
 
 
-def _check_contents(contents: Contents, target: Target) -> None:
-    """Refuses a file that needs more than LiteRT, or that `target` computes wrongly."""
+def _check_contents(contents: Contents, plan: Plan) -> None:
+    """Refuses a file that needs more than LiteRT, or that the target runs wrongly."""
+    suspects = "".join(f"; {note}" for note in plan.notes)
     if contents.custom or contents.dynamic:
         raise ValueError(
             "`model` does not convert to builtin operations of fixed shape. Received: "
             f"custom operations {list(contents.custom)}, "
-            f"tensors of free shape {list(contents.dynamic)}"
+            f"tensors of free shape {list(contents.dynamic)}{suspects}"
         )
-    broken = findings(contents.operators, target)
+    broken = findings(contents.operators, plan.target)
     errors = [str(finding) for finding in broken if finding.severity == "error"]
     if errors:
         raise ValueError(
-            f"`model` does not convert to operators that `target={target!r}` runs "
-            "rightly. Received: " + "; ".join(errors)
+            f"`model` does not convert to operators that `target={plan.target!r}` "
+            f"runs rightly. Received: {'; '.join(errors)}{suspects}"
         )
 
 
@@ -196,10 +214,9 @@ def compare_runs(
 
 def describe_file(
     path: Path,
-    kind: Literal["ids", "text", "mediapipe"],
-    length: int,
+    kind: Kind,
+    fixed: FixedInputs,
     inputs: Specs,
-    plan: Plan,
     contents: Contents,
     run: tuple[Sequence[Arrays], Mapping[str, Any], Parity],
     mediapipe: MediaPipeCheck | None = None,
@@ -209,9 +226,8 @@ def describe_file(
     Args:
         path: The file.
         kind: Its kind.
-        length: The fixed length of its ids.
-        inputs: What its inputs hold.
-        plan: That of the export.
+        fixed: The inputs of the model in it.
+        inputs: What the file's own inputs hold.
         contents: What the file holds.
         run: Its answers in LiteRT, facts about the runtime, and the comparison.
         mediapipe: The comparison in MediaPipe.
@@ -220,8 +236,8 @@ def describe_file(
     return TFLiteFile(
         path=str(path),
         kind=kind,
-        sequence_length=length,
-        batch_size=plan.batch_size,
+        sequence_length=fixed.length,
+        batch_size=fixed.batch_size,
         size_bytes=size_of(path),
         inputs=tensor_infos(inputs),
         outputs=tuple(
@@ -235,11 +251,3 @@ def describe_file(
         parity=parity,
         mediapipe=mediapipe,
     )
-
-
-def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cuts rows into batches; repeats the last row to fill the last batch."""
-    filled = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
-    if filled.dtype.kind != "O":
-        filled = filled.astype(np.int32)
-    return [filled[i : i + size] for i in range(0, len(filled), size)]

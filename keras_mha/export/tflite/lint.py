@@ -244,14 +244,14 @@ def _slices_booleans(operator: Operator) -> bool:
 
 def _combines_with_a_misread_constant(operator: Operator) -> bool:
     return operator.name in _ELEMENTWISE and any(
-        _is_misread(constant, activation)
+        is_misread(constant, activation)
         for constant in operator.inputs
         for activation in operator.inputs
         if constant.constant and not activation.constant
     )
 
 
-def _is_misread(constant: Tensor, activation: Tensor) -> bool:
+def is_misread(constant: Tensor, activation: Tensor) -> bool:
     """Whether the delegate lays the two out in different orders.
 
     An activation's axes are to it B, BC, BWC or BHWC by their number; a constant's are

@@ -25,21 +25,22 @@ from keras_mha.export.tflite.file import (
     describe_file,
     run_litert,
 )
+from keras_mha.export.tflite.inputs import FixedInputs
 from keras_mha.export.tflite.metadata import Metadata, add_metadata, further_inputs
-from keras_mha.export.tflite.plan import Padded, Plan
+from keras_mha.export.tflite.plan import Plan
 from keras_mha.export.tflite.report import MediaPipeCheck, TFLiteFile
 
 _SHOWN = 5  # texts in a report
 
 
 def write_mediapipe_file(
-    plan: Plan, padded: Padded, of_ids: Written, path: Path
+    plan: Plan, inputs: FixedInputs, of_ids: Written, path: Path
 ) -> TFLiteFile:
     """Writes the file of one length at `path`, and checks it.
 
     Args:
         plan: That of the export, with metadata.
-        padded: The length.
+        inputs: Those of the model of ids.
         of_ids: The file of the model.
         path: Where to write.
 
@@ -50,15 +51,16 @@ def write_mediapipe_file(
         ParityError: If a value differs by more than is allowed, the labels come back
             in another order, or MediaPipe cuts no text into the ids of its sample.
     """
-    metadata, ids = plan.metadata, padded.ids
+    metadata, ids = plan.metadata, inputs.ids
     if metadata is None:
         raise TypeError("`plan` must have metadata")
     path.write_bytes(add_metadata(of_ids.model, metadata, plan.endpoint.model.name))
     rows = np.array_split(ids.astype(np.int32), len(ids))
-    cases = [{plan.input_name: row, **further_inputs(metadata, row)} for row in rows]
+    (name,) = inputs.specs
+    cases = [{name: row, **further_inputs(metadata, row)} for row in rows]
     answers, facts = run_litert(path, cases, plan)
     parity = compare_runs(
-        plan.answer(ids),
+        plan.endpoint.answer({name: ids}),
         actual=answers,
         facts=facts,
         samples=len(ids),
@@ -67,9 +69,7 @@ def write_mediapipe_file(
     specs = {n: tf.TensorSpec(a.shape, tf.int32) for n, a in cases[0].items()}
     check = _check(plan, ids, metadata, path)
     run = (answers, facts, parity)
-    return describe_file(
-        path, "mediapipe", padded.length, specs, plan, of_ids.contents, run, check
-    )
+    return describe_file(path, "mediapipe", inputs, specs, of_ids.contents, run, check)
 
 
 def _check(
@@ -122,7 +122,8 @@ def _compare_scores(
     facts: Mapping[str, Any],
 ) -> Parity:
     """Compares MediaPipe's scores with the model's for the ids that it cut."""
-    ((output, wanted),) = plan.answer(ids).items()
+    (name,) = plan.endpoint.inputs
+    ((output, wanted),) = plan.endpoint.answer({name: ids}).items()
     return check_parity(
         [{output: wanted[i : i + 1]} for i in range(len(wanted))],
         [{output: answer["scores"]} for answer in answers],

@@ -33,7 +33,7 @@ TOLERANCES = {"float16": 2e-3, "dynamic_int8": 0.05, "int8_dense": 0.05}
 def check_quantization(
     quantization: Quantization | None, representative_data: Any
 ) -> None:
-    """Refuses an unknown way of quantizing, and data that it lacks or cannot use.
+    """Refuses an unknown way of quantizing, and data that it cannot use.
 
     Raises:
         ImportError: If litert-quantizer is needed and not installed.
@@ -44,12 +44,11 @@ def check_quantization(
             f"`quantization` must be None or one of {list(get_args(Quantization))}. "
             f"Received: quantization={quantization!r}"
         )
-    if (representative_data is not None) != (quantization == "int8_dense"):
+    if representative_data is not None and quantization != "int8_dense":
         raise ValueError(
-            "`representative_data` is needed for quantization='int8_dense', and only "
-            "there: it tells the range of the activations. Received: "
-            f"quantization={quantization!r} and representative_data="
-            f"{'None' if representative_data is None else 'rows of ids'}"
+            "`representative_data` is for quantization='int8_dense': it tells the "
+            f"range of the activations. Received: quantization={quantization!r} with "
+            "representative_data"
         )
     if (
         quantization == "int8_dense"

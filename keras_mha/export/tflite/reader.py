@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from keras_mha.export.cases import Opened, Samples, fixed_cases, text_cases
+from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes.descriptor import AbsentError, File
 from keras_mha.export.tflite.graph import read_file
 
@@ -35,11 +38,12 @@ def open_file(
     """
     contents = read_file(path, timeout=timeout)
     graph, *_ = contents["graphs"]
-    inputs = [graph["tensors"][number] for number in graph["inputs"]]
+    inputs = _inputs_of(contents, signature_name, path)
     if contents["has_metadata"]:
         kind = "tflite/mediapipe"
     else:
-        kind = "tflite/text" if inputs[0]["dtype"] == "string" else "tflite"
+        takes_strings = any(tensor.dtype == "string" for tensor in inputs.values())
+        kind = "tflite/text" if takes_strings else "tflite"
     if samples.are_texts != (kind != "tflite"):
         raise AbsentError(
             "it takes ids, and no strings"
@@ -48,13 +52,11 @@ def open_file(
         )
     if kind == "tflite/mediapipe":
         try:
-            cases = text_cases(samples, inputs[0]["shape"][-1])
+            cases = text_cases(samples, _length(inputs))
         except ValueError as error:
             raise AbsentError(f"its ids cannot be compared: {error}") from error
-    elif len(inputs) != 1:
-        raise ValueError(f"{path} must have one input, and has {len(inputs)}")
     else:
-        cases = fixed_cases(samples, inputs[0]["shape"], inputs[0]["dtype"])
+        cases = fixed_cases(samples, inputs)
     quantized = any(
         # The tokenizer's tables are bytes.
         tensor["constant"] and tensor["dtype"] in _SMALL and tensor["dtype"] != "uint8"
@@ -62,3 +64,30 @@ def open_file(
     )
     file = File(path, kind, signature_name)
     return Opened(file, cases, quantized=quantized, unread=_UNREAD[kind])
+
+
+def _inputs_of(
+    contents: Mapping[str, Any], signature_name: str, path: Path
+) -> dict[str, TensorInfo]:
+    """Returns the inputs of a signature by its names of them."""
+    signatures = contents["signatures"]
+    if signature_name not in signatures:
+        raise ValueError(
+            f"{path} must have the signature {signature_name!r}, and has "
+            f"{sorted(signatures)}"
+        )
+    tensors = contents["graphs"][0]["tensors"]
+    return {
+        name: TensorInfo(name, tensor["dtype"], _free_sizes(tensor["shape"]))
+        for name, number in signatures[signature_name]["inputs"].items()
+        for tensor in [tensors[number]]
+    }
+
+
+def _free_sizes(shape: Sequence[int]) -> tuple[int | None, ...]:
+    return tuple(None if size < 0 else size for size in shape)
+
+
+def _length(inputs: Mapping[str, TensorInfo]) -> int:
+    first = next(iter(inputs.values()))
+    return (first.shape or (0,))[-1] or 0

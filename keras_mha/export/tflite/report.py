@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 from keras_mha.export.report import (
     ExportReport,
@@ -14,6 +14,8 @@ from keras_mha.export.report import (
     TensorInfo,
     WrittenFile,
 )
+
+Kind: TypeAlias = Literal["ids", "tensors", "text", "mediapipe"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class TFLiteFile(ReportPart):
 
     Attributes:
         path: Where it is.
-        kind: `"ids"` takes ids, `"text"` takes strings, and `"mediapipe"` has labels
-            and a tokenizer in it for MediaPipe, which takes strings.
-        sequence_length: The fixed length of its ids.
+        kind: `"ids"` takes ids of one of several lengths, `"tensors"` takes what else
+            a model does, `"text"` takes strings, and `"mediapipe"` has labels and a
+            tokenizer in it for MediaPipe, which takes strings.
+        sequence_length: The length S in its name; `None` for a file of tensors.
         batch_size: The fixed number of rows.
         size_bytes: Of the file.
         inputs: The signature's inputs.
@@ -81,8 +84,8 @@ class TFLiteFile(ReportPart):
     parts: ClassVar = ("mediapipe",)
 
     path: str
-    kind: Literal["ids", "text", "mediapipe"]
-    sequence_length: int
+    kind: Kind
+    sequence_length: int | None
     batch_size: int
     size_bytes: int
     inputs: tuple[TensorInfo, ...]

@@ -9,25 +9,26 @@ weight, and LiteRT's CPU delegate takes it over as it does there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tensorflow as tf
 
+from keras_mha.export.cases import filled_up
 from keras_mha.export.runtimes import tflite_schema
 from keras_mha.export.tflite.edit import join
 from keras_mha.export.tflite.file import (
     Written,
-    batches,
     compare_runs,
     convert,
     describe_file,
     run_litert,
-    trace,
+    traced,
 )
 from keras_mha.export.tflite.graph import contents_of
-from keras_mha.export.tflite.plan import Padded, Plan
+from keras_mha.export.tflite.inputs import FixedInputs
+from keras_mha.export.tflite.plan import Plan
 from keras_mha.export.tflite.report import TFLiteFile
 from keras_mha.export.tokens import INPUT
 
@@ -40,36 +41,35 @@ OPERATIONS = frozenset(
 
 
 def write_text_file(
-    plan: Plan, padded: Padded, of_ids: Written, path: Path
+    plan: Plan, inputs: FixedInputs, of_ids: Written, path: Path
 ) -> TFLiteFile:
     """Writes the file of one length at `path`, and checks it.
 
     Args:
         plan: That of the export, with a model of texts.
-        padded: The length.
+        inputs: Those of the model of ids.
         of_ids: The file of the model of ids in it.
         path: Where to write.
 
     Returns:
         What the report says of it.
     """
-    model, length = plan.text_model, padded.length
-    if model is None:
+    model, length = plan.text_model, inputs.length
+    if model is None or length is None:
         raise TypeError("`plan` must have a model of texts")
-    (name,) = model.endpoint.inputs
-    shape = (plan.batch_size, *model.texts.shape[1:])
-    spec = tf.TensorSpec(shape, tf.string, name)
-    graph = path.with_suffix("")
+    ((name, spec),) = model.endpoint.inputs.items()
+    rows = inputs.batch_size
+    specs = {name: tf.TensorSpec((rows, *spec.shape[1:]), tf.string, name)}
     tokenizer = _of_length(model.tokenizer, length)
 
-    def tokenize(texts: Any) -> dict[str, Any]:
-        ids = tokenizer(texts)
+    def tokenize(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(tensors[name])
         ids = tf.pad(ids, [[0, 0], [0, length - tokenizer.max_length]])
         # The converter forgets what shape that has.
-        return {INPUT: tf.reshape(ids, (plan.batch_size, length))}
+        return {INPUT: tf.reshape(ids, (rows, length))}
 
-    trace(tokenize, spec, graph, plan.signature_name, tokenizer)
-    front = convert(graph, plan.signature_name, None, (), custom=True)
+    with traced(tokenize, specs, plan.signature_name, tokenizer) as graph:
+        front = convert(graph, plan.signature_name, None, (), custom=True)
     joined = join(tflite_schema.unpack(front), of_ids.model)
     content = tflite_schema.pack(joined)
     contents = contents_of(tflite_schema.describe(joined, len(content)))
@@ -81,19 +81,18 @@ def write_text_file(
         )
     path.write_bytes(content)
 
-    runs = batches(model.texts, plan.batch_size)
-    answers, facts = run_litert(
-        path, [{name: texts} for texts in runs], plan, "tflite/text"
-    )
+    texts = filled_up(model.texts, rows)
+    cases = [{name: texts[i : i + rows]} for i in range(0, len(texts), rows)]
+    answers, facts = run_litert(path, cases, plan, "tflite/text")
     parity = compare_runs(
-        model.endpoint.answer({name: np.concatenate(runs)}),
+        model.endpoint.answer({name: texts}),
         actual=answers,
         facts=facts,
         samples=len(model.texts),
         tolerance=plan.allowed,
     )
     run = (answers, facts, parity)
-    return describe_file(path, "text", length, {name: spec}, plan, contents, run)
+    return describe_file(path, "text", inputs, specs, contents, run)
 
 
 def _of_length(tokenizer: WordpieceTokenizer, length: int) -> WordpieceTokenizer:

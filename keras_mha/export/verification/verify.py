@@ -121,12 +121,6 @@ def verify(
     names = _check_runtimes(runtimes)
     paths = _list_files(files)
     endpoint, arrays = describe(model, samples, output_names)
-    for name, _ in paths:
-        if FORMATS[name].one_input and len(arrays) != 1:
-            raise ValueError(
-                f"`{name}` files must be of a model with one input. Received: a model "
-                f"with the inputs {sorted(arrays)}"
-            )
     inputs = Samples(endpoint, arrays)
     free = inputs.in_batches
     right = _check_labels(labels, free)

@@ -19,7 +19,6 @@ from keras_mha.export.device.form import (
     register_device_form,
 )
 from keras_mha.export.device.layers import in_place_of_call
-from keras_mha.export.tflite.plan import reads_padded_queries
 from tests.support.layers import randomize
 
 VOCABULARY, LENGTH, WIDTH = 23, 13, 10
@@ -197,10 +196,60 @@ def test_models_in_models() -> None:
     assert not layers_as_they_are(model)
 
 
-def test_items_that_are_no_numbers_or_slices_stay() -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        (..., None, slice(2, 7, 2)),
+        (slice(None), None),
+        (None, slice(None), 3),
+        (slice(1, 4), ..., -1),
+        (slice(None), 2, None, slice(None, None, -2), None),
+    ],
+)
+def test_items(key: Any) -> None:
     layer = keras.layers.LayerNormalization()
-    model = tagger(lambda x: layer(x)[..., None, 2:7:2])
+    model = tagger(lambda x: layer(x)[key])
     assert difference(model) < 2e-6
+
+
+def test_group_normalization() -> None:
+    image = keras.Input((5, 7, 6), name="image")
+    model = randomize(
+        keras.Model(image, keras.layers.GroupNormalization(3, epsilon=0.01)(image))
+    )
+    given = np.random.default_rng(3).normal(size=(2, 5, 7, 6)).astype("float32")
+    expected = np.asarray(model(given))
+    assert not layers_as_they_are(model)
+    np.testing.assert_allclose(device_form(model)(given), expected, atol=1e-5)
+    across = keras.layers.GroupNormalization(5, axis=1, name="rows")(image)
+    (note,) = layers_as_they_are(keras.Model(image, across))
+    assert note.endswith("it normalizes over the axis 1")
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_a_table_there_and_back(tie_weights: bool, target: str) -> None:
+    table = keras.layers.ReversibleEmbedding(
+        VOCABULARY, WIDTH, tie_weights=tie_weights, mask_zero=True
+    )
+    block = BLOCK(2, 17)
+    model = tagger(lambda x: table(block(x), reverse=True), table)
+    assert difference(model, target=target) < 2e-6
+    assert not layers_as_they_are(model)
+
+
+@pytest.mark.parametrize("layer", ["LSTM", "GRU", "SimpleRNN"])
+def test_recurrent_layers_take_a_step_after_another(layer: str) -> None:
+    made = getattr(keras.layers, layer)(5, return_sequences=True)
+    embedding = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)
+    model = tagger(keras.layers.Bidirectional(made), embedding)
+    assert difference(model) < 2e-6
+    assert not layers_as_they_are(model)
+    traced = tf.function(device_form(model)).get_concrete_function(ids())
+    assert not {"While", "StatelessWhile"} & {
+        op.type for op in traced.graph.get_operations()
+    }
+    assert made.unroll is False
 
 
 def test_positions_of_packed_rows() -> None:
@@ -325,36 +374,21 @@ def test_a_weight_assigned_in_the_model_is_assigned_in_its_form() -> None:
 # Queries that are padding.
 
 
-def pooled(hidden: Hidden, pool: Hidden | None = None) -> keras.Model:
-    pool = pool or keras.layers.GlobalAveragePooling1D()
-    return tagger(lambda x: keras.layers.Dense(3)(pool(hidden(x))))
-
-
 BLOCK = keras_mha.TransformerEncoderBlock
 
 
-@pytest.mark.parametrize(
-    ("model", "read"),
-    [
-        (lambda: pooled(BLOCK(2, 17)), False),
-        (lambda: pooled(lambda x: BLOCK(2, 17)(BLOCK(2, 17)(x))), False),
-        (lambda: tagger(BLOCK(2, 17)), True),
-        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, 0]), True),
-        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, -1]), True),
-        (lambda: pooled(BLOCK(2, 17), lambda x: x[:, 5]), True),
-        (lambda: pooled(BLOCK(2, 17), lambda x: keras.ops.max(x, axis=1)), True),
-        (lambda: pooled(lambda x: keras.ops.mean(x, axis=1), lambda x: x), False),
-    ],
-)
-def test_whether_padded_queries_are_read(
-    model: Callable[[], keras.Model], read: bool
-) -> None:
-    made = model()
-    assert reads_padded_queries(made, None, ids()) is read
-    # One sample, without padding, tells as much.
-    assert reads_padded_queries(made, None, np.full((1, LENGTH), 3, "int32")) is read
-    changed = difference(made, padded_queries_read=False) > 1e-4
-    assert changed is read
+@pytest.mark.parametrize("padding", [0, 1, 22])
+def test_padding_counts_nowhere_whatever_its_id(padding: int) -> None:
+    """Where all positions are read, padded ones too, by a layer that drops masks."""
+    given = keras.Input((None,), dtype="int32", name="ids")
+    hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(given)
+    hidden = BLOCK(2, 17)(hidden, mask=keras.ops.not_equal(given, padding))
+    highest = keras.ops.max(hidden, axis=1)
+    model = randomize(keras.Model(given, keras.layers.Dense(3)(highest)))
+    rows = np.where(ids() == 0, padding, ids()).astype("int32")
+    expected = np.asarray(model(rows))
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(device_form(model)(rows), expected, atol=1e-5)
 
 
 # What has no form.

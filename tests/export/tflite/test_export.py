@@ -167,7 +167,7 @@ def test_the_device_form_is_small_and_one_partition(tmp_path: Path) -> None:
             target=target,
             overwrite=True,
         ).files
-        assert sum(file.operators.values()) <= 75
+        assert sum(file.operators.values()) <= 79
         assert file.delegate_partitions == 1
         assert file.parity.max_absolute_difference <= 3e-6
         assert file.operators["EMBEDDING_LOOKUP"] == 1
@@ -357,16 +357,21 @@ class Sine(keras.layers.Layer):
         return keras.ops.sin(inputs)
 
 
-def test_a_layer_of_unknown_form_is_named(tmp_path: Path) -> None:
+def test_a_layer_of_unknown_form_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = keras.Input((None,), dtype="int32", name="ids")
     hidden = keras.layers.Embedding(11, 3)(ids)
     model = keras.Model(ids, Sine(name="wave")(hidden))
     note = r"layer 'wave' \(Sine\) has no device form"
     with pytest.warns(UserWarning, match=f"`export_tflite`: {note}"):
-        report = export_tflite(model, tmp_path, sequence_lengths=(7,), samples=ROWS)
+        report = export_tflite(
+            model, tmp_path, sequence_lengths=(7,), samples=ROWS, target="gpu"
+        )
     assert len(report.notes) == 1
     assert re.fullmatch(note, report.notes[0])
-    with pytest.raises(ValueError, match=f"`target='gpu'` needs every layer.*{note}"):
+    monkeypatch.setattr(lint, "GPU_OPERATORS", lint.GPU_OPERATORS - {"SIN"})
+    with pytest.raises(ValueError, match=rf"gpu-operator: SIN (.|\s)*; {note}"):
         export_tflite(
             model, tmp_path / "gpu", sequence_lengths=(7,), samples=ROWS, target="gpu"
         )
@@ -380,10 +385,12 @@ def test_a_perturbed_weight_is_caught_and_nothing_is_left(
 ) -> None:
     model = ids_model()
     convert = module.convert
+    lengths = [13, 7]
 
     def convert_and_perturb(graph: Path, *arguments: Any) -> bytes:
         content = convert(graph, *arguments)
-        if graph.name == "model_13":
+        lengths.pop()
+        if not lengths:
             model.layers[-1].bias.assign_add([1e-3, 0.0, 0.0])
         return content
 
@@ -478,15 +485,6 @@ def test_a_text_model_is_refused(tmp_path: Path) -> None:
         export_tflite(small_models.text_model(), tmp_path, samples=small_models.TEXTS)
 
 
-def test_a_model_without_ids_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one integer input .* features: float32"):
-        export_tflite(small_models.dense_model(), tmp_path, samples=ROWS)
-    ids = keras.Input((None,), dtype="int32", name="ids")
-    kinds = keras.Input((None,), dtype="int32", name="kinds")
-    with pytest.raises(ValueError, match=r"one integer input .*ids: .*kinds: "):
-        export_tflite(keras.Model([ids, kinds], ids + kinds), tmp_path, samples=ROWS)
-
-
 def test_half_precision_is_refused(tmp_path: Path) -> None:
     ids = keras.Input((None,), dtype="int32", name="ids")
     inner = keras.Sequential([keras.layers.Embedding(11, 3, dtype="mixed_bfloat16")])
@@ -508,13 +506,23 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
         ({"tolerance": -1e-5}, "number of at least 0. Received: -1e-05"),
         ({"batch_size": 0}, "`batch_size` must be a positive integer. Received: 0"),
         ({"text": "no"}, "`text` must be True or False"),
-        ({"samples": [[0.5, 1.0]]}, r"rows of integer ids.*float64"),
-        ({"samples": []}, "one or more rows of integer ids"),
-        ({"samples": [[[1, 2]]]}, r"rows of integer ids.*\(1, 2\)"),
+        ({"samples": np.zeros((0, 3), "int32")}, "one or more rows"),
+        ({"shapes": {"ids": (1, 9)}}, "`sequence_lengths` and `shapes` both"),
+        (
+            {"shapes": {"x": (1, 9)}, "sequence_lengths": None},
+            r"`shapes` must name some of.*\['ids'\].*'x'",
+        ),
+        (
+            {"shapes": {"ids": (1, 0)}, "sequence_lengths": None},
+            r"`shapes` for input 'ids' must hold positive.*\(1, 0\)",
+        ),
+        (
+            {"shapes": {"ids": (2, 9)}, "sequence_lengths": None, "batch_size": 3},
+            "`shapes` and `batch_size` must agree.*batch_size=3",
+        ),
         ({"target": "tpu"}, r"`target` must be one of \['cpu', 'gpu'\].*'tpu'"),
         ({"quantization": "int4"}, "`quantization` must be None or one of.*'int4'"),
-        ({"quantization": "int8_dense"}, "`representative_data` is needed.*None"),
-        ({"representative_data": ROWS}, "and only there.*quantization=None"),
+        ({"representative_data": ROWS}, "`representative_data` is for.*=None"),
         (
             {
                 "quantization": "int8_dense",

@@ -2,20 +2,22 @@
 // the CPU, and its values were compared with the model's.
 // build.gradle: implementation("com.google.ai.edge.litert:litert:2.1.6")
 
+import java.nio.Buffer
 import java.nio.ByteBuffer
 import java.nio.FloatBuffer
+import java.nio.IntBuffer
+import java.nio.LongBuffer
 import org.tensorflow.lite.Interpreter
 
-/** Runs $file on $rows row(s) of $length ids, padded with 0. */
-fun run(model: ByteBuffer, ids: Array<IntArray>): FloatArray {
-    require(ids.size == $rows && ids.all { it.size == $length })
-    val answer = FloatBuffer.allocate($count) // of shape ($shape)
-    Interpreter(model).use { interpreter ->
-        interpreter.runSignature(
-            mapOf<String, Any>("$input" to ids),
-            mapOf<String, Any>("$output" to answer),
-            "$signature",
-        )
-    }
-    return answer.array()
+/**
+ * Runs $file. Numbers go row by row.
+ * It takes: $takes.
+ * It gives: $gives.
+ */
+fun run(model: ByteBuffer, inputs: Map<String, Buffer>): Map<String, Any> {
+    val counts = mapOf($counts)
+    require(counts.all { (name, count) -> inputs[name]?.remaining() == count })
+    val answers = mapOf<String, Any>($answers)
+    Interpreter(model).use { it.runSignature(inputs, answers, "$signature") }
+    return answers
 }

@@ -5,16 +5,18 @@
 import Foundation
 import TensorFlowLite
 
-/// Runs $file on $rows row(s) of $length ids, padded with 0.
-func run(ids: [Int32]) throws -> [Float32] {
-  precondition(ids.count == $rows * $length)
+/// Runs $file. Numbers go row by row, as their bytes.
+/// It takes: $takes.
+/// It gives: $gives.
+func run(_ inputs: [String: Data]) throws -> [String: Data] {
+  let sizes = [$sizes]
+  precondition(sizes.allSatisfy { inputs[$$0.key]?.count == $$0.value })
   let path = Bundle.main.path(forResource: "$stem", ofType: "tflite")!
   let interpreter = try Interpreter(modelPath: path)
-  try interpreter.allocateTensors()
-  try interpreter.copy(ids.withUnsafeBytes { Data($$0) }, toInputAt: 0)
-  try interpreter.invoke()
-  // "$output" of shape ($shape)
-  return try interpreter.output(at: 0).data.withUnsafeBytes {
-    Array($$0.bindMemory(to: Float32.self))
-  }
+  let runner = try interpreter.signatureRunner(with: "$signature")
+  try runner.allocateTensors()
+  for (name, bytes) in inputs { try runner.copy(bytes, toInputNamed: name) }
+  try runner.invoke()
+  return try Dictionary(
+    uniqueKeysWithValues: [$outputs].map { ($$0, try runner.output(named: $$0).data) })
 }

@@ -1,0 +1,312 @@
+"""The inputs of TFLite files: their fixed shapes and types, and the rows to try.
+
+Letters: B batch, T length, S length of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_mha.attention.numeric import plain_integer
+from keras_mha.export.cases import filled_up
+from keras_mha.export.endpoint import Endpoint
+from keras_mha.export.ids import is_looked_up, padding_id
+from keras_mha.export.parity import Arrays
+
+DEFAULT_LENGTHS = (128,)
+# What TFLite computes in.
+_NARROWED = {
+    tf.int64: tf.int32,
+    tf.float64: tf.float32,
+    tf.float16: tf.float32,
+    tf.bfloat16: tf.float32,
+}
+
+
+@dataclass(frozen=True)
+class FixedInputs:
+    """The inputs of one file.
+
+    Attributes:
+        name: The file's name without its ending.
+        length: S where the file is for one of several lengths, else `None`.
+        specs: The fixed shape and the type of each input.
+        samples: The samples in these shapes, in the model's types.
+        ranges: The representative data likewise, or `None`.
+    """
+
+    name: str
+    length: int | None
+    specs: Mapping[str, tf.TensorSpec]
+    samples: Arrays
+    ranges: Arrays | None
+
+    @property
+    def batch_size(self) -> int:
+        """Returns the number of rows in a call."""
+        return next(iter(self.specs.values())).shape[0]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Returns the samples of a model with one input."""
+        (ids,) = self.samples.values()
+        return ids
+
+    def in_batches(self, arrays: Arrays) -> list[Arrays]:
+        """Cuts rows into runs of the file, the last one filled up, in its types."""
+        typed = {
+            name: filled_up(arrays[name], self.batch_size).astype(
+                spec.dtype.as_numpy_dtype
+            )
+            for name, spec in self.specs.items()
+        }
+        rows = len(next(iter(typed.values())))
+        return [
+            {name: array[i : i + self.batch_size] for name, array in typed.items()}
+            for i in range(0, rows, self.batch_size)
+        ]
+
+
+def first_rows(arrays: Arrays) -> Arrays:
+    """Returns the first row of each input."""
+    return {name: array[:1] for name, array in arrays.items()}
+
+
+def even_rows(model: keras.Model, samples: Any) -> Any:
+    """Fills up rows of ids that differ in length; leaves other samples as they are."""
+    if isinstance(samples, Mapping):
+        return {name: even_rows(model, rows) for name, rows in samples.items()}
+    if not isinstance(samples, list | tuple) or not all(map(_is_row, samples)):
+        return samples
+    longest = max(map(len, samples), default=0)
+    inputs = getattr(model, "inputs", None) or ()
+    padding = padding_id(inputs[0]) if len(inputs) == 1 else 0
+    return [[*row, *[padding] * (longest - len(row))] for row in samples]
+
+
+def _is_row(row: Any) -> bool:
+    """Tells whether it is one row of whole numbers."""
+    if isinstance(row, list | tuple):
+        return all(plain_integer(number) is not None for number in row)
+    return isinstance(row, np.ndarray) and row.ndim == 1 and row.dtype.kind in "iu"
+
+
+def fix_inputs(
+    endpoint: Endpoint,
+    samples: Arrays,
+    ranges: Arrays | None,
+    *,
+    lengths: Sequence[int] | None,
+    shapes: Mapping[str, Sequence[int]] | None,
+    batch_size: int | None,
+    named_by_length: bool = False,
+) -> tuple[FixedInputs, ...]:
+    """Chooses the fixed shapes and types of each file's inputs.
+
+    Args:
+        endpoint: The model.
+        samples: The samples by input name.
+        ranges: The representative data likewise, or `None`.
+        lengths: As `sequence_lengths` of `export_tflite`.
+        shapes: As `shapes` of `export_tflite`.
+        batch_size: As `batch_size` of `export_tflite`.
+        named_by_length: Whether the files' names need a length, also where there is
+            only one that they can have.
+    """
+    if lengths is not None and shapes is not None:
+        raise ValueError(
+            "`sequence_lengths` and `shapes` both set sizes: pass one of them. "
+            f"Received: sequence_lengths={lengths!r} and shapes={shapes!r}"
+        )
+    batch, sizes = _check_shapes(endpoint, shapes, batch_size)
+    if lengths is not None:
+        _check_lengths(endpoint, lengths)
+    elif shapes is None and takes_ids(endpoint):
+        (own,) = (spec.shape[1] for spec in endpoint.inputs.values())
+        lengths = (
+            DEFAULT_LENGTHS if own is None else (own,) if named_by_length else None
+        )
+    return tuple(
+        _fix(endpoint, samples, ranges, batch=batch, sizes=sizes, length=length)
+        for length in lengths or (None,)
+    )
+
+
+def _check_shapes(
+    endpoint: Endpoint,
+    shapes: Mapping[str, Sequence[int]] | None,
+    batch_size: int | None,
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """Returns the number of rows, and the sizes after it of the inputs in `shapes`."""
+    named = {} if shapes is None else dict(shapes)
+    unknown = sorted(set(named) - set(endpoint.inputs))
+    if unknown or (shapes is not None and not named):
+        raise ValueError(
+            f"`shapes` must name some of the model's inputs {sorted(endpoint.inputs)}. "
+            f"Received: {shapes!r}"
+        )
+    for name, shape in named.items():
+        spec = endpoint.inputs[name]
+        if not _is_shape(shape) or not spec.shape.is_compatible_with(shape):
+            raise ValueError(
+                f"`shapes` for input {name!r} must hold positive integers that fit "
+                f"{tuple(spec.shape)}, the batch's size first. Received: {shape!r}"
+            )
+    batches = {shape[0] for shape in named.values()} | ({batch_size} - {None})
+    if len(batches) > 1:
+        raise ValueError(
+            "`shapes` and `batch_size` must agree on the number of rows. Received: "
+            f"shapes={shapes!r} and batch_size={batch_size!r}"
+        )
+    own = [tensor.shape[0] for tensor in _tensors(endpoint).values()]
+    batch = next(iter(batches), None) or next(filter(None, own), 1)
+    return batch, {name: tuple(shape[1:]) for name, shape in named.items()}
+
+
+def _is_shape(shape: Any) -> bool:
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        return False
+    return all((plain_integer(size) or 0) > 0 for size in shape)
+
+
+def _tensors(endpoint: Endpoint) -> dict[str, keras.KerasTensor]:
+    """Returns the inputs of a functional model by name; none of any other."""
+    tensors = getattr(endpoint.model, "inputs", None) or ()
+    named = {tensor.name: tensor for tensor in tensors}
+    if not tensors or set(named) == set(endpoint.inputs):
+        return named
+    # Names that Keras made up are others in the endpoint; the order is the same.
+    flat = keras.tree.flatten(endpoint.model.input)
+    return dict(zip(endpoint.inputs, flat, strict=True))
+
+
+def takes_ids(endpoint: Endpoint) -> bool:
+    """Tells whether the model has one input, of ids `(B, T)`."""
+    return len(endpoint.inputs) == 1 and _is_ids(endpoint, next(iter(endpoint.inputs)))
+
+
+def _is_ids(endpoint: Endpoint, name: str) -> bool:
+    spec = endpoint.inputs[name]
+    if spec.shape.rank != 2 or spec.dtype == tf.string:
+        return False
+    tensor = _tensors(endpoint).get(name)
+    return spec.dtype.is_integer or (tensor is not None and is_looked_up(tensor))
+
+
+def _has_free_length(endpoint: Endpoint, name: str) -> bool:
+    """Tells whether `sequence_lengths` sets the size of an input's second axis.
+
+    Nothing tells of a model that is not functional which axes are free.
+    """
+    shape = endpoint.inputs[name].shape
+    if name in _tensors(endpoint):
+        return shape.rank > 1 and shape[1] is None
+    return _is_ids(endpoint, name)
+
+
+def _check_lengths(endpoint: Endpoint, lengths: Sequence[int]) -> None:
+    """Refuses lengths that no input has or can take."""
+    sizes = [
+        None if _has_free_length(endpoint, name) else spec.shape[1]
+        for name, spec in endpoint.inputs.items()
+        if spec.shape.rank > 1
+    ]
+    if None not in sizes and not set(lengths) <= set(sizes):
+        raise ValueError(
+            "`sequence_lengths` is for a model with an input of a free length. "
+            "Received a model with the inputs "
+            f"{ {name: tuple(spec.shape) for name, spec in endpoint.inputs.items()} }"
+        )
+
+
+def _fix(
+    endpoint: Endpoint,
+    samples: Arrays,
+    ranges: Arrays | None,
+    *,
+    batch: int,
+    sizes: Mapping[str, tuple[int, ...]],
+    length: int | None,
+) -> FixedInputs:
+    """Chooses the shapes and types of one file's inputs."""
+    shapes = {
+        name: _shape(endpoint, name, array, sizes, length)
+        for name, array in samples.items()
+    }
+
+    def fitted(arrays: Arrays, argument: str) -> dict[str, np.ndarray]:
+        return {
+            name: _fit(endpoint, name, array, shapes[name], argument)
+            for name, array in arrays.items()
+        }
+
+    return FixedInputs(
+        name="model" if length is None else f"model_{length}",
+        length=length,
+        specs={
+            name: tf.TensorSpec(
+                (batch, *shape), _file_type(endpoint, name, samples[name]), name
+            )
+            for name, shape in shapes.items()
+        },
+        samples=fitted(samples, "samples"),
+        ranges=None if ranges is None else fitted(ranges, "representative_data"),
+    )
+
+
+def _shape(
+    endpoint: Endpoint,
+    name: str,
+    array: np.ndarray,
+    sizes: Mapping[str, tuple[int, ...]],
+    length: int | None,
+) -> tuple[int, ...]:
+    """Chooses the sizes of an input after the batch's."""
+    if name in sizes:
+        return sizes[name]
+    own = array.shape[1:]
+    if length is not None and _has_free_length(endpoint, name):
+        return (length, *own[1:])
+    return own
+
+
+def _file_type(endpoint: Endpoint, name: str, array: np.ndarray) -> tf.DType:
+    """Chooses the type of an input: ids are int32, also where Keras says float32."""
+    dtype = endpoint.inputs[name].dtype
+    if _is_ids(endpoint, name) and np.array_equal(array, np.round(array)):
+        return tf.int32
+    return _NARROWED.get(dtype, dtype)
+
+
+def _fit(
+    endpoint: Endpoint,
+    name: str,
+    array: np.ndarray,
+    shape: tuple[int, ...],
+    argument: str,
+) -> np.ndarray:
+    """Fills up rows of ids with padding; refuses other sizes than the file's."""
+    if array.shape[1:] == shape:
+        return array
+    if not _is_ids(endpoint, name):
+        raise ValueError(
+            f"`{argument}` for input {name!r} must have the shape {('n', *shape)}, as "
+            f"`shapes` or `sequence_lengths` say. Received: {array.shape}"
+        )
+    (length,) = shape
+    if array.shape[1] > length:
+        raise ValueError(
+            f"`{argument}` must not be longer than any of `sequence_lengths`, or than "
+            f"`shapes` say. Received: a row of {array.shape[1]} ids for the length "
+            f"{length}"
+        )
+    tensor = _tensors(endpoint).get(name)
+    padding = 0 if tensor is None else padding_id(tensor)
+    ends = (0, length - array.shape[1])
+    return np.pad(array, ((0, 0), ends), constant_values=padding)
