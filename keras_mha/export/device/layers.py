@@ -417,7 +417,8 @@ def get_item(operation: Any) -> list[Swap]:
         )
         takes_all = all(part == slice(None) for part in slices)
         outputs = inputs if takes_all else inputs[slices]
-        sizes: Any = iter(ops.shape(outputs))
+        shape_of: Any = ops.shape(outputs)
+        sizes = iter(shape_of)
         shape: list[Any] = []
         for part in keys:
             size = 1 if part is None else next(sizes)

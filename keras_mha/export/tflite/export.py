@@ -221,7 +221,7 @@ def export_tflite(
         signature_name=signature_name,
         quantization=quantization,
         target=target,
-        notes=plan.notes,
+        notes=(*plan.endpoint.notes, *plan.notes),
         files=tuple(files),
         companions=tuple(final[len(files) :]),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,17 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python.convert_phase import ConverterError
 
-from keras_mha.export.endpoint import Specs, tensor_infos
+from keras_mha.export.drawn import drawn_cases
+from keras_mha.export.endpoint import Endpoint, tensor_infos
 from keras_mha.export.files import size_of
-from keras_mha.export.parity import Arrays, check_parity
+from keras_mha.export.inputs import Specs
+from keras_mha.export.parity import check_parity
 from keras_mha.export.report import Parity, TensorInfo
 from keras_mha.export.runtimes import tflite_schema
 from keras_mha.export.runtimes.descriptor import File
 from keras_mha.export.runtimes.fresh_process import run_in_fresh_process
 from keras_mha.export.runtimes.litert import RUNTIME as LITERT
+from keras_mha.export.samples import Arrays
 from keras_mha.export.tflite.edit import give_narrow_tables_one_scale
 from keras_mha.export.tflite.gpu import mend_for_gpu
 from keras_mha.export.tflite.graph import Contents, contents_of
@@ -59,8 +61,13 @@ def write_model_file(plan: Plan, inputs: FixedInputs, path: Path) -> Written:
         [v.value for v in plan.device.model.variables],
     ) as graph:
         content = convert(graph, plan.signature_name, plan.quantization, plan.notes)
+    of_drawn = _drawn(inputs)
     if inputs.ranges is not None:
-        cases = inputs.in_batches(inputs.ranges)
+        # Other inputs may leave the ranges that it is rounded by: they go first.
+        path.write_bytes(content)
+        _try(plan, inputs, path, of_drawn).compare(plan.endpoint, plan.tolerance)
+        of_drawn = []
+        cases = list(map(inputs.typed, inputs.in_batches(inputs.ranges)))
         content = quantize_dense(content, plan.signature_name, cases)
     model = tflite_schema.unpack(content)
     if _edit(model, plan, len(content)):
@@ -69,19 +76,55 @@ def write_model_file(plan: Plan, inputs: FixedInputs, path: Path) -> Written:
     _check_contents(contents, plan)
     path.write_bytes(content)
 
-    runs = inputs.in_batches(inputs.samples)
-    answers, facts = run_litert(path, runs, plan)
-    rows = len(next(iter(inputs.samples.values())))
-    compare = functools.partial(compare_runs, actual=answers, facts=facts, samples=rows)
-    tried = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    trial = _try(plan, inputs, path, of_drawn)
     if plan.rounded_tolerance is not None and plan.quantization is None:
         # The weights that Keras rounded, without its rounding of activations.
-        compare(plan.device.answer(tried), tolerance=plan.tolerance)
-    parity = compare(plan.endpoint.answer(tried), tolerance=plan.allowed)
-    run = (answers, facts, parity)
+        trial.compare(plan.device, plan.tolerance)
+    run = (trial.answers, trial.facts, trial.compare(plan.endpoint, plan.allowed))
     kind = "tensors" if inputs.length is None else "ids"
     file = describe_file(path, kind, inputs, inputs.specs, contents, run)
     return Written(file, model, contents)
+
+
+class _Trial(NamedTuple):
+    """A file's answers to the samples, and to inputs that were drawn.
+
+    Attributes:
+        answers: Its answers.
+        facts: Facts about the runtime.
+        compare: Compares them with an endpoint's, within a tolerance.
+    """
+
+    answers: Sequence[Arrays]
+    facts: Mapping[str, Any]
+    compare: Callable[[Endpoint, float], Parity]
+
+
+def _try(
+    plan: Plan, inputs: FixedInputs, path: Path, of_drawn: Sequence[Arrays]
+) -> _Trial:
+    runs = [*inputs.in_batches(inputs.samples), *of_drawn]
+    answers, facts = run_litert(path, list(map(inputs.typed, runs)), plan)
+
+    def compare(endpoint: Endpoint, tolerance: float) -> Parity:
+        return check_parity(
+            answers_of(endpoint, runs),
+            answers,
+            tolerance=tolerance,
+            samples=inputs.endpoint.rows(inputs.samples),
+            runtime=facts["runtime"],
+            runtime_version=facts["version"],
+            drawn=len(of_drawn),
+            again=lambda: endpoint.answers_in_graph(runs),
+        )
+
+    return _Trial(answers, facts, compare)
+
+
+def _drawn(inputs: FixedInputs) -> list[Arrays]:
+    """Draws runs whose inputs were no samples, in the file's sizes."""
+    cases, _ = drawn_cases(inputs.endpoint, inputs.samples)
+    return [run for case in cases for run in inputs.in_batches(case)]
 
 
 def _edit(model: Any, plan: Plan, size: int) -> bool:
@@ -185,6 +228,32 @@ def run_litert(
     """Runs the file in LiteRT, in a fresh process; see `keras_mha.export.runtimes`."""
     file = File(path, kind, plan.signature_name)
     return run_in_fresh_process(LITERT, file, cases, timeout=plan.timeout)
+
+
+def answers_of(endpoint: Endpoint, runs: Sequence[Arrays]) -> Sequence[Arrays]:
+    """Returns the model's answers to runs of one size.
+
+    All rows together where that gives the same, which is faster.
+    """
+    first, size = endpoint.answer(runs[0]), endpoint.rows(runs[0])
+    if endpoint.unbatched or endpoint.batch_size is not None:
+        return [first, *map(endpoint.answer, runs[1:])]
+    rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+    together = endpoint.answer(rows)
+    cut = [
+        {name: array[i * size : (i + 1) * size] for name, array in together.items()}
+        for i in range(len(runs))
+    ]
+    if all(_is_near(first[name], cut[0][name]) for name in first):
+        return cut
+    return [first, *map(endpoint.answer, runs[1:])]
+
+
+def _is_near(one: np.ndarray, other: np.ndarray) -> bool:
+    """Tells whether rows were answered by themselves, but for rounding."""
+    if one.shape != other.shape or one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    return np.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def compare_runs(

@@ -6,7 +6,7 @@ Letters: B batch, T length, S length of a file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -14,10 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mha.attention.numeric import plain_integer
-from keras_mha.export.cases import filled_up
 from keras_mha.export.endpoint import Endpoint
 from keras_mha.export.ids import is_looked_up, padding_id
-from keras_mha.export.parity import Arrays
+from keras_mha.export.samples import Arrays
 
 DEFAULT_LENGTHS = (128,)
 # What TFLite computes in.
@@ -36,21 +35,29 @@ class FixedInputs:
     Attributes:
         name: The file's name without its ending.
         length: S where the file is for one of several lengths, else `None`.
-        specs: The fixed shape and the type of each input.
+        batch_size: The number of rows in a call.
+        endpoint: The model, with these sizes; the batch's stays free.
+        types: The type of each input in the file.
         samples: The samples in these shapes, in the model's types.
         ranges: The representative data likewise, or `None`.
     """
 
     name: str
     length: int | None
-    specs: Mapping[str, tf.TensorSpec]
+    batch_size: int
+    endpoint: Endpoint
+    types: Mapping[str, tf.DType]
     samples: Arrays
     ranges: Arrays | None
 
     @property
-    def batch_size(self) -> int:
-        """Returns the number of rows in a call."""
-        return next(iter(self.specs.values())).shape[0]
+    def specs(self) -> dict[str, tf.TensorSpec]:
+        """Returns the shape and the type of each input in the file."""
+        fixed = self.endpoint.with_batch_size(self.batch_size).inputs
+        return {
+            name: tf.TensorSpec(spec.shape, self.types[name], name)
+            for name, spec in fixed.items()
+        }
 
     @property
     def ids(self) -> np.ndarray:
@@ -59,23 +66,22 @@ class FixedInputs:
         return ids
 
     def in_batches(self, arrays: Arrays) -> list[Arrays]:
-        """Cuts rows into runs of the file, the last one filled up, in its types."""
-        typed = {
-            name: filled_up(arrays[name], self.batch_size).astype(
-                spec.dtype.as_numpy_dtype
-            )
-            for name, spec in self.specs.items()
-        }
-        rows = len(next(iter(typed.values())))
+        """Cuts rows into runs of the file, the last one filled up."""
+        rows, size = self.endpoint.rows(arrays), self.batch_size
+        numbers = np.minimum(np.arange(-(-rows // size) * size), rows - 1)
+        if self.endpoint.unbatched.issuperset(arrays):
+            return [arrays]
         return [
-            {name: array[i : i + self.batch_size] for name, array in typed.items()}
-            for i in range(0, rows, self.batch_size)
+            self.endpoint.take(arrays, numbers[i : i + size])
+            for i in range(0, len(numbers), size)
         ]
 
-
-def first_rows(arrays: Arrays) -> Arrays:
-    """Returns the first row of each input."""
-    return {name: array[:1] for name, array in arrays.items()}
+    def typed(self, run: Arrays) -> dict[str, np.ndarray]:
+        """Returns a run in the file's types."""
+        return {
+            name: array.astype(self.types[name].as_numpy_dtype)
+            for name, array in run.items()
+        }
 
 
 def even_rows(model: keras.Model, samples: Any) -> Any:
@@ -84,10 +90,12 @@ def even_rows(model: keras.Model, samples: Any) -> Any:
         return {name: even_rows(model, rows) for name, rows in samples.items()}
     if not isinstance(samples, list | tuple) or not all(map(_is_row, samples)):
         return samples
-    longest = max(map(len, samples), default=0)
+    lengths = set(map(len, samples))
+    if len(lengths) < 2:
+        return samples
     inputs = getattr(model, "inputs", None) or ()
     padding = padding_id(inputs[0]) if len(inputs) == 1 else 0
-    return [[*row, *[padding] * (longest - len(row))] for row in samples]
+    return [[*row, *[padding] * (max(lengths) - len(row))] for row in samples]
 
 
 def _is_row(row: Any) -> bool:
@@ -143,7 +151,7 @@ def _check_shapes(
     shapes: Mapping[str, Sequence[int]] | None,
     batch_size: int | None,
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Returns the number of rows, and the sizes after it of the inputs in `shapes`."""
+    """Returns the number of rows, and the shapes by input name."""
     named = {} if shapes is None else dict(shapes)
     unknown = sorted(set(named) - set(endpoint.inputs))
     if unknown or (shapes is not None and not named):
@@ -158,15 +166,17 @@ def _check_shapes(
                 f"`shapes` for input {name!r} must hold positive integers that fit "
                 f"{tuple(spec.shape)}, the batch's size first. Received: {shape!r}"
             )
-    batches = {shape[0] for shape in named.values()} | ({batch_size} - {None})
+    batches = {
+        shape[0] for name, shape in named.items() if name not in endpoint.unbatched
+    }
+    batches |= {size for size in (batch_size, endpoint.batch_size) if size is not None}
     if len(batches) > 1:
         raise ValueError(
-            "`shapes` and `batch_size` must agree on the number of rows. Received: "
-            f"shapes={shapes!r} and batch_size={batch_size!r}"
+            "`shapes`, `batch_size` and the model must agree on the number of rows. "
+            f"Received: shapes={shapes!r}, batch_size={batch_size!r} and a model of "
+            f"{endpoint.batch_size or 'any number of'} rows"
         )
-    own = [tensor.shape[0] for tensor in _tensors(endpoint).values()]
-    batch = next(iter(batches), None) or next(filter(None, own), 1)
-    return batch, {name: tuple(shape[1:]) for name, shape in named.items()}
+    return next(iter(batches), 1), {name: tuple(x) for name, x in named.items()}
 
 
 def _is_shape(shape: Any) -> bool:
@@ -239,6 +249,10 @@ def _fix(
         name: _shape(endpoint, name, array, sizes, length)
         for name, array in samples.items()
     }
+    narrowed = {
+        name: tf.TensorSpec(shape, endpoint.inputs[name].dtype)
+        for name, shape in shapes.items()
+    }
 
     def fitted(arrays: Arrays, argument: str) -> dict[str, np.ndarray]:
         return {
@@ -249,12 +263,9 @@ def _fix(
     return FixedInputs(
         name="model" if length is None else f"model_{length}",
         length=length,
-        specs={
-            name: tf.TensorSpec(
-                (batch, *shape), _file_type(endpoint, name, samples[name]), name
-            )
-            for name, shape in shapes.items()
-        },
+        batch_size=batch,
+        endpoint=replace(endpoint, inputs=narrowed),
+        types={n: _file_type(endpoint, n, array) for n, array in samples.items()},
         samples=fitted(samples, "samples"),
         ranges=None if ranges is None else fitted(ranges, "representative_data"),
     )
@@ -266,14 +277,15 @@ def _shape(
     array: np.ndarray,
     sizes: Mapping[str, tuple[int, ...]],
     length: int | None,
-) -> tuple[int, ...]:
-    """Chooses the sizes of an input after the batch's."""
+) -> tuple[int | None, ...]:
+    """Chooses the sizes of an input; that of the batch stays the endpoint's."""
+    own = array.shape
     if name in sizes:
-        return sizes[name]
-    own = array.shape[1:]
-    if length is not None and _has_free_length(endpoint, name):
-        return (length, *own[1:])
-    return own
+        own = sizes[name]
+    elif length is not None and _has_free_length(endpoint, name):
+        own = (*own[:1], length, *own[2:])
+    batched = name not in endpoint.unbatched
+    return (endpoint.inputs[name].shape[0], *own[1:]) if batched else own
 
 
 def _file_type(endpoint: Endpoint, name: str, array: np.ndarray) -> tf.DType:
@@ -288,25 +300,24 @@ def _fit(
     endpoint: Endpoint,
     name: str,
     array: np.ndarray,
-    shape: tuple[int, ...],
+    shape: tuple[int | None, ...],
     argument: str,
 ) -> np.ndarray:
     """Fills up rows of ids with padding; refuses other sizes than the file's."""
-    if array.shape[1:] == shape:
+    if array.shape[1:] == shape[1:]:
         return array
     if not _is_ids(endpoint, name):
         raise ValueError(
-            f"`{argument}` for input {name!r} must have the shape {('n', *shape)}, as "
-            f"`shapes` or `sequence_lengths` say. Received: {array.shape}"
+            f"`{argument}` for input {name!r} must have the shape {shape}, as `shapes` "
+            f"or `sequence_lengths` say. Received: {array.shape}"
         )
-    (length,) = shape
-    if array.shape[1] > length:
+    missing = (shape[1] or 0) - array.shape[1]
+    if missing < 0:
         raise ValueError(
             f"`{argument}` must not be longer than any of `sequence_lengths`, or than "
             f"`shapes` say. Received: a row of {array.shape[1]} ids for the length "
-            f"{length}"
+            f"{shape[1]}"
         )
     tensor = _tensors(endpoint).get(name)
     padding = 0 if tensor is None else padding_id(tensor)
-    ends = (0, length - array.shape[1])
-    return np.pad(array, ((0, 0), ends), constant_values=padding)
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=padding)

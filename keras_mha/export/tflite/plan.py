@@ -21,12 +21,12 @@ from keras_mha.export.device.form import (
 )
 from keras_mha.export.endpoint import Endpoint, describe
 from keras_mha.export.files import check_overwrite
-from keras_mha.export.parity import Arrays, check_timeout, check_tolerance
+from keras_mha.export.parity import check_timeout, check_tolerance
 from keras_mha.export.runtimes.litert import registrar
+from keras_mha.export.samples import Arrays
 from keras_mha.export.tflite.inputs import (
     FixedInputs,
     even_rows,
-    first_rows,
     fix_inputs,
     takes_ids,
 )
@@ -152,7 +152,7 @@ def make_plan(
         endpoint, samples, ranges, text_model = _read_text_model(
             model, samples, representative_data
         )
-        arrays, names = samples, list(endpoint.answer(first_rows(samples)))
+        arrays, names = samples, list(endpoint.answer(endpoint.take(samples, slice(1))))
     else:
         _check_inputs(model)
         samples = even_rows(model, samples)
@@ -184,7 +184,9 @@ def make_plan(
     rounded_tolerance = _check_rounded(quantized_tolerance, quantization, rounded)
 
     if metadata is not None:
-        check_labels(metadata, endpoint.answer(first_rows(files[0].samples)))
+        check_labels(
+            metadata, endpoint.answer(endpoint.take(files[0].samples, slice(1)))
+        )
         if text_model is not None:
             tokenizer, texts = text_model.tokenizer, text_model.texts
             metadata = with_tokenizer(metadata, tokenizer, texts)

@@ -518,7 +518,7 @@ def test_half_precision_is_refused(tmp_path: Path) -> None:
         ),
         (
             {"shapes": {"ids": (2, 9)}, "sequence_lengths": None, "batch_size": 3},
-            "`shapes` and `batch_size` must agree.*batch_size=3",
+            "`shapes`, `batch_size` and the model must agree.*batch_size=3",
         ),
         ({"target": "tpu"}, r"`target` must be one of \['cpu', 'gpu'\].*'tpu'"),
         ({"quantization": "int4"}, "`quantization` must be None or one of.*'int4'"),
