@@ -170,7 +170,7 @@ def test_a_format_that_fails_does_not_stop_the_others(
     assert main([*arguments, "--sequence-lengths", "2", "--debug"]) == 1
     told = capsys.readouterr()
     assert "`samples` must not be longer than any of `sequence_lengths`" in told.err
-    assert "(On the command line: --sequence-lengths, --samples)" in told.err
+    assert "(On the command line: --sequence-lengths, --shapes, --samples)" in told.err
     assert "Traceback" in told.err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["onnx"]
     assert "| tflite | nothing: it failed |" in told.out
@@ -413,7 +413,13 @@ def test_a_module_that_fails_is_told_in_a_line(
         (["onnx"], ["--tolerance", "nan"], "must be finite and at least 0, not nan"),
         (["onnx"], ["--tolerance", "x"], "invalid number value: 'x'"),
         (["tflite"], ["--sequence-lengths", "0"], "must be at least 1, not 0"),
-        (["tflite"], ["--quantization", "int8_dense"], "--representative-data goes"),
+        (["tflite"], ["--representative-data", "a.npy"], "--representative-data goes"),
+        (["tflite"], ["--shapes", "ids=1,x"], "must be written as ids=1,64, not ids"),
+        (
+            ["tflite"],
+            ["--shapes", "ids=1,64", "--sequence-lengths", "64"],
+            "--shapes and --sequence-lengths both set sizes",
+        ),
         (
             ["tflite"],
             ["--quantization", "float16", "--tolerance", "0.1"],

@@ -140,12 +140,12 @@ def test_to_tflite_quantizes(tmp_path: Path) -> None:
     assert report["files"][0]["parity"]["tolerance"] == 0.3
 
 
-def test_to_tflite_wants_representative_data_for_ranges(tmp_path: Path) -> None:
+def test_to_tflite_wants_representative_data_for_ranges_only(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     done = run(
         "to_tflite.py",
         *(tmp_path / "a", "--out", tmp_path, "--samples", tmp_path / "a"),
-        *("--quantization", "int8_dense", "--target", "gpu"),
+        *("--representative-data", tmp_path / "a", "--target", "gpu"),
     )
     assert done.returncode == 2
     assert "--representative-data goes with --quantization int8_dense" in done.stderr
