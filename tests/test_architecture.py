@@ -51,7 +51,9 @@ LATE = (
 )
 # A module of `keras_mha.export` may import from lower floors and from its own folder.
 EXPORT_FLOORS: Mapping[str, int] = {
-    **dict.fromkeys(("compiled_marks", "declaration", "files", "report", "samples"), 0),
+    **dict.fromkeys(
+        ("compiled_marks", "declaration", "files", "ids", "report", "samples"), 0
+    ),
     **dict.fromkeys(("inputs", "parity"), 1),
     "endpoint": 2,
     **dict.fromkeys(("drawn", "runtimes", "tokens"), 3),
