@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -152,8 +153,8 @@ class Twins:
                 return self._copy_variable(value)
             if isinstance(value, keras.optimizers.Optimizer):
                 return type(value).from_config(value.get_config())
-            if isinstance(value, np.ndarray):
-                return value.copy()
+            if isinstance(value, np.ndarray) or _is_variable_of_tensorflow(value):
+                return copy.deepcopy(value)
         return self._later(value, type(value)) if self._holds(value) else value
 
     def _later(self, value: Any, kind: type) -> Any:
@@ -335,6 +336,10 @@ def _items(values: Any) -> Iterator[Any]:
             yield from value
         else:
             yield value
+
+
+def _is_variable_of_tensorflow(value: Any) -> bool:
+    return hasattr(value, "handle") and hasattr(value, "assign_sub")
 
 
 def _holds_a_callable(cell: CellType) -> bool:

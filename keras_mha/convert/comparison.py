@@ -166,7 +166,7 @@ def describe_differences(
     if not original.built:
         return ""  # it answers nothing yet
     unknown = _describe_masks(original, swapped) if expected else ""
-    inputs = drawn_inputs(original) if samples is None else samples
+    inputs = drawn_inputs(original) if samples is None else _tensors(original, samples)
     if inputs is None:
         return unknown
     try:
@@ -176,9 +176,32 @@ def describe_differences(
             raise
         # Drawn inputs need not suit a model.
         return unknown
-    if not found.differences:
+    if not found.differences or _is_random(original, swapped, inputs):
         return ""
     return _report(found, "drawn inputs" if samples is None else "`samples`")
+
+
+def _tensors(model: Any, samples: Any) -> Any:
+    """Samples as tensors, in the structure of the inputs where a model tells it."""
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is None:
+        return keras.tree.map_structure(ops.convert_to_tensor, samples)
+    try:
+        return keras.tree.map_structure_up_to(
+            structure, lambda _, x: ops.convert_to_tensor(x), structure, samples
+        )
+    except (TypeError, ValueError) as error:
+        names = keras.tree.map_structure(lambda x: x.name, structure)
+        raise ValueError(
+            f"`samples` must be arrays in the structure that the model takes, {names}. "
+            f"Received: samples of type {type(samples).__name__}"
+        ) from error
+
+
+def _is_random(model: Any, swapped: list[tuple[Any, Any]], inputs: Any) -> bool:
+    """Whether a model answers otherwise each time, so that nothing can be compared."""
+    layers = [(layer, layer) for layer, _ in swapped]
+    return bool(compare(model, model, layers, inputs).differences)
 
 
 def _report(found: Comparison, inputs: str) -> str:

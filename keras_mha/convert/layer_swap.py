@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import keras
@@ -110,15 +110,30 @@ def _caller(rule: Rule, swapped: list[tuple[Any, Any]]) -> Callable[..., Any]:
     originals = {id(new): layer for layer, new in swapped}
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(layer) not in originals:
-            return layer(*args, **kwargs)
         try:
-            return rule.call(originals[id(layer)], layer, args, kwargs)
+            if id(layer) in originals:
+                return rule.call(originals[id(layer)], layer, args, kwargs)
+            return layer(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            error.add_note(f"The call of layer '{layer.name}' does not convert.")
-            raise
+            if not _holds(layer, originals):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"A call of attention, in {described(layer)}, does not convert: "
+                f"{_innermost(error)}"
+            ) from error
 
     return call
+
+
+def _holds(layer: Any, swapped: Container[int]) -> bool:
+    inside = layer._flatten_layers() if isinstance(layer, keras.Layer) else []
+    return any(id(each) in swapped for each in inside)
+
+
+def _innermost(error: Exception) -> str:
+    """The message of an error around which Keras put more for each layer."""
+    return str(error).rpartition("\x1b[1m")[2].partition("\x1b[0m")[0]
 
 
 def _variable_maker(model: Any, policy: Any, *, share: bool) -> Any:

@@ -849,6 +849,53 @@ def test_no_warning_where_nothing_changes() -> None:
     from_keras(blocks("Add", count=1), samples=np.array([[3, 1, 4], [1, 5, 9]]))
 
 
+def test_models_that_answer_at_random_are_not_compared() -> None:
+    class Noise(layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            return inputs + tf.random.normal(tf.shape(inputs))
+
+    x = vectors()
+    noisy = Noise()(x)
+    from_keras(keras.Model(x, Stock(N, H)(noisy, noisy)))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "lists", "wrong"])
+def test_samples_in_the_structure_of_the_inputs(kind: str) -> None:
+    x, memory = vectors(), keras.Input((None, D), name="memory")
+    mixed = Stock(N, H)(x, memory)
+    original = keras.Model({"vectors": x, "memory": memory}, mixed)
+    samples: Any = {"vectors": normal(B, T, D), "memory": normal(B, S, D)}
+    if kind == "lists":
+        samples = {name: array.tolist() for name, array in samples.items()}
+    if kind == "wrong":
+        with pytest.raises(ValueError, match="`samples`.*'memory'.*type ndarray"):
+            from_keras(original, samples=samples["vectors"])
+    else:
+        from_keras(original, samples=samples)
+
+
+def test_augmentation_makes_no_difference() -> None:
+    # Keras' layer also turns on the dropout after it, unless it is told otherwise.
+    image = keras.Input((4, 6, 3))
+    x = layers.RandomFlip()(image)
+    x = layers.Reshape((12, 6))(x)
+    from_keras(keras.Model(image, Stock(N, H, dropout=0.5)(x, x)))
+
+
+def test_tables_and_their_weights_are_not_shared() -> None:
+    text = keras.Input((1,), dtype="string", name="text")
+    vectorize = layers.TextVectorization(output_mode="tf_idf", name="text_vectors")
+    vectorize.adapt(["a b c", "c d d"])
+    x = layers.Reshape((1, 5))(vectorize(text))
+    original = randomize(keras.Model(text, Stock(N, H)(x, x)))
+    expected = answers(original)[0]
+    converted = from_keras(original)
+    np.testing.assert_allclose(answers(converted)[0], expected, atol=1e-5)
+    converted.get_layer("text_vectors").adapt(["p q r", "r r q s"])
+    np.testing.assert_array_equal(answers(original)[0], expected)
+    assert np.abs(answers(converted)[0] - expected).max() > 0.01
+
+
 def test_samples_are_what_is_compared() -> None:
     original = blocks("Add")
     full = np.array([[3, 1, 4], [1, 5, 9]])
@@ -977,14 +1024,34 @@ def test_queries_that_see_no_key_differ_on_purpose() -> None:
     assert np.abs(given[IDS == 0] - bias).max() > 0.05
 
 
-def test_a_floating_attention_mask_is_refused_by_the_name_of_the_layer() -> None:
-    query, mask = vectors(), keras.Input((T, T), name="mask")
-    original = keras.Model(
-        [query, mask], Stock(N, H)(query, query, attention_mask=mask)
-    )
-    with pytest.raises(TypeError, match="attention_mask") as raised:
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_floating_attention_mask_is_refused_by_the_name_of_the_layer(
+    inside: bool,
+) -> None:
+    class Causal(layers.Layer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.mix = Stock(N, H)
+
+        def call(self, inputs: Any) -> Any:
+            mask = ops.tril(ops.ones((1, T, T))) * ops.ones_like(inputs[:, :1, :1])
+            return self.mix(inputs, inputs, attention_mask=mask)
+
+    query, mask = keras.Input((T, D), name="vectors"), keras.Input((T, T), name="mask")
+    if inside:
+        original = keras.Model(query, Causal(name="named")(query))
+    else:
+        mixed = Stock(N, H, name="named")(query, query, attention_mask=mask)
+        original = keras.Model([query, mask], mixed)
+    with pytest.raises(
+        TypeError, match="^A call .* layer 'named' .* convert: `attention_mask` must"
+    ) as raised:
         from_keras(original)
-    assert "multi_head_attention" in "".join(raised.value.__notes__)
+    assert "Arguments received" not in str(raised.value)
+    if inside:
+        kept = from_keras(original, masks="as_keras")
+        given = normal(B, T, D)
+        np.testing.assert_allclose(kept(given), original(given), atol=1e-5)
 
 
 # Back to Keras.
