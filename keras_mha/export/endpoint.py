@@ -18,7 +18,7 @@ from keras_mha.export.inputs import Inputs, Specs, join, read_inputs
 from keras_mha.export.report import TensorInfo
 from keras_mha.export.samples import Arrays, join_batches
 
-_REFUSALS = (ValueError, TypeError, tf.errors.InvalidArgumentError)
+_REFUSALS = (ValueError, TypeError, tf.errors.OpError)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,17 @@ class Endpoint:
 
     def answers_in_graph(self, cases: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         """Returns the same from a traced function, as `predict` computes it."""
-        function = tf.function(self.function, autograph=False)
+        function = tf.function(self.function, autograph=False, reduce_retracing=True)
         return [_arrays(function(_tensors(case))) for case in cases]
+
+    def is_traceable(self) -> bool:
+        """Returns whether a graph can be made for sizes that are not known."""
+        function = tf.function(self.function, autograph=False)
+        try:
+            function.get_concrete_function(_named(self.inputs))
+        except _REFUSALS:
+            return False
+        return True
 
     def write(
         self,
@@ -237,10 +246,11 @@ def _with_its_batch_size(endpoint: Endpoint, arrays: Arrays) -> Endpoint:
         return endpoint
     rows = endpoint.rows(arrays)
     size = endpoint.batch_size or rows
+    free = endpoint.with_batch_size(None)
     # Not one row, which may be broadcast.
     other = endpoint.take(arrays, np.zeros(3 if size == 2 else 2, int))
-    if endpoint.answer_or_none(other) is not None:
-        return endpoint.with_batch_size(None)
+    if free.answer_or_none(other) is not None and free.is_traceable():
+        return free
     if rows < size:
         raise ValueError(
             f"`samples` must have at least {size} rows, the only size of batches that "

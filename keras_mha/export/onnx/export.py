@@ -134,9 +134,10 @@ def export_onnx(
     endpoint, arrays = describe(model, samples, output_names)
     if tf.string in [spec.dtype for spec in endpoint.inputs.values()]:
         raise ValueError(
-            "`model` must not take strings, which ONNX' own operations cannot cut into "
-            "tokens. Pass the part of the model after its tokenizer: "
-            f"`without_tokenizer` gives it. Received the inputs {_described(endpoint)}"
+            "`model` must not take strings, which ONNX' own operations can neither cut "
+            "into tokens nor look up. Pass the part of the model after its tokenizer, "
+            "which `without_tokenizer` gives, or after its lookup. Received the inputs "
+            f"{_described(endpoint)}"
         )
     with staging(path.parent) as staged:
         written = staged / path.name

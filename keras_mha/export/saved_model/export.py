@@ -32,6 +32,7 @@ from keras_mha.export.saved_model.batching import (
     choose_batching,
     padded,
 )
+from keras_mha.export.saved_model.new_axes import expand_new_axes
 from keras_mha.export.saved_model.placement import gpu_note
 from keras_mha.export.saved_model.reader import describe_file, read_meta_graph
 from keras_mha.export.saved_model.report import SavedModelReport, SignatureReport
@@ -181,11 +182,11 @@ def export_saved_model(
         further = {} if cut is None else {_TOKENS: cut[0]}
         endpoint.write(path, endpoint.inputs, further=further)
         marks = strip_compiled_marks(path)
+        if with_tflite:
+            expand_new_axes(path)
         together = endpoint.batches(arrays)
-        requests = together[:1]
-        if batching:
-            singles = min(rows, max(warmup, 1))
-            requests = [endpoint.take(arrays, slice(i, i + 1)) for i in range(singles)]
+        singles = min(rows, max(warmup, 1)) if batching else 0
+        requests = _single_rows(endpoint, arrays, singles) or together[:1]
         if warmup:
             write_warmup(path, requests)
             requests = read_warmup(path)
@@ -200,12 +201,6 @@ def export_saved_model(
             [padded(arrays) if batching else cases[0], *cases],
             timeout=timeout,
         )
-        batch_difference = None
-        if batching:
-            singles = answers[1 : 1 + len(requests)]
-            batch_difference = check_batching(
-                answers[0], filled, singles, rows=rows, tolerance=tolerance
-            )
         parity = check_parity(
             wanted,
             answers,
@@ -216,6 +211,15 @@ def export_saved_model(
             drawn=len(drawn),
             again=lambda: endpoint.answers_in_graph(cases),
         )
+        batch_difference = None
+        if batching:
+            batch_difference = check_batching(
+                answers[0],
+                filled,
+                answers[1 : 1 + singles],
+                rows=rows,
+                tolerance=tolerance,
+            )
         signatures = []
         if cut is not None:
             file = describe_file(path, meta_graph, _TOKENS)
@@ -233,6 +237,7 @@ def export_saved_model(
                 tensor_infos(endpoint.inputs),
                 _outputs(meta_graph, _DEFAULT),
                 rows=rows,
+                drawn=len(drawn),
                 tolerance=tolerance,
                 timeout=timeout,
             )
@@ -318,6 +323,13 @@ def _check_version(version: int | None, directory: Path) -> int:
     if version < 0:
         raise ValueError(f"`version` must not be negative. Received: {version}")
     return version
+
+
+def _single_rows(
+    endpoint: Endpoint, arrays: Mapping[str, np.ndarray], count: int
+) -> list[Mapping[str, np.ndarray]]:
+    """Returns the first rows one by one."""
+    return [endpoint.take(arrays, slice(i, i + 1)) for i in range(count)]
 
 
 def _outputs(

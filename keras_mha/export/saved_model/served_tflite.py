@@ -68,10 +68,22 @@ def check_served_tflite(
     outputs: tuple[TensorInfo, ...],
     *,
     rows: int,
+    drawn: int,
     tolerance: float,
     timeout: float,
 ) -> ServedTFLite:
     """Compares the file's values with the model's, in batches of the cases' sizes.
+
+    Args:
+        saved_model: The directory that the file is in.
+        cases: The inputs of each run.
+        wanted: The model's answers.
+        inputs: The signature's inputs; reported.
+        outputs: Its outputs; reported.
+        rows: The number of samples; reported.
+        drawn: How many of the last runs have inputs that were no samples.
+        tolerance: As in `export_saved_model`.
+        timeout: As there.
 
     Raises:
         ParityError: If a name or a value differs.
@@ -84,6 +96,7 @@ def check_served_tflite(
         answers,
         tolerance=tolerance,
         samples=rows,
+        drawn=drawn,
         runtime=facts["runtime"],
         runtime_version=facts["version"],
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tensorflow as tf
 
 import keras_mha
 from keras_mha.export import ParityError, VerificationError, export_onnx
@@ -327,8 +329,6 @@ def test_what_onnx_has_not_is_named(tmp_path: Path) -> None:
 
     class Bessel(keras.layers.Layer):
         def call(self, x: Any) -> Any:
-            import tensorflow as tf
-
             return tf.math.special.bessel_j0(x)
 
         def compute_output_spec(self, x: Any) -> keras.KerasTensor:
@@ -338,23 +338,6 @@ def test_what_onnx_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tf2onnx does not convert: \['BesselJ0'"):
         export_onnx(model, tmp_path / "out" / "m.onnx", samples=features())
     assert left_in(tmp_path) == []
-
-
-class Signs(keras.layers.Layer):
-    """Reads the sign of zero, which Keras' `argmax` does too."""
-
-    def call(self, x: Any) -> Any:
-        places: Any = keras.ops.argmax(x, axis=-1, keepdims=True)
-        return places * 10 + keras.ops.cast(keras.ops.signbit(x), "int32")
-
-
-def test_argmax_and_the_sign_of_zero(tmp_path: Path) -> None:
-    rows = keras.Input((3,), name="rows")
-    model = keras.Model(rows, Signs(name="signs")(rows))
-    export_onnx(model, tmp_path / "model.onnx", samples=features())
-    values = np.array([[0, -0.0, -np.inf], [-0.0, 0, -1], [np.inf, 3, -3]], "float32")
-    got = run(tmp_path / "model.onnx", rows=values)["signs"]
-    np.testing.assert_array_equal(got, [[0, 1, 1], [11, 10, 11], [0, 0, 1]])
 
 
 def test_bfloat16_is_refused(tmp_path: Path) -> None:
@@ -433,3 +416,117 @@ def test_sizes_that_depend_on_each_other(tmp_path: Path) -> None:
     )
     wanted = model([x["image"][:2, :2], x["weights"][:2, :14]])
     np.testing.assert_allclose(got["sum"], wanted, atol=1e-5)
+
+
+# What layers keep, and random layers.
+
+TABLE = np.random.default_rng(2).normal(size=(13, 11)).astype("float32") / 5
+
+
+class Keeps(keras.layers.Layer):
+    """Keeps constants of several kinds, small and large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = tf.range(5)
+        self.table = tf.constant(TABLE)
+        self.shift = tf.Variable(TABLE[0])
+        self.scale = keras.Variable(TABLE[1], trainable=False)
+        self.embedding = keras.layers.Embedding(5, 11)
+
+    def call(self, x: Any) -> Any:
+        return (x @ self.table + self.shift) * self.scale + self.embedding(self.places)
+
+
+def test_constants_that_layers_keep_or_close_over(tmp_path: Path) -> None:
+    inputs: Any = keras.Input((5, 13), name="x")
+    hidden = inputs + keras.layers.Embedding(5, 13)(keras.ops.arange(5))
+    hidden = keras.ops.matmul(hidden, tf.constant(TABLE @ TABLE.T))
+    hidden = Keeps()(hidden + TABLE[:5, :1])
+    mask = keras.ops.tril(keras.ops.ones((5, 5), "bool"))
+    hidden = keras_mha.MultiHeadSelfAttention(11)(hidden, attention_mask=mask)
+    model = small_models.randomize(keras.Model(inputs, {"y": hidden}))
+    x = np.random.default_rng(4).normal(size=(3, 5, 13)).astype("float32")
+    export_onnx(model, tmp_path / "m.onnx", samples=x)
+    got = run(tmp_path / "m.onnx", x=x[:2] / 2)["y"]
+    np.testing.assert_allclose(got, model(x[:2] / 2)["y"], atol=1e-5)
+
+
+def test_augmentation_and_random_layers_in_inference(tmp_path: Path) -> None:
+    x = np.random.default_rng(4).normal(size=(4, 7, 9, 3)).astype("float32")
+    normalization = keras.layers.Normalization()
+    normalization.adapt(x)
+    augmentation = keras.Sequential(
+        [
+            normalization,
+            keras.layers.Resizing(6, 6),
+            keras.layers.RandomFlip("horizontal"),
+            keras.layers.RandomRotation(0.1),
+            keras.layers.RandomZoom(0.1),
+            keras.layers.RandomSharpness(0.3),  # draws, and throws away
+            keras.layers.GaussianNoise(0.1),
+        ]
+    )
+    image = keras.Input((7, 9, 3), name="image")
+    hidden = keras.layers.Reshape((36, 3))(augmentation(image))
+    hidden = keras_mha.MultiHeadAttention(2, 4, dropout=0.1)(hidden, hidden)
+    label = keras.layers.Dense(2, name="label")(keras.layers.Flatten()(hidden))
+    model = keras.Model(image, label)
+    export_onnx(model, tmp_path / "m.onnx", samples=x)
+    got = run(tmp_path / "m.onnx", image=x[:2] + 1)["label"]
+    np.testing.assert_allclose(got, model(x[:2] + 1, training=False), atol=1e-5)
+
+
+# Inputs.
+
+
+class Translate(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = keras.layers.Embedding(9, 8)
+        self.mix = keras_mha.MultiHeadAttention(2, 4)
+
+    def call(self, inputs: Any) -> Any:
+        source, target = inputs
+        return self.mix(self.table(target), self.table(source))
+
+
+def test_a_subclassed_model_called_with_a_list(tmp_path: Path) -> None:
+    model, generator = Translate(), np.random.default_rng(3)
+    samples = [generator.integers(1, 9, (4, length)) for length in (7, 5)]
+    model(samples)
+    report = export_onnx(model, tmp_path / "m.onnx", samples=samples)
+    assert [i.name for i in report.inputs] == ["inputs_0", "inputs_1"]
+    assert report.parity.drawn == 8
+    got = run(tmp_path / "m.onnx", inputs_0=samples[0] // 2, inputs_1=samples[1] // 2)
+    wanted = model([samples[0] // 2, samples[1] // 2])
+    np.testing.assert_allclose(got["output_0"], wanted, atol=1e-5)
+
+
+def test_a_model_for_batches_of_one_size(tmp_path: Path) -> None:
+    inputs: Any = keras.Input((4,), batch_size=2, name="x")
+    rows = keras.ops.flip(keras.ops.reshape(inputs, (8,)))
+    model = keras.Model(inputs, {"y": keras.ops.reshape(rows, (2, 4))})
+    x = features(5)[:, [0, 1, 2, 0]]
+    report = export_onnx(model, tmp_path / "m.onnx", samples=x)
+    assert (report.inputs[0].shape, report.parity.batch_sizes) == ((2, 4), (2,))
+    got = run(tmp_path / "m.onnx", x=x[2:4])["y"]
+    np.testing.assert_array_equal(got, x[2:4].ravel()[::-1].reshape(2, 4))
+
+
+def test_a_file_that_is_right_on_the_samples_alone_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.array([[3, 1, 4], [9, 2, 6], [5, 8, 7]], "int32")  # no padding
+    plain = module.convert
+
+    def convert_without_padding(endpoint: Any, *arguments: Any) -> Any:
+        def function(tensors: Any) -> Any:
+            # As if no id were padding.
+            return endpoint.function({"ids": tf.maximum(tensors["ids"], 1)})
+
+        return plain(replace(endpoint, function=function), *arguments)
+
+    monkeypatch.setattr(module, "convert", convert_without_padding)
+    with pytest.raises(ParityError, match="Output 'probabilities' .* differs"):
+        export_onnx(ids_model(), tmp_path / "m.onnx", samples=ids)

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from keras_mha.export.onnx.conversion import _as_product
+from keras_mha.export.onnx.operations import _as_product
 from keras_mha.export.onnx.rewrites import rewrite
 
 SHAPE = ("batch", "length", 5)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,7 +380,140 @@ def test_a_model_that_no_server_could_batch_is_refused(
     assert left_in(tmp_path) == []
 
 
+class Contrast(keras.Model):
+    """Compares each row of one input with all rows of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = keras.layers.Dense(3), keras.layers.Dense(3)
+
+    def call(self, inputs: Any) -> Any:
+        one, two = self.one(inputs["one"]), self.two(inputs["two"])
+        return keras.ops.matmul(one, keras.ops.transpose(two))
+
+
+class Standardize(keras.Model):
+    """Reads the statistics of the batch."""
+
+    def call(self, x: Any) -> Any:
+        return x - keras.ops.mean(x, 0)
+
+
+class OfOneSize(keras.Model):
+    """Answers batches of five rows only."""
+
+    def call(self, x: Any) -> Any:
+        return tf.reshape(tf.reshape(x, (15,))[::-1], (5, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (Contrast, r"and as no other.*shape \(5, 5\) for 5 rows, and \(8, 8\) for 8"),
+        (Standardize, r"must not depend on the other rows"),
+        (OfOneSize, r"batches of any size.*batches of 5 rows only"),
+    ],
+)
+def test_rows_that_depend_on_each_other_need_a_server_that_does_not_batch(
+    tmp_path: Path, model: type[keras.Model], text: str
+) -> None:
+    other = features(5) * 2
+    x: Any = {"one": features(5), "two": other} if model is Contrast else features(5)
+    written = model()
+    written(x)
+    how = ".*`batching=False` to export it"
+    with pytest.raises(ValueError, match=re.compile(text + how, re.DOTALL)):
+        export_saved_model(written, tmp_path / "out", samples=x)
+    assert left_in(tmp_path) == []
+    report = export_saved_model(written, tmp_path / "out", samples=x, batching=False)
+    assert (report.batch_difference, report.warmup_records) == (None, 1)
+    fixed = 5 if model is OfOneSize else None
+    assert {i.shape for i in report.inputs} == {(fixed, 3)}
+    x = {"one": other, "two": features(5)} if model is Contrast else other
+    got = served(report, **(x if model is Contrast else {"x": x}))
+    np.testing.assert_allclose(got["output_0"], written(x), atol=1e-5)
+
+
+def test_whether_to_batch_is_checked(tmp_path: Path) -> None:
+    wrong: Any = "no"
+    with pytest.raises(ValueError, match="`batching` must be True or False"):
+        export_saved_model(dense_model(), tmp_path, samples=features(), batching=wrong)
+
+
+class Step(keras.Model):
+    """One step of a decoder with its cache, whose length has no batch axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = keras_mha.TransformerDecoderBlock(2, 16, position="rotary")
+        self.block.build((None, None, 8))
+
+    def call(self, inputs: Any) -> Any:
+        cache = {name: part for name, part in inputs.items() if name != "x"}
+        y, cache = self.block(inputs["x"], cache=keras_mha.unflatten_cache(cache))
+        return {"y": y, **keras_mha.flatten_cache(cache)}
+
+
+def test_a_decoding_step(tmp_path: Path) -> None:
+    model = Step()
+    x = np.random.default_rng(3).normal(size=(2, 3, 8)).astype("float32")
+    start = keras_mha.flatten_cache(model.block.init_cache(2, 5))
+    model({"x": x[:, :1], **start})
+    small_models.randomize(model)
+    samples = {"x": x[:, :1], **start}
+    report = export_saved_model(model, tmp_path, samples=samples)
+    shapes = {i.name: i.shape for i in report.inputs}
+    assert (shapes["x"], shapes["self__length"]) == ((None, 1, 8), ())
+    assert report.batch_difference is None
+    # Two steps in the file are the two positions of the block.
+    first = served(report, **samples)
+    cache = {name: first[name] for name in start}
+    second = served(report, x=x[:, 1:2], **cache)
+    wanted = model.block(x[:, :2])
+    np.testing.assert_allclose(first["y"], wanted[:, :1], atol=1e-5)
+    np.testing.assert_allclose(second["y"], wanted[:, 1:], atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"every input.*batch dimension.*\['self__length'\]"
+    ):
+        export_saved_model(model, tmp_path, samples=samples, batching=True)
+
+
 # What is refused.
+
+
+def test_a_model_that_does_not_repeat_itself_is_told(tmp_path: Path) -> None:
+    class Noise(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return x + tf.random.uniform(tf.shape(x))
+
+    inputs = keras.Input((3,), name="features")
+    model = keras.Model(inputs, Noise(name="noisy")(inputs))
+    text = r"'noisy' .* differs.*The model itself, run by Keras, differs by 0\.\d+"
+    with pytest.raises(ParityError, match=text):
+        export_saved_model(model, tmp_path / "out", samples=features())
+    assert left_in(tmp_path) == []
+
+
+def test_a_file_that_is_right_on_the_samples_alone_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = module.describe
+
+    def describe_without_padding(*arguments: Any) -> Any:
+        endpoint, arrays = plain(*arguments)
+
+        def function(tensors: Any) -> Any:
+            ids = tensors["ids"]
+            # As if no id were padding, in graphs alone.
+            real = ids if tf.executing_eagerly() else tf.maximum(ids, 1)
+            return endpoint.function({"ids": real})
+
+        return replace(endpoint, function=function), arrays
+
+    monkeypatch.setattr(module, "describe", describe_without_padding)
+    ids = np.array([[3, 1, 4], [9, 2, 6], [5, 8, 7]], "int32")
+    with pytest.raises(ParityError, match="'probabilities' .* differs"):
+        export_saved_model(small_models.ids_model(), tmp_path / "out", samples=ids)
 
 
 def test_a_perturbed_weight_is_caught_and_nothing_is_left(
