@@ -1,6 +1,7 @@
 """Multi-head attention for Keras: one numerics contract on every path."""
 
 # They register the layers that a saved model may hold.
+import keras_mha.convert
 import keras_mha.models
 import keras_mha.text  # noqa: F401
 from keras_mha.attention.api import dot_product_attention

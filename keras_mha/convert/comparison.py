@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mha.convert.layer_swap import innermost
 from keras_mha.layers.keras_mask import get_keras_mask
 from keras_mha.twin import Twins
 
@@ -166,14 +167,18 @@ def describe_differences(
     if not original.built:
         return ""  # it answers nothing yet
     unknown = _describe_masks(original, swapped) if expected else ""
-    inputs = drawn_inputs(original) if samples is None else _tensors(original, samples)
+    inputs = drawn_inputs(original) if samples is None else _tensors(samples)
     if inputs is None:
         return unknown
     try:
         found = compare(original, converted, swapped, inputs)
-    except Exception:
+    except Exception as error:
         if samples is not None:
-            raise
+            raise ValueError(
+                "`samples` must be inputs as the model takes them. Received: samples "
+                f"of type {type(samples).__name__}, with which the call fails: "
+                f"{innermost(error)}"
+            ) from error
         # Drawn inputs need not suit a model.
         return unknown
     if not found.differences or _is_random(original, swapped, inputs):
@@ -181,21 +186,13 @@ def describe_differences(
     return _report(found, "drawn inputs" if samples is None else "`samples`")
 
 
-def _tensors(model: Any, samples: Any) -> Any:
-    """Samples as tensors, in the structure of the inputs where a model tells it."""
-    structure = getattr(model, "_inputs_struct", None)
-    if structure is None:
-        return keras.tree.map_structure(ops.convert_to_tensor, samples)
-    try:
-        return keras.tree.map_structure_up_to(
-            structure, lambda _, x: ops.convert_to_tensor(x), structure, samples
-        )
-    except (TypeError, ValueError) as error:
-        names = keras.tree.map_structure(lambda x: x.name, structure)
-        raise ValueError(
-            f"`samples` must be arrays in the structure that the model takes, {names}. "
-            f"Received: samples of type {type(samples).__name__}"
-        ) from error
+def _tensors(samples: Any) -> Any:
+    """Tensors of arrays, or of lists of numbers, in the structure that they are in."""
+    if isinstance(samples, dict):
+        return {name: _tensors(each) for name, each in samples.items()}
+    if isinstance(samples, list | tuple) and all(hasattr(x, "shape") for x in samples):
+        return type(samples)(map(ops.convert_to_tensor, samples))
+    return ops.convert_to_tensor(samples)
 
 
 def _is_random(model: Any, swapped: list[tuple[Any, Any]], inputs: Any) -> bool:

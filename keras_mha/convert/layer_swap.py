@@ -120,7 +120,7 @@ def _caller(rule: Rule, swapped: list[tuple[Any, Any]]) -> Callable[..., Any]:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(
                 f"A call of attention, in {described(layer)}, does not convert: "
-                f"{_innermost(error)}"
+                f"{innermost(error)}"
             ) from error
 
     return call
@@ -131,7 +131,7 @@ def _holds(layer: Any, swapped: Container[int]) -> bool:
     return any(id(each) in swapped for each in inside)
 
 
-def _innermost(error: Exception) -> str:
+def innermost(error: Exception) -> str:
     """The message of an error around which Keras put more for each layer."""
     return str(error).rpartition("\x1b[1m")[2].partition("\x1b[0m")[0]
 

@@ -859,7 +859,7 @@ def test_models_that_answer_at_random_are_not_compared() -> None:
     from_keras(keras.Model(x, Stock(N, H)(noisy, noisy)))
 
 
-@pytest.mark.parametrize("kind", ["arrays", "lists", "wrong"])
+@pytest.mark.parametrize("kind", ["arrays", "lists", "flat", "wrong"])
 def test_samples_in_the_structure_of_the_inputs(kind: str) -> None:
     x, memory = vectors(), keras.Input((None, D), name="memory")
     mixed = Stock(N, H)(x, memory)
@@ -867,8 +867,11 @@ def test_samples_in_the_structure_of_the_inputs(kind: str) -> None:
     samples: Any = {"vectors": normal(B, T, D), "memory": normal(B, S, D)}
     if kind == "lists":
         samples = {name: array.tolist() for name, array in samples.items()}
+    if kind == "flat":
+        samples = [samples["vectors"], samples["memory"]]
+        original = keras.Model([x, memory], mixed)
     if kind == "wrong":
-        with pytest.raises(ValueError, match="`samples`.*'memory'.*type ndarray"):
+        with pytest.raises(ValueError, match="^`samples`.*type ndarray.*'memory'"):
             from_keras(original, samples=samples["vectors"])
     else:
         from_keras(original, samples=samples)
