@@ -306,6 +306,17 @@ def put(layer: keras.layers.Layer, name: str, part: Any) -> None:
     tracker.locked = locked
 
 
+def described(layer: Any) -> str:
+    """Name and class of a layer, for messages."""
+    return f"layer '{layer.name}' ({type(layer).__name__})"
+
+
+def set_trainable(weight: Any, trainable: bool) -> None:
+    """Says whether a variable is trained; Keras refuses it to integers."""
+    if weight.trainable != trainable:
+        weight.trainable = trainable
+
+
 def _graphs(model: keras.layers.Layer) -> list[Any]:
     """The functional models in a model, inner ones first."""
     found: dict[int, Any] = {}

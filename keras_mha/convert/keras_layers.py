@@ -12,13 +12,12 @@ import keras
 from keras import ops
 
 from keras_mha.convert.stock_masks import StockMaskAttention
-from keras_mha.copying import set_trainable
 from keras_mha.layers.fused_projection import FusedProjection
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.projections import Projection
 from keras_mha.layers.seeded_layer import keep_frozen
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
-from keras_mha.twin import Twins, put
+from keras_mha.twin import Twins, put, set_trainable
 from keras_mha.typing import Tensor
 
 Masks: TypeAlias = Literal["mend", "as_keras"]

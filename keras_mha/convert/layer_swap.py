@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_mha.convert.keras_layers import complete
-from keras_mha.copying import described
-from keras_mha.twin import Twins, own_variable, retrace, twin
+from keras_mha.twin import Twins, described, own_variable, retrace, twin
 
 
 class Rule(NamedTuple):

@@ -8,17 +8,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import keras
 import numpy as np
-from typing_extensions import override
 
 from keras_mha.attention.numeric import plain_integer
-from keras_mha.copying import Copier, described, own_objects, set_trainable
 from keras_mha.interpret.paths import attention_layers, layer_paths
 from keras_mha.layers.attention_layer import AttentionLayer
-from keras_mha.layers.positions import ALiBi, RelativePositionBias
+from keras_mha.layers.positions import (
+    ALiBi,
+    DistanceBias,
+    FunctionBias,
+    RelativePositionBias,
+)
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
 from keras_mha.layers.transformer_block import TransformerBlock
 from keras_mha.models.bert import BertEncoder
-from keras_mha.twin import twin
+from keras_mha.twin import Twins, own_variable, retrace, set_trainable, twin
 
 Cut = Callable[[np.ndarray], np.ndarray]
 _Model = TypeVar("_Model", bound=keras.layers.Layer)
@@ -56,9 +59,8 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
         ValueError: If a layer or head does not exist, a layer would keep no head or
             groups of different sizes; if a layer has ALiBi, whose slopes depend on the
             number of heads; if weights are quantized or have low-rank
-            factors; if the configuration of a model or layer does not hold the
-            attention layer; if two functions or classes of yours in one layer have the
-            same name; or the model does not fit (see `attention_maps`).
+            factors; if the configuration of a layer does not hold the attention layer;
+            or the model does not fit (see `attention_maps`).
 
     Example:
 
@@ -79,14 +81,27 @@ def prune_heads(model: _Model, heads: Mapping[str, Iterable[int]]) -> _Model:
     """
     layers = attention_layers(model)
     _check_weights(model)
-    pruner = _Pruner(
-        {
-            id(layers[path]): _Remaining.of(layers[path], path, removed)
-            for path, removed in check_heads(layers, heads).items()
-        }
-    )
-    smaller = pruner.copy(model)
-    pruner.carry_state()
+    plan = {
+        id(layers[path]): _Remaining.of(layers[path], path, removed)
+        for path, removed in check_heads(layers, heads).items()
+    }  # by identity: names may repeat
+    pruned: list[AttentionLayer] = []
+
+    def replace(layer: Any, _: Twins) -> AttentionLayer | None:
+        if id(layer) not in plan:
+            return None
+        pruned.append(_without_heads(layer, plan[id(layer)]))
+        return pruned[-1]
+
+    smaller = twin(model, copy_variable=own_variable, replace=replace)
+    retrace(smaller)
+    for layer in smaller._flatten_layers():
+        if isinstance(layer, BertEncoder):
+            # Its configuration says them of all blocks.
+            counts = [block.attention.sublayer.num_heads for block in layer.blocks]
+            if counts != _counts(layer):
+                layer.num_heads = tuple(counts)
+    _check_told(smaller, pruned)
     return smaller
 
 
@@ -154,136 +169,100 @@ class _Remaining(NamedTuple):
         return [head for heads in self.groups.values() for head in heads]
 
 
-class _Pruner(Copier):
-    """Copies models without the heads that go."""
-
-    def __init__(self, plan: Mapping[int, _Remaining]) -> None:
-        super().__init__()
-        self.plan = plan  # by identity: names may repeat
-
-    @override
-    def is_swapped(self, layer: Any) -> bool:
-        return id(layer) in self.plan
-
-    @override
-    def swap(self, layer: Any) -> Any:
-        return self.copy_holder(layer)
-
-    @override
-    def copy_holder(self, layer: Any) -> Any:
-        with own_objects(layer):
-            return type(layer).from_config(_config(layer, self.plan))
-
-    @override
-    def carry_swapped(self, one: Any, other: Any) -> None:
-        if not other.built:
-            other.build_from_config(one.get_build_config())
-        cuts = _cuts(one, self.plan[id(one)])
-        values = [cuts.get(id(x), np.asarray)(np.asarray(x)) for x in one.variables]
-        wanted = [value.shape for value in values]
-        shapes = [tuple(variable.shape) for variable in other.variables]
-        if wanted != shapes:
-            raise ValueError(
-                "A layer made from a configuration must have the heads that it says. "
-                f"Received: {described(one)} with weights of shapes {shapes} in the "
-                f"place of {wanted}"
-            )
-        # Outer layers come first: they hand `trainable` on to inner ones.
-        for each, copied in zip(
-            one._flatten_layers(), other._flatten_layers(), strict=True
-        ):
-            copied.trainable = each.trainable
-        for old, new, value in zip(one.variables, other.variables, values, strict=True):
-            new.assign(value)
-            set_trainable(new, old.trainable)
+def _without_heads(layer: AttentionLayer, remaining: _Remaining) -> AttentionLayer:
+    config = _attention_config(layer, layer.get_config(), remaining)
+    smaller = type(layer).from_config(config)
+    smaller.build_from_config(layer.get_build_config())
+    smaller._path, smaller._parent_path = layer._path, layer._parent_path
+    cuts = _cuts(layer, remaining)
+    # Outer layers come first: they hand `trainable` on to inner ones.
+    for each, copied in zip(
+        layer._flatten_layers(), smaller._flatten_layers(), strict=True
+    ):
+        copied.trainable = each.trainable
+    for old, new in zip(layer.variables, smaller.variables, strict=True):
+        new.assign(cuts.get(id(old), np.asarray)(np.asarray(old)))
+        set_trainable(new, old.trainable)
+    return smaller
 
 
-def _config(
-    holder: keras.layers.Layer, plan: Mapping[int, _Remaining]
-) -> dict[str, Any]:
-    """The configuration of a layer without the heads that go, at any depth.
+def _check_told(model: keras.layers.Layer, pruned: list[AttentionLayer]) -> None:
+    """Refuses layers whose configuration does not hold those that lost heads.
 
-    Asked of a copy, whose layers answer so too: names in configurations do not tell
-    which layer is meant.
+    They would have all heads when a saved model is loaded.
     """
-    copied = twin(holder)
-    pairs = zip(holder._flatten_layers(), copied._flatten_layers(), strict=True)
-    plan = {id(copy): plan[id(one)] for one, copy in pairs if id(one) in plan}
+    probe = Twins()
+    copied = probe.make(model)  # whose layers note that their configuration is asked
+    lost = {id(probe.copy(layer)) for layer in pruned}
     told: set[int] = set()
 
-    def asked(layer: keras.layers.Layer) -> Callable[[], dict[str, Any]]:
+    def noted(layer: keras.layers.Layer) -> Callable[[], dict[str, Any]]:
         get_config = layer.get_config
 
         @functools.wraps(get_config)  # on which Keras looks for a mark
-        def smaller() -> dict[str, Any]:
-            config = get_config()
-            changes = _changes(layer, config, plan)
-            told.update(map(id, layer._flatten_layers() if changes else [layer]))
-            return config | changes
+        def asked() -> dict[str, Any]:
+            told.add(id(layer))
+            return get_config()
 
-        return smaller
+        return asked
 
     def losing(layers: Iterable[Any]) -> list[Any]:
-        return [x for x in layers if any(id(y) in plan for y in x._flatten_layers())]
+        return [x for x in layers if any(id(y) in lost for y in x._flatten_layers())]
 
-    layers = losing(copied._flatten_layers())
-    for layer in layers:
-        # Not through `setattr`, with which Keras tracks what layers own.
-        vars(layer)["get_config"] = asked(layer)
-    config = copied.get_config()
-    for layer in layers:
-        missing = [x.name for x in losing(layer._layers) if id(x) not in told]
-        if id(layer) in told and missing:
+    def check(layer: keras.layers.Layer) -> None:
+        if _tells(layer):
+            return
+        told.clear()
+        layer.get_config()
+        inner = losing(layer._layers)
+        missing = sorted(x.name for x in inner if id(x) not in told)
+        if missing:
             raise ValueError(
                 "Layers must hold in their configuration the layers that lose heads. "
                 f"Received: {type(layer).__name__} {layer.name!r}, which makes "
-                f"{sorted(missing)} by itself"
+                f"{missing} by itself"
             )
-    return config
+        for each in inner:
+            check(each)
+
+    for layer in losing(copied._flatten_layers()):
+        # Not through `setattr`, with which Keras tracks what layers own.
+        vars(layer)["get_config"] = noted(layer)
+    check(copied)
 
 
-def _changes(
-    layer: keras.layers.Layer, config: dict[str, Any], plan: Mapping[int, _Remaining]
-) -> dict[str, Any]:
-    """Reads what a layer says of all the attention in it."""
-    if isinstance(layer, AttentionLayer):
-        return _attention_config(layer, config, plan[id(layer)])
-    if isinstance(layer, TransformerBlock):
-        return config  # it has asked the attention in it
-    # A subclass may fix the sizes, and not take them.
-    if isinstance(layer, BertEncoder) and {*_OF_ENCODERS} <= {*config}:
-        return _encoder_config(layer, plan)
-    return {}
+def _tells(layer: keras.layers.Layer) -> bool:
+    """Whether the configuration of a layer says all of the attention in it."""
+    if isinstance(layer, BertEncoder):
+        # A subclass may fix the sizes, and not take them.
+        return {*_OF_ENCODERS} <= {*layer.get_config()}
+    return isinstance(layer, AttentionLayer | TransformerBlock)
+
+
+def _counts(encoder: BertEncoder) -> list[int]:
+    N = encoder.num_heads
+    return [N] * encoder.num_layers if isinstance(N, int) else list(N)
 
 
 def _attention_config(
     layer: AttentionLayer, config: dict[str, Any], remaining: _Remaining
 ) -> dict[str, Any]:
+    """The configuration with fewer heads, and objects for what users may have made."""
     H, V = _head_sizes(layer)
-    shares = config["num_key_value_heads"] is not None
-    position = config["position"]
-    if isinstance(position, dict) and "num_heads" in position["config"]:
-        inner = {**position["config"], "num_heads": len(remaining.heads)}
-        position = {**position, "config": inner}
+    N, shares = len(remaining.heads), config["num_key_value_heads"] is not None
+    position: Any = layer.position_layer
+    if isinstance(position, DistanceBias) and not isinstance(position, FunctionBias):
+        position = type(position).from_config(position.get_config() | {"num_heads": N})
+    objects = vars(layer._projections)
     return {
-        "num_heads": len(remaining.heads),
+        **config,
+        **{name: objects[name] for name in objects.keys() & config.keys()},
+        "num_heads": N,
         "num_key_value_heads": len(remaining.groups) if shares else None,
         "key_dim": H,
         "value_dim": V,
-        "position": position,
+        "position": config["position"] if layer._position is not None else position,
     }
-
-
-def _encoder_config(
-    encoder: BertEncoder, plan: Mapping[int, _Remaining]
-) -> dict[str, Any]:
-    """Reads what a `BertEncoder` says of its blocks' attention."""
-    layers = [block.attention.sublayer for block in encoder.blocks]
-    left = [
-        len(plan[id(layer)].heads) if id(layer) in plan else layer.num_heads
-        for layer in layers
-    ]
-    return {"num_heads": left, "key_dim": encoder.key_dim}
 
 
 def _head_sizes(layer: AttentionLayer) -> tuple[int, int]:

@@ -14,10 +14,10 @@ import keras
 import tensorflow as tf
 
 from keras_mha.attention.dispatch import implementation_scope
-from keras_mha.copying import described
 from keras_mha.export.compiled_marks import strip_compiled_marks
 from keras_mha.export.endpoint import Endpoint
 from keras_mha.export.onnx.operations import HANDLERS
+from keras_mha.twin import described
 
 # What its handlers raise where a graph is not as they expect.
 _TF2ONNX_ERRORS = (
