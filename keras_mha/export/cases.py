@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,9 +12,9 @@ import tensorflow as tf
 from keras_mha.export.endpoint import Endpoint
 from keras_mha.export.report import TensorInfo
 from keras_mha.export.runtimes.descriptor import File
+from keras_mha.export.samples import Arrays
 from keras_mha.export.tokens import INPUT, endpoint_of_tokens
 
-Arrays = Mapping[str, np.ndarray]
 _BATCH = 32
 
 
@@ -31,26 +31,28 @@ class Cases:
         expected: The model's answers to them.
         samples: The numbers of the samples in them, in order; further rows only fill
             up a batch.
+        timed_rows: The number of rows in the run to time.
     """
 
     inputs: tuple[Arrays, ...]
     expected: tuple[Arrays, ...]
     samples: np.ndarray
+    timed_rows: int = 1
 
     @property
     def rows(self) -> int:
         """The number of samples."""
         return len(self.samples)
 
-    @property
-    def timed_rows(self) -> int:
-        """The number of rows in the run to time."""
-        return _rows(self.inputs[-1])
-
     def first(self, count: int) -> Cases:
         """Returns the runs of the first samples; all runs must be of one size."""
         runs = -(-count // self.timed_rows)
-        return Cases(self.inputs[:runs], self.expected[:runs], self.samples[:count])
+        return replace(
+            self,
+            inputs=self.inputs[:runs],
+            expected=self.expected[:runs],
+            samples=self.samples[:count],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,21 @@ class Samples:
 
     @cached_property
     def in_batches(self) -> Cases:
-        """All samples in some batches, then only the first."""
-        rows = _rows(self.arrays)
-        cuts = [(i, _BATCH) for i in range(0, rows, _BATCH)]
-        inputs = tuple(_cut(self.arrays, *cut) for cut in [*cuts, (0, 1)])
+        """All samples in some batches, then only the first.
+
+        Where the model answers batches of one size only, the first is such a batch, and
+        samples that fill none are left out.
+        """
+        size = self.endpoint.batch_size
+        rows = self.endpoint.rows(self.arrays)
+        rows -= rows % (size or 1)
+        step, first = size or _BATCH, size or 1
+        cuts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        inputs = tuple(
+            self.endpoint.take(self.arrays, cut) for cut in [*cuts, slice(first)]
+        )
         expected = tuple(map(self.endpoint.answer, inputs))
-        return Cases(inputs, expected, np.arange(rows))
+        return Cases(inputs, expected, np.arange(rows), first)
 
     @property
     def are_texts(self) -> bool:
@@ -119,44 +130,51 @@ def fixed_cases(samples: Samples, inputs: Mapping[str, TensorInfo]) -> Cases:
         raise MisfitError(
             f"it takes {sorted(inputs)}; the samples are for {sorted(samples.arrays)}"
         )
+    endpoint = samples.endpoint
     shapes = {
-        name: _check_fit(name, array, inputs[name])
+        name: _check_fit(name, array, inputs[name], name not in endpoint.unbatched)
         for name, array in samples.arrays.items()
     }
-    fits = np.all(
-        [~_is_cut(samples.arrays[name], shape) for name, shape in shapes.items()],
-        axis=0,
-    )
+    fits = np.full(endpoint.rows(samples.arrays), True)
+    for name, shape in shapes.items():
+        if name not in endpoint.unbatched:
+            fits &= ~_is_cut(samples.arrays[name], shape)
     numbers = np.flatnonzero(fits)
     if not len(numbers):
         longest = max(shape[1] for shape in shapes.values() if len(shape) == 2)
         raise MisfitError(f"no sample has at most {longest} ids")
-    batch = next(iter(shapes.values()))[0]
+    batches = [shape[0] for n, shape in shapes.items() if n not in endpoint.unbatched]
+    batch = max(batches, default=1)
+    rows = filled_up(numbers, batch)
     filled = {
-        name: _to_shape(samples.arrays[name][numbers], shape)
-        for name, shape in shapes.items()
+        name: _to_length(array, shapes[name])
+        for name, array in endpoint.take(samples.arrays, rows).items()
     }
     typed = {
         name: array if array.dtype.kind == "O" else array.astype(inputs[name].dtype)
         for name, array in filled.items()
     }
-    runs = [_cut(typed, i, batch) for i in range(0, _rows(typed), batch)]
-    expected = _answers(samples.endpoint, filled, batch)
-    return Cases(tuple(runs), tuple(expected), numbers)
+    runs = [
+        endpoint.take(typed, slice(i, i + batch)) for i in range(0, len(rows), batch)
+    ]
+    expected = _answers(endpoint, filled, batch)
+    return Cases(tuple(runs), tuple(expected), numbers, batch)
 
 
-def _check_fit(name: str, array: np.ndarray, given: TensorInfo) -> tuple[int, ...]:
+def _check_fit(
+    name: str, array: np.ndarray, given: TensorInfo, batched: bool
+) -> tuple[int, ...]:
     """Returns the shape of the file's input for these samples, or refuses it."""
     sizes = given.shape or ()
-    batch, *others = sizes or (None,)
-    shape = (
-        batch or 1,
-        *(size or free for size, free in zip(others, array.shape[1:], strict=False)),
+    shape = tuple(
+        (size or 1) if batched and axis == 0 else (size or free)
+        for axis, (size, free) in enumerate(zip(sizes, array.shape, strict=False))
     )
+    start = 1 if batched else 0
     if (
         (array.dtype.kind == "O") != (given.dtype == "string")
         or len(sizes) != array.ndim
-        or (shape[1:] != array.shape[1:] and not _is_ids(array))
+        or (shape[start:] != array.shape[start:] and not (batched and _is_ids(array)))
     ):
         raise MisfitError(
             f"{name!r} takes {given.dtype} {list(sizes)}; the samples are "
@@ -176,12 +194,12 @@ def _is_ids(array: np.ndarray) -> bool:
     return array.ndim == 2 and array.dtype.kind in "iu"
 
 
-def _to_shape(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Pads or cuts ids to the file's length, and fills up the last batch."""
-    if array.shape[1:] != shape[1:]:
-        array = array[:, : shape[1]]
-        array = np.pad(array, ((0, 0), (0, shape[1] - array.shape[1])))
-    return filled_up(array, shape[0])
+def _to_length(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Pads or cuts ids to the file's length."""
+    if array.shape[1:] == shape[1:]:
+        return array
+    array = array[:, : shape[1]]
+    return np.pad(array, ((0, 0), (0, shape[1] - array.shape[1])))
 
 
 def filled_up(array: np.ndarray, batch: int) -> np.ndarray:
@@ -218,23 +236,18 @@ def text_cases(samples: Samples, length: int) -> Cases:
 
 def _answers(endpoint: Endpoint, arrays: Arrays, batch: int) -> list[Arrays]:
     """Asks the model for its answers to the batches of its inputs."""
-    rows = _rows(arrays)
+    rows = endpoint.rows(arrays)
+    if endpoint.unbatched or endpoint.batch_size is not None:
+        cuts = [slice(i, i + batch) for i in range(0, rows, batch)]
+        return [endpoint.answer(endpoint.take(arrays, cut)) for cut in cuts]
     # It takes several of the batches at once: that is faster.
     step = -(-_BATCH // batch) * batch
     return [
         {output: answer[i : i + batch] for output, answer in answers.items()}
         for j in range(0, rows, step)
-        for answers in [endpoint.answer(_cut(arrays, j, step))]
+        for answers in [endpoint.answer(endpoint.take(arrays, slice(j, j + step)))]
         for i in range(0, min(step, rows - j), batch)
     ]
-
-
-def _cut(arrays: Arrays, start: int, count: int) -> dict[str, np.ndarray]:
-    return {name: array[start : start + count] for name, array in arrays.items()}
-
-
-def _rows(arrays: Arrays) -> int:
-    return len(next(iter(arrays.values())))
 
 
 def labels_of(answers: Sequence[Arrays], rows: int) -> np.ndarray | None:

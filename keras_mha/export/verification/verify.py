@@ -65,9 +65,10 @@ def verify(
     TensorFlow's use all cores, the others' one.
 
     Args:
-        model: A built Keras model on the TensorFlow backend.
-        samples: What one would hand to `model.predict`: an array, a list of strings,
-            a dictionary by input name. Hundreds of rows from the real data are best.
+        model: A Keras model on the TensorFlow backend that was built, called or fitted.
+        samples: Inputs in the structure that `model(...)` takes: an array, a list of
+            strings, a list or dictionary of several, or a `tf.data.Dataset` of batches.
+            Hundreds of rows from the real data are best.
         labels: The right class of each sample, whole numbers `(n,)`, for accuracies.
         runtimes: Names from the table above. Default: all.
         tolerance: Largest absolute difference allowed in any output.
@@ -81,8 +82,7 @@ def verify(
         timeout: Seconds that one runtime may take for one file.
         **files: One or more files for each format, by its name: `saved_model`, a
             SavedModel or a directory of numbered versions, of which the highest is
-            taken; `tflite`, whose model must have one input, of ids or of strings;
-            `onnx`.
+            taken; `tflite`; `onnx`.
 
     Returns:
         The report; `passed` sums it up. A runtime that is not installed gives a row

@@ -381,3 +381,49 @@ def test_passed_needs_something_ok_and_nothing_else(found: str, passed: bool) ->
     rows = [RuntimeCheck("a", "b", one.replace("_", " ")) for one in found.split()]
     report = VerificationReport("m", 1, "3", "2", (), tuple(rows))
     assert report.passed is passed
+
+
+def test_inputs_of_all_kinds(tmp_path: Path) -> None:
+    x: Any = keras.Input((3,), name="x")
+    ids = keras.Input((None,), dtype="int32", name="ids")
+    step = keras.Input(batch_shape=(), name="step")
+    pooled = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(9, 3)(ids))
+    model = keras.Model({"x": x, "ids": ids, "step": step}, {"y": x * step + pooled})
+    generator = np.random.default_rng(3)
+    samples = {
+        "x": generator.normal(size=(7, 3)).astype("float32"),
+        "ids": generator.integers(1, 9, (7, 5)),
+        "step": 4,
+    }
+    export_saved_model(model, tmp_path / "served", samples=samples)
+    export_onnx(model, tmp_path / "model.onnx", samples=samples)
+    export_tflite(model, tmp_path / "lite", samples=samples)
+    (tflite,) = (tmp_path / "lite").glob("*.tflite")
+    report = verify(
+        model,
+        samples=samples,
+        saved_model=tmp_path / "served",
+        onnx=tmp_path / "model.onnx",
+        tflite=tflite,
+        runtimes=["saved_model", "onnx_runtime", "litert"],
+        timed_calls=1,
+    )
+    assert statuses(report) == ["reference", "ok", "ok", "ok"]
+    assert [check.samples for check in report.checks] == [7, 7, 7, 7]
+
+
+def test_a_model_for_batches_of_one_size(tmp_path: Path) -> None:
+    x: Any = keras.Input((3,), batch_size=2, name="x")
+    rows = keras.ops.flip(keras.ops.reshape(x, (6,)))
+    model = keras.Model(x, {"y": keras.ops.reshape(rows, (2, 3))})
+    samples = np.arange(15, dtype="float32").reshape(5, 3)
+    export_onnx(model, tmp_path / "model.onnx", samples=samples)
+    report = verify(
+        model,
+        samples=samples,
+        onnx=tmp_path / "model.onnx",
+        runtimes=["onnx_runtime"],
+        timed_calls=1,
+    )
+    assert statuses(report) == ["reference", "ok"]
+    assert report.checks[1].samples == 4  # the fifth fills no batch
