@@ -263,14 +263,12 @@ def _cached(layer: Any, twins: Twins, masks: Masks) -> Any:
 
 
 def _rotary(layer: Any, twins: Twins, _: Masks) -> RotaryAttention:
-    windowed = getattr(layer, "use_sliding_window_attention", False)
-    return _with_parts(
-        layer,
-        twins,
-        RotaryAttention,
-        key_dim=layer._query_dense.kernel.shape[-1],
-        window=layer.sliding_window_size if windowed else None,
+    # Others have a window whose mask the block around them makes.
+    windowed = hasattr(layer, "_mask_sliding_window") and getattr(
+        layer, "use_sliding_window_attention", True
     )
+    window = (layer.sliding_window_size or None) if windowed else None
+    return _with_parts(layer, twins, RotaryAttention, window=window)
 
 
 def _gemma(layer: Any, twins: Twins, _: Masks) -> GemmaAttention:
@@ -279,7 +277,6 @@ def _gemma(layer: Any, twins: Twins, _: Masks) -> GemmaAttention:
         layer,
         twins,
         GemmaAttention,
-        key_dim=layer.head_dim,
         logits_soft_cap=layer.logit_soft_cap,
         dropout=layer.dropout,
         window=layer.sliding_window_size if windowed else None,
@@ -297,8 +294,10 @@ def _with_parts(
     def read(*names: str) -> Any:
         return next((vars(layer)[name] for name in names if name in vars(layer)), None)
 
+    output: Any = read("_output_dense", "output_dense")  # its kernel is (N, H, D)
     converted = kind(
         num_heads=read("num_query_heads", "_num_query_heads"),
+        key_dim=output.kernel.shape[1],
         num_key_value_heads=read("num_key_value_heads", "_num_key_value_heads"),
         **options,
         **layer_options(layer),
@@ -310,8 +309,11 @@ def _with_parts(
         put(converted, f"_{name}_dense", twins.copy(part))
     rotary = read("rotary_embedding_layer", "rope_layer")
     put(converted, "rotary_embedding_layer", twins.copy(rotary))
-    for name in ("_dropout_layer", "_query_dense_layer_norm", "_key_dense_layer_norm"):
+    for name in ("_query_dense_layer_norm", "_key_dense_layer_norm"):
         put(converted, name, twins.copy(read(name)))
+    if kind is RotaryAttention:  # on mixed values; Gemma's is on probabilities
+        dropout = read("_dropout_layer", "dropout_layer")
+        put(converted, "_dropout_layer", twins.copy(dropout))
     take_path(layer, converted)
     return converted
 
@@ -321,7 +323,11 @@ _CONVERTERS: dict[str, Callable[[Any, Twins, Masks], Any]] = {
     "WhisperCachedMultiHeadAttention": _cached,
     "LlamaAttention": _rotary,
     "CachedMistralAttention": _rotary,
+    "CachedMixtralAttention": _rotary,
+    "Phi3Attention": _rotary,
     "QwenAttention": _rotary,
+    "QwenMoeAttention": _rotary,
     "Qwen3Attention": _rotary,
+    "Qwen3MoeAttention": _rotary,
     "CachedGemmaAttention": _gemma,
 }

@@ -69,8 +69,8 @@ def from_keras(
     Subclasses of Keras' layers may compute something else and stay as they are. Those
     of KerasHub that have a twin here are swapped in its layers, backbones and tasks:
     `CachedMultiHeadAttention`, in `TransformerDecoder`, GPT-2, OPT, BART and Whisper,
-    and the attention of Llama, Mistral, Qwen and Gemma. `generate` gives the same
-    tokens. `register_converter` adds classes of yours.
+    and the attention of Llama, Mistral, Mixtral, Phi-3, Qwen and Gemma. `generate`
+    gives the same tokens. `register_converter` adds classes of yours.
 
     Args:
         layer_or_model: A layer of one of the two classes, or a layer or model of any

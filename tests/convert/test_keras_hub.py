@@ -152,6 +152,7 @@ GROUPED = {
     "num_key_value_heads": 2,
     **SIZES,
 }
+MOE = {"num_experts": 3, "top_k": 2, "moe_intermediate_dim": 5}
 # Name of the backbone's class, and its arguments.
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertBackbone", PLAIN),
@@ -177,6 +178,29 @@ BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
         "QwenBackbone",
         GROUPED | {"use_sliding_window_attention": True, "sliding_window_size": 3},
     ),
+    "qwen3": (
+        "Qwen3Backbone",
+        GROUPED | {"head_dim": 4, "sliding_window_size": 3},
+    ),
+    "qwen_moe": (
+        "QwenMoeBackbone",
+        GROUPED
+        | MOE
+        | {
+            "shared_expert_intermediate_dim": 7,
+            "use_sliding_window_attention": True,
+            "sliding_window_size": 3,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeBackbone",
+        GROUPED | MOE | {"head_dim": 4, "sliding_window_size": 3},
+    ),
+    "mixtral": (
+        "MixtralBackbone",
+        GROUPED | {"num_experts": 3, "sliding_window": 3},
+    ),
+    "phi3": ("Phi3Backbone", GROUPED),
     "gemma": (
         "GemmaBackbone",
         GROUPED
@@ -208,6 +232,9 @@ TASKS = {
     "llama": "LlamaCausalLM",
     "mistral": "MistralCausalLM",
     "qwen": "QwenCausalLM",
+    "qwen3": "Qwen3CausalLM",
+    "mixtral": "MixtralCausalLM",
+    "phi3": "Phi3CausalLM",
     "gemma": "GemmaCausalLM",
 }
 
