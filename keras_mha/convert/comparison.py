@@ -13,18 +13,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mha.convert.drawn_inputs import drawn_inputs
 from keras_mha.convert.layer_swap import innermost
 from keras_mha.layers.keras_mask import get_keras_mask
 from keras_mha.twin import Twins
 
 # How far outputs may differ, in units of the largest.
 _TOLERANCES = {"float64": 2e-5, "float32": 2e-5, "bfloat16": 5e-2, "float16": 2e-2}
-# Of drawn inputs, where a size is free.
-_BATCH, _LENGTH = 4, 6
-
-
-class _UnknownInputsError(Exception):
-    """Inputs cannot be drawn."""
 
 
 class _Padding(NamedTuple):
@@ -101,50 +96,6 @@ def compare(
     )
     differences = _differences(original, answers[0], answers[1], tolerance)
     return Comparison(differences, gained, lost, padded)
-
-
-def drawn_inputs(model: Any) -> Any:
-    """Draws inputs with and without padding for a model; `None` if it cannot tell."""
-    rng = np.random.default_rng(0)
-    layers = model._flatten_layers()
-    limits = [x.input_dim for x in layers if isinstance(x, keras.layers.Embedding)]
-    limit = min(limits, default=None)
-    padding = [x.mask_value for x in layers if isinstance(x, keras.layers.Masking)]
-
-    def draw(shape: Any, dtype: str) -> Any:
-        B, *sizes = [_LENGTH if size is None else size for size in shape]
-        B = _BATCH if shape[0] is None else B
-        shape = (B, *sizes)
-        if dtype == "string":
-            raise _UnknownInputsError
-        if "float" in dtype and not (limit is not None and len(shape) == 2):
-            values = rng.normal(size=shape)
-            pads = padding
-        elif dtype == "bool":
-            values, pads = np.ones(shape), [0]
-        else:
-            values, pads = rng.integers(1, max(limit or 2, 2), size=shape), [0, 1]
-        if len(shape) > 1 and pads:
-            # The first row is full; some stand for padding by 0, some by 1.
-            for row in range(1, B):
-                values[row, max(1, shape[1] * (3 - row) // 4) :] = pads[
-                    (row - 1) % len(pads)
-                ]
-        return ops.convert_to_tensor(values.astype(dtype))
-
-    try:
-        if isinstance(model, keras.Function):
-            return keras.tree.map_structure(
-                lambda x: draw(x.shape, x.dtype), model.input
-            )
-        if getattr(model, "inputs", None):  # of a `keras.Sequential`
-            return draw(model.inputs[0].shape, model.inputs[0].dtype)
-        config = model.get_build_config() or {}
-        return keras.tree.map_shape_structure(
-            lambda shape: draw(shape, "float32"), config["input_shape"]
-        )
-    except (_UnknownInputsError, KeyError):
-        return None
 
 
 def describe_differences(
@@ -309,6 +260,7 @@ def _distance(before: Any, after: Any, mask: Any, tolerance: float) -> np.ndarra
 
 def _numbers(tensor: Any) -> np.ndarray:
     """An array of float64, or of whatever is not floating."""
-    if "float" in keras.backend.standardize_dtype(tensor.dtype):
-        tensor = ops.cast(tensor, "float64")
-    return np.asarray(ops.convert_to_numpy(tensor))
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":  # NumPy has none
+        tensor = ops.cast(tensor, "float32")
+    array = np.asarray(ops.convert_to_numpy(tensor))
+    return array.astype("float64") if array.dtype.kind == "f" else array
