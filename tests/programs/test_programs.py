@@ -196,11 +196,16 @@ def test_tflite(
     record_property: Callable[[str, object], None],
 ) -> None:
     model, samples = _ours(program), _draw(program, 10)
-    options: dict[str, Any] = {
-        "float": {},
-        "int8": {"quantization": "dynamic_int8", "quantized_tolerance": ROUNDED},
-        "gpu": {"target": "gpu"},
-    }[kind]
+    has_free_length = any(x.shape[1:2] == (None,) for x in getattr(model, "inputs", ()))
+    lengths = {"sequence_lengths": (text.LENGTH,)} if has_free_length else {}
+    options: dict[str, Any] = (
+        lengths
+        | {
+            "float": {},
+            "int8": {"quantization": "dynamic_int8", "quantized_tolerance": ROUNDED},
+            "gpu": {"target": "gpu"},
+        }[kind]
+    )
     reason = program.refused.get("tflite")
     if kind == "gpu":
         reason = reason or program.refused.get("gpu")

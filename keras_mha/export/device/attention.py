@@ -96,15 +96,12 @@ def _attend_portably(layer: Any, masks: PaddingMasks) -> Swap:
         *,
         bias: Tensor | None = None,
         head_mask: Tensor | None = None,
-        axes: tuple[int, ...] = (1,),
         offset: Any = 0,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if axes != (1,) or head_mask is not None:
-            options |= {"bias": bias, "head_mask": head_mask}
-            return original(
-                query, key, value, mask, axes=axes, offset=offset, **options
-            )
+        if len(query.shape) != 4 or head_mask is not None:  # it folds several axes
+            options |= {"bias": bias, "head_mask": head_mask, "offset": offset}
+            return original(query, key, value, mask, **options)
         rows, columns = mask.query_padding, mask.key_padding
         keys = None if columns is None else masks.as_floats(columns, key.dtype)
         queries = keys  # the same tensor where both are: each query then sees itself

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -36,6 +37,7 @@ FORMS: dict[type, Form] = {
     _layers.LayerNormalization: device_layers.layer_normalization,
     _layers.RMSNormalization: device_layers.rms_normalization,
     _layers.GroupNormalization: device_layers.group_normalization,
+    _layers.UpSampling2D: device_layers.up_sampling,
     GetItem: device_layers.get_item,
 }
 
@@ -141,6 +143,7 @@ def device_form(model: keras.Model, *, target: Target = "cpu") -> keras.Model:
         owner.__dict__[name] = value
     call = copied.call
 
+    @functools.wraps(call)  # whose parameters name the inputs
     def call_portably(*args: Any, **kwargs: Any) -> Any:
         try:
             with implementation_scope("portable"):

@@ -332,6 +332,21 @@ def group_normalization(layer: Any) -> list[Swap]:
     return in_place_of_call(layer, call)
 
 
+def up_sampling(layer: Any) -> list[Swap]:
+    """Repeats rows and columns by one operation, without a fifth axis."""
+    if layer.data_format != "channels_last" or layer.interpolation != "nearest":
+        return []
+
+    def call(inputs: Tensor) -> Tensor:
+        sizes: Any = ops.shape(inputs)
+        rows, columns = (
+            size * n for size, n in zip(sizes[1:3], layer.size, strict=True)
+        )
+        return tf.image.resize(inputs, (rows, columns), method="nearest")
+
+    return [Swap(layer, "call", call)]
+
+
 # Recurrent layers.
 
 

@@ -97,7 +97,7 @@ def export_tflite(
         directory: Where the files go; created if absent.
         sequence_lengths: The lengths S, for a model whose inputs leave their second
             axis free. Default: 128 for a model with one input of ids, `(B, T)`, with T
-            free.
+            free; the samples' length if the model refuses 128 ids.
         shapes: Sizes by input name, the batch's first, such as `{"ids": (1, 64)}`.
             Default: the model's own, and where it leaves them free the samples'.
         batch_size: The fixed number of rows. Default: the model's own if it has one,

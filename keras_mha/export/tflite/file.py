@@ -35,6 +35,7 @@ from keras_mha.export.tflite.quantization import (
     quantize_dense,
 )
 from keras_mha.export.tflite.report import Kind, MediaPipeCheck, TFLiteFile
+from keras_mha.export.tflite.signs import take_signs_of_bits
 
 
 class Written(NamedTuple):
@@ -130,7 +131,7 @@ def _drawn(inputs: FixedInputs) -> list[Arrays]:
 def _edit(model: Any, plan: Plan, size: int) -> bool:
     """Changes what the converter makes for all targets alike; tells if it did."""
     if plan.target == "gpu":
-        return mend_for_gpu(model, contents_of(tflite_schema.describe(model, size)))
+        return mend_for_gpu(model, size)
     if plan.quantization == "dynamic_int8":
         return give_narrow_tables_one_scale(model)
     return False
@@ -185,6 +186,7 @@ def convert(
         notes: What may be to blame where it does not convert.
         custom: Whether operations that are not built in stay as they are.
     """
+    take_signs_of_bits(graph)
     converter = tf.lite.TFLiteConverter.from_saved_model(
         str(graph), signature_keys=[signature_name]
     )

@@ -12,22 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from keras_mha.export.tflite.graph import Contents, Operator, Tensor
+from keras_mha.export.runtimes import tflite_schema
+from keras_mha.export.tflite.graph import Operator, Tensor, contents_of
 from keras_mha.export.tflite.lint import findings, is_misread
 
 _MOST_AXES = 4
 
 
-def mend_for_gpu(model: Any, contents: Contents) -> bool:
+def mend_for_gpu(model: Any, size: int) -> bool:
     """Rewrites the operators in a file that break a rule with a way around it.
 
     Args:
         model: The file as objects, a `ModelT`, with fixed shapes; it is changed.
-        contents: What it holds.
+        size: Bytes in the file.
 
     Returns:
         Whether anything was changed.
     """
+    passed_by = [_pass_by_int64(model, graph) for graph in model.subgraphs]
+    contents = contents_of(tflite_schema.describe(model, size))
     broken = {
         (finding.subgraph, finding.index): finding.rule
         for finding in findings(contents.operators, "gpu")
@@ -43,7 +46,46 @@ def mend_for_gpu(model: Any, contents: Contents) -> bool:
             else:
                 _REWRITES[rule](graph, operator, operators[number, index])
         subgraph.operators = graph.operators
-    return bool(broken)
+    return bool(broken) or any(passed_by)
+
+
+def _pass_by_int64(model: Any, subgraph: Any) -> bool:
+    """Reads int32 where it was cast to int64 and is cast again; tells if it did."""
+    schema, tensors = _schema(), subgraph.tensors
+    casts = [
+        operator
+        for operator in subgraph.operators
+        if _builtin(model.operatorCodes[operator.opcodeIndex])
+        == schema.BuiltinOperator.CAST
+    ]
+    wide = {
+        int(operator.outputs[0]): int(operator.inputs[0])
+        for operator in casts
+        if tensors[operator.outputs[0]].type == schema.TensorType.INT64
+    }
+    alias = {}
+    for operator in casts:
+        (source,), (target,) = operator.inputs, map(int, operator.outputs)
+        if int(source) not in wide:
+            continue
+        operator.inputs, operator.builtinOptions = [wide[int(source)]], None
+        operator.builtinOptionsType = schema.BuiltinOptions.NONE
+        if tensors[target].type == tensors[wide[int(source)]].type:
+            alias[target] = wide[int(source)]
+    for operator in subgraph.operators:
+        operator.inputs = [alias.get(int(n), int(n)) for n in operator.inputs]
+    read = {int(n) for operator in subgraph.operators for n in operator.inputs}
+    unread = {*wide, *alias} - read - {int(number) for number in subgraph.outputs}
+    subgraph.operators = [
+        operator
+        for operator in subgraph.operators
+        if not unread.intersection(map(int, operator.outputs))
+    ]
+    return bool(unread)
+
+
+def _builtin(code: Any) -> int:
+    return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
 class _Graph:
@@ -63,8 +105,9 @@ class _Graph:
         return () if shape is None else tuple(int(size) for size in shape)
 
     def constant(self, number: int) -> np.ndarray:
-        """Returns the values of a constant of int32."""
+        """Returns the values of a constant of int32; none of another tensor."""
         data = self._model.buffers[self._subgraph.tensors[number].buffer].data
+        data = [] if data is None else data  # it is no constant
         return np.frombuffer(np.asarray(data, np.uint8).tobytes(), np.int32)
 
     def add_like(self, number: int, shape: Sequence[int]) -> int:
@@ -96,6 +139,21 @@ class _Graph:
             )
         )
 
+    def add_slice(
+        self, source: int, begins: Sequence[int], ends: Sequence[int], target: int
+    ) -> None:
+        """Adds an operator that cuts a tensor, in steps of 1."""
+        schema, steps = _schema(), [1] * len(begins)
+        self.operators.append(
+            schema.OperatorT(
+                opcodeIndex=self._code(schema.BuiltinOperator.STRIDED_SLICE),
+                inputs=[source, *map(self.add_constant, (begins, ends, steps))],
+                outputs=[target],
+                builtinOptionsType=schema.BuiltinOptions.StridedSliceOptions,
+                builtinOptions=schema.StridedSliceOptionsT(),
+            )
+        )
+
     def _add(self, name: bytes, kind: int, shape: Sequence[int], buffer: int) -> int:
         tensor = _schema().TensorT(
             shape=[int(size) for size in shape],
@@ -110,7 +168,7 @@ class _Graph:
     def _code(self, builtin: int) -> int:
         codes = self._model.operatorCodes
         for index, code in enumerate(codes):
-            if max(code.builtinCode, code.deprecatedBuiltinCode) == builtin:
+            if _builtin(code) == builtin:
                 return index
         codes.append(
             _schema().OperatorCodeT(
@@ -161,11 +219,12 @@ def _slice_then_reshape(graph: _Graph, operator: Any, _: Operator) -> None:
 
 
 def _gather_by_one_axis(graph: _Graph, operator: Any, _: Operator) -> None:
-    """Looks up by ids of several axes as by ids of one."""
+    """Looks up by ids of several axes, or of none, as by ids of one."""
     table, ids = (int(number) for number in operator.inputs)
     (target,) = operator.outputs
-    if operator.builtinOptions.axis or operator.builtinOptions.batchDims:
-        graph.operators.append(operator)
+    options = operator.builtinOptions
+    if options.batchDims or options.axis:
+        _take_one(graph, operator, table, ids)
         return
     flat = graph.add_like(ids, [int(np.prod(graph.shape(ids)))])
     graph.add_reshape(ids, flat)
@@ -173,6 +232,22 @@ def _gather_by_one_axis(graph: _Graph, operator: Any, _: Operator) -> None:
     operator.inputs, operator.outputs = [table, flat], [rows]
     graph.operators.append(operator)
     graph.add_reshape(rows, int(target))
+
+
+def _take_one(graph: _Graph, operator: Any, table: int, ids: int) -> None:
+    """Takes the only place of an axis by a slice; leaves other gathers as they are."""
+    options, sizes = operator.builtinOptions, graph.shape(table)
+    places = graph.constant(ids)
+    if options.batchDims or len(places) != 1:
+        graph.operators.append(operator)
+        return
+    axis = options.axis % len(sizes)
+    begins, ends = [0] * len(sizes), list(sizes)
+    begins[axis], ends[axis] = int(places[0]), int(places[0]) + 1
+    (target,) = operator.outputs
+    sliced = graph.add_like(int(target), (*sizes[:axis], 1, *sizes[axis + 1 :]))
+    graph.add_slice(table, begins, ends, sliced)
+    graph.add_reshape(sliced, int(target))
 
 
 def _combine_with_more_axes(graph: _Graph, operator: Any, told: Operator) -> None:

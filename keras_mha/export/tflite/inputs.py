@@ -18,7 +18,7 @@ from keras_mha.export.endpoint import Endpoint
 from keras_mha.export.ids import is_looked_up, padding_id
 from keras_mha.export.samples import Arrays
 
-DEFAULT_LENGTHS = (128,)
+DEFAULT_LENGTH = 128
 # What TFLite computes in.
 _NARROWED = {
     tf.int64: tf.int32,
@@ -136,14 +136,23 @@ def fix_inputs(
     if lengths is not None:
         _check_lengths(endpoint, lengths)
     elif shapes is None and takes_ids(endpoint):
-        (own,) = (spec.shape[1] for spec in endpoint.inputs.values())
-        lengths = (
-            DEFAULT_LENGTHS if own is None else (own,) if named_by_length else None
-        )
+        ((name, spec),) = endpoint.inputs.items()
+        if spec.shape[1] is None:
+            lengths = (_default_length(endpoint, name, samples[name]),)
+        elif named_by_length:
+            lengths = (spec.shape[1],)
     return tuple(
         _fix(endpoint, samples, ranges, batch=batch, sizes=sizes, length=length)
         for length in lengths or (None,)
     )
+
+
+def _default_length(endpoint: Endpoint, name: str, ids: np.ndarray) -> int:
+    """Chooses the length of ids: that of the samples where the model takes no more."""
+    missing = max(DEFAULT_LENGTH - ids.shape[1], 0)
+    longer = {name: np.pad(ids[:1], ((0, 0), (0, missing)))}
+    takes_longer = endpoint.answer_or_none(longer) is not None
+    return DEFAULT_LENGTH if takes_longer else ids.shape[1]
 
 
 def _check_shapes(

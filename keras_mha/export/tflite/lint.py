@@ -214,11 +214,11 @@ def _has_rank_over_4(operator: Operator) -> bool:
     return any(tensor.rank > 4 for tensor in (*operator.inputs, *operator.outputs))
 
 
-def _gathers_by_ids_not_of_rank_1(operator: Operator) -> bool:
+def _gathers_by_other_ids(operator: Operator) -> bool:
     return (
         operator.name == "GATHER"
         and len(operator.inputs) == 2
-        and operator.inputs[1].rank != 1
+        and (operator.inputs[1].rank != 1 or operator.options.get("axis", 0) != 0)
     )
 
 
@@ -340,8 +340,8 @@ RULES = (
     Rule(
         "gather-rank",
         {"gpu": "error"},
-        _gathers_by_ids_not_of_rank_1,
-        "The GPU delegate only gathers by ids of rank 1. Reshape the ids to one axis, "
+        _gathers_by_other_ids,
+        "The GPU delegate only gathers by ids of rank 1, along the first axis. Reshape them, "
         "look up (`one_hot(ids) @ table` becomes EMBEDDING_LOOKUP), and reshape back.",
     ),
     Rule(

@@ -154,9 +154,9 @@ def make_plan(
         )
         arrays, names = samples, list(endpoint.answer(endpoint.take(samples, slice(1))))
     else:
-        _check_inputs(model)
         samples = even_rows(model, samples)
         (endpoint, arrays), names = describe(model, samples), None
+        _check_inputs(endpoint)
         ranges = _read_ranges(model, representative_data)
     if ranges is None and quantization == "int8_dense":
         ranges = arrays
@@ -280,15 +280,15 @@ def _check_size(argument: str, size: Any) -> int:
     return number
 
 
-def _check_inputs(model: keras.Model) -> None:
-    """Refuses a model of texts."""
-    if _takes_texts(model):
-        described = ", ".join(f"{x.name}: {x.dtype} {x.shape}" for x in model.inputs)
+def _check_inputs(endpoint: Endpoint) -> None:
+    """Refuses a model that takes strings."""
+    if any(spec.dtype == tf.string for spec in endpoint.inputs.values()):
         raise ValueError(
             "`model` must take numbers; strings need operations that TFLite has not "
             "built in. Pass the part of the model after its tokenizer: "
             "`without_tokenizer` gives it; or pass `text=True` for an additional file "
-            f"with those operations. Received the inputs {described}"
+            "with those operations. Received a model with the inputs "
+            f"{_described(endpoint)}"
         )
 
 

@@ -226,6 +226,15 @@ def test_group_normalization() -> None:
     assert note.endswith("it normalizes over the axis 1")
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_up_sampling(interpolation: str) -> None:
+    image = keras.Input((5, 3, 2), name="image")
+    layer = keras.layers.UpSampling2D((2, 3), interpolation=interpolation)
+    model = keras.Model(image, layer(image))
+    given = np.random.default_rng(3).normal(size=(2, 5, 3, 2)).astype("float32")
+    np.testing.assert_allclose(device_form(model)(given), model(given), atol=1e-6)
+
+
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
 @pytest.mark.parametrize("tie_weights", [False, True])
 def test_a_table_there_and_back(tie_weights: bool, target: str) -> None:

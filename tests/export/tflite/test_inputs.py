@@ -250,6 +250,23 @@ def test_a_recurrent_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(report, ids=rows)["scores"], model(rows), atol=1e-5)
 
 
+class Router(layers.Layer):
+    """Chooses an expert for each position; made of no other layer."""
+
+    def call(self, inputs: Any) -> Any:
+        return ops.one_hot(ops.argmax(inputs, axis=-1), inputs.shape[-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*Router.*no device form")
+def test_choices_by_argmax(tmp_path: Path) -> None:
+    given = keras.Input((3,), name="x")
+    model = keras.Model(given, layers.Identity(name="y")(Router()(given)))
+    report = export_tflite(model, tmp_path, samples=floats(5, 3))
+    rows = np.array([[-0.0, -1.0, 0.0], [2.0, 2.0, 1.0], [-3.0, -2.0, -2.0]], "float32")
+    for row in rows:
+        np.testing.assert_array_equal(run(report, x=row[None])["y"], model(row[None]))
+
+
 @pytest.mark.parametrize("name", ["a[1]", "b\\c", "d*?"])
 def test_directories_of_any_name(tmp_path: Path, name: str) -> None:
     given = keras.Input((3,), name="x")
