@@ -377,6 +377,7 @@ PROGRAMS = (
         tokens(WORDS, LENGTH, padded=False),
         classes(2),
         _SPARSE,
+        refused={"gpu": "`argmax` reads the bits of floats"},
         loads=False,
     ),
     Program(

@@ -341,8 +341,8 @@ RULES = (
         "gather-rank",
         {"gpu": "error"},
         _gathers_by_other_ids,
-        "The GPU delegate only gathers by ids of rank 1, along the first axis. Reshape them, "
-        "look up (`one_hot(ids) @ table` becomes EMBEDDING_LOOKUP), and reshape back.",
+        "The GPU delegate only gathers by ids of rank 1, along the first axis. Reshape "
+        "them, look up (`one_hot(ids) @ table` becomes EMBEDDING_LOOKUP), and back.",
     ),
     Rule(
         "embedding-scale",

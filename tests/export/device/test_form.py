@@ -226,6 +226,15 @@ def test_group_normalization() -> None:
     assert note.endswith("it normalizes over the axis 1")
 
 
+@pytest.mark.parametrize("axes", [None, (1, 2), (2,)])
+def test_attention_over_several_axes(axes: tuple[int, ...] | None) -> None:
+    given = keras.Input((3, 5, 4), name="grid")
+    attention = keras_mha.MultiHeadAttention(2, 3, attention_axes=axes)
+    model = randomize(keras.Model(given, attention(given, given)))
+    rows = np.random.default_rng(3).normal(size=(2, 3, 5, 4)).astype("float32")
+    np.testing.assert_allclose(device_form(model)(rows), model(rows), atol=1e-5)
+
+
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 def test_up_sampling(interpolation: str) -> None:
     image = keras.Input((5, 3, 2), name="image")
