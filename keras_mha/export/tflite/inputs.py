@@ -137,10 +137,11 @@ def fix_inputs(
         _check_lengths(endpoint, lengths)
     elif shapes is None and takes_ids(endpoint):
         ((name, spec),) = endpoint.inputs.items()
-        if spec.shape[1] is None:
+        own: int | None = spec.shape[1]
+        if own is None:
             lengths = (_default_length(endpoint, name, samples[name]),)
         elif named_by_length:
-            lengths = (spec.shape[1],)
+            lengths = (own,)
     return tuple(
         _fix(endpoint, samples, ranges, batch=batch, sizes=sizes, length=length)
         for length in lengths or (None,)
