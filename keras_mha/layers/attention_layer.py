@@ -339,7 +339,7 @@ class AttentionLayer(SeededLayer):
             if return_scores:
                 implementation = "reference"
         jit_compile = self._jit_compile
-        observer = current_observer()
+        observer = current_observer.get()
         if observer is not None:
             jit_compile = False  # a compiled function would outlive the observer
             if observer.wants_scores:

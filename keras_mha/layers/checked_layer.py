@@ -56,9 +56,9 @@ def check_shape(tensor: Any, name: str, shape: str, owner: str) -> None:
     >>> from keras_mha.layers.checked_layer import check_shape
     >>> check_shape(np.ones((2, 8)), "x", "(B, T, D)", "Mix")
     Traceback (most recent call last):
-    ValueError: `x` of `Mix` must have the shape (B, T, D). Received: x of shape (2, 8)
+    ValueError: `Mix`: `x` must have the shape (B, T, D). Received: x of shape (2, 8)
     """
-    text = f"`{name}` of `{owner}` must have the shape {shape}"
+    text = f"`{owner}`: `{name}` must have the shape {shape}"
     kind = "RaggedTensor" if getattr(tensor, "ragged", False) else type(tensor).__name__
     if kind in _DENSE:
         raise TypeError(

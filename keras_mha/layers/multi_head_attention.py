@@ -216,8 +216,8 @@ class MultiHeadAttention(AttentionLayer):
 
     @override
     def argument_shapes(self) -> Mapping[str, str]:
-        keys = "(B, S, ..., D)"
-        return {"query": "(B, T, ..., D)", "value": keys, "key": keys}
+        # Of another rank than values, keys are refused with both shapes.
+        return {"query": "(B, T, ..., D)", "value": "(B, S, ..., D)", "key": "(...)"}
 
     @property
     def key_dim(self) -> int:

@@ -37,7 +37,8 @@ class Observer:
         """
 
 
-_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+# The observer of this thread's calls.
+current_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 @contextmanager
@@ -61,13 +62,8 @@ def observe(observer: Observer) -> Iterator[None]:
     ...     outputs = layer(np.ones((3, 5, 8), "float32"))
     (3, 2, 5, 5)
     """
-    token = _observer.set(observer)
+    token = current_observer.set(observer)
     try:
         yield
     finally:
-        _observer.reset(token)
-
-
-def current_observer() -> Observer | None:
-    """Returns the observer of this thread's calls, or `None`."""
-    return _observer.get()
+        current_observer.reset(token)

@@ -52,7 +52,7 @@ TAKERS: dict[str, tuple[Any, str, str]] = {
     "self": (MultiHeadSelfAttention(N, H), "inputs", "(B, T, D)"),
     "query": (of_attention("query"), "query", "(B, T, ..., D)"),
     "value": (of_attention("value"), "value", "(B, S, ..., D)"),
-    "key": (of_attention("key"), "key", "(B, S, ..., D)"),
+    "key": (of_attention("key"), "key", "(...)"),
     "encoder": (TransformerEncoderBlock(N, 5, H), "inputs", "(B, T, D)"),
     "decoder": (TransformerDecoderBlock(N, 5, H), "inputs", "(B, T, D)"),
     "memory": (of_decoder, "memory", "(B, S, any size)"),
@@ -67,14 +67,18 @@ each_taker = pytest.mark.parametrize(
 )
 
 
-@each_taker
+@pytest.mark.parametrize(
+    ("take", "name", "shape"),
+    [taker for taker in TAKERS.values() if taker[2] != "(...)"],
+    ids=[name for name, taker in TAKERS.items() if taker[2] != "(...)"],
+)
 def test_other_ranks(take: Any, name: str, shape: str) -> None:
     for tensor in (np.ones(B, "int32"), keras.Input((), dtype="int32")):
         received = re.escape(
             f"must have the shape {shape}. Received: {name} of shape "
             f"{tuple(tensor.shape)}"
         )
-        with pytest.raises(ValueError, match=rf"`{name}` of `\w+` {received}"):
+        with pytest.raises(ValueError, match=rf"`\w+`: `{name}` {received}"):
             take(tensor)
 
 

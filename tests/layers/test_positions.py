@@ -130,7 +130,7 @@ def test_rotary_keeps_the_mask() -> None:
 
 def test_rotary_refuses_while_a_model_is_made() -> None:
     layer, inputs = RotaryEmbedding(fraction=3 / 7), keras.Input((T, N, H))
-    with pytest.raises(ValueError, match=r"`inputs` must have the four.*\(None, 5, 14"):
+    with pytest.raises(ValueError, match=r"`inputs` must have the.*\(None, 5, 14"):
         layer(keras.Input((T, H)))
     with pytest.raises(ValueError, match="even and not zero.*H=13"):
         layer(keras.Input((T, N, 13)))
