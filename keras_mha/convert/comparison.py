@@ -115,8 +115,8 @@ def describe_differences(
         samples: Inputs, as the model takes them. With `None` they are drawn.
         expected: Whether answers are expected to differ where there is padding.
     """
-    if not original.built:
-        return ""  # it answers nothing yet
+    if not swapped or not original.built:
+        return ""  # nothing differs, or it answers nothing yet
     unknown = _describe_masks(original, swapped) if expected else ""
     inputs = drawn_inputs(original) if samples is None else _tensors(samples)
     if inputs is None:

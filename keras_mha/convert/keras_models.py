@@ -81,8 +81,8 @@ def from_keras(
             `"as_keras"` keeps the answers of the original, faults included, by layers
             of the class `StockMaskAttention`.
         dtype: A dtype policy for all floating layers of the copy, such as
-            `"mixed_bfloat16"`; weights keep their values. Defaults to the policies of
-            the original.
+            `"mixed_bfloat16"`; weights keep their values. With it, a model of our
+            layers is copied too. Defaults to the policies of the original.
         copy: Whether the new layers have variables of their own. With False they share
             those of the original: training one trains the other, and no memory is
             taken.
@@ -92,7 +92,8 @@ def from_keras(
 
     Raises:
         TypeError: If it is not such a layer or model.
-        ValueError: If the model holds no such layer, `masks` has another value, or
+        ValueError: If the model holds no such layer and no `dtype` is passed, `masks`
+            has another value, or
             `dtype` is no floating policy or, with `copy=False`, has weights of another
             dtype.
 
@@ -123,7 +124,7 @@ def from_keras(
     converted, swapped = _convert(layer_or_model, rule, policy, share=share)
     # Rounding would hide what else differs.
     same = converted, swapped
-    if policy is not None:
+    if swapped and policy is not None:
         same = _convert(layer_or_model, rule, share=True)
     differences = describe_differences(
         layer_or_model, *same, samples, expected=masks == "mend"
@@ -131,6 +132,11 @@ def from_keras(
     if differences:
         if masks == "mend":
             differences += ' `masks="as_keras"` keeps the answers of the original.'
+            if makers := _makers(layer_or_model, swapped):
+                differences += (
+                    " Layers that make attention in their own code make Keras' again "
+                    f"when a saved copy is loaded: {', '.join(map(repr, makers))}."
+                )
         warnings.warn(differences, stacklevel=2)
     return converted
 
@@ -189,13 +195,25 @@ def to_keras(layer_or_model: Any) -> Any:
     return converted
 
 
+def _makers(model: Any, swapped: list[tuple[Any, Any]]) -> list[str]:
+    """Names of the layers of users that hold what is swapped."""
+    inner = {id(layer) for layer, _ in swapped}
+    return [
+        layer.name
+        for layer in model._flatten_layers()
+        if not isinstance(layer, keras.Function)
+        and not type(layer).__module__.startswith(("keras.", "keras_mha."))
+        and any(id(each) in inner for each in layer._layers)
+    ]
+
+
 def _convert(
     model: Any, rule: Rule, policy: Any = None, *, share: bool = False
 ) -> tuple[Any, list[tuple[Any, Any]]]:
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(_expected(model, rule))
     converted, swapped = swap_layers(model, rule, policy, share=share)
-    if swapped:
+    if swapped or policy is not None:
         return converted, swapped
     if isinstance(model, keras.Model):
         raise ValueError(

@@ -69,7 +69,7 @@ def swap_layers(
         graph.name = layer.name
     if policy is not None:
         _set_policy(copied, policy)
-    if swapped:
+    if swapped or policy is not None:
         retrace(copied, _caller(rule, swapped))
     return copied, swapped
 

@@ -843,6 +843,23 @@ def test_a_warning_tells_where_answers_change() -> None:
             from_keras(blocks("+", count))
 
 
+def test_a_warning_tells_what_a_saved_copy_does_not_keep() -> None:
+    class Block(layers.Layer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.supports_masking = True
+            self.mix = Stock(N, H)
+
+        def call(self, inputs: Any) -> Any:
+            return inputs + self.mix(inputs, inputs)
+
+    ids = tokens()
+    block = Block(name="block")
+    x = ops.mean(block(embed(ids)), axis=1)
+    with pytest.warns(UserWarning, match="again when a saved copy is loaded: 'block'"):
+        from_keras(randomize(keras.Model(ids, x)))
+
+
 def test_no_warning_where_nothing_changes() -> None:
     for quiet in (blocks("+", mask_zero=False), blocks("Add", mask_zero=False)):
         check_equal(from_keras(quiet), quiet)
@@ -993,6 +1010,26 @@ def test_a_copy_of_another_dtype(policy: str) -> None:
     if policy == "mixed_bfloat16":
         back = from_keras(to_keras(converted), dtype="float32")
         check_equal(back, original)
+
+
+def test_a_model_of_ours_in_another_dtype(tmp_path: Path) -> None:
+    ids = tokens()
+    x = TransformerEncoderBlock(N, 17, key_dim=6, position="rotary")(embed(ids))
+    x = MultiHeadAttention(N, H, dtype="mixed_bfloat16")(x, x)
+    original = randomize(keras.Model(ids, layers.GlobalAveragePooling1D()(x)))
+    half = from_keras(original, dtype="mixed_bfloat16")
+    assert half.output.dtype == half(IDS).dtype == "bfloat16"
+    back = from_keras(half, dtype="float32")
+    back.save(tmp_path / "model.keras")
+    loaded: Any = keras.models.load_model(tmp_path / "model.keras")
+    for each in (back, loaded):
+        policies = {x.dtype_policy.name for x in each._flatten_layers()}
+        assert policies == {"float32"}
+    expected = numbers(original(IDS))
+    np.testing.assert_allclose(loaded(IDS), back(IDS), atol=1e-5)
+    np.testing.assert_allclose(back(IDS), expected, atol=0.05 * np.abs(expected).max())
+    with pytest.raises(ValueError, match="nothing to convert"):
+        from_keras(original)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float33", 7])
