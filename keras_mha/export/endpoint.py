@@ -256,6 +256,8 @@ def _with_its_batch_size(endpoint: Endpoint, arrays: Arrays) -> Endpoint:
             f"`samples` must have at least {size} rows, the only size of batches that "
             f"`model` answers. Received: {rows}"
         )
+    # Where it does not answer that size either, something else is wrong.
+    endpoint.answer(endpoint.take(arrays, slice(size)))
     return endpoint.with_batch_size(size)
 
 
@@ -290,6 +292,8 @@ def _output_names(
 
 def _by_name(results: Any, names: Sequence[str] | None) -> dict[str, Any]:
     """Returns a model's answers by name."""
+    if hasattr(results, "_asdict"):  # a named tuple
+        results = results._asdict()
     paths = [(p, x) for p, x in keras.tree.flatten_with_path(results) if x is not None]
     if names is None:
         names = [join(path or (0,), "output") for path, _ in paths]

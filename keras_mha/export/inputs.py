@@ -204,7 +204,7 @@ def _parameters(model: keras.Model) -> tuple[list[str], list[str]]:
     parameters = [
         (name, parameter.default is parameter.empty)
         for name, parameter in inspect.signature(model.call).parameters.items()
-        if parameter.kind == parameter.POSITIONAL_OR_KEYWORD
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         and name not in ("training", "mask")
         and not name.startswith("_")
     ]

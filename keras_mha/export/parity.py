@@ -112,10 +112,12 @@ def check_parity(
                 absolute, worst = difference, name
             relative = max(relative, share)
     if absolute > tolerance:
+        size = max(_largest(run[worst]) for run in expected)
         raise ParityError(
             f"Output {worst!r} of the exported file differs from the model's by "
             f"{absolute:.3g}; the tolerance is {tolerance:.3g} (in {runtime} "
-            f"{runtime_version}, {samples} samples). Nothing was written."
+            f"{runtime_version}, {samples} samples, values up to {size:.3g}). "
+            "Nothing was written."
             f"{_doubt(expected, again, tolerance)}"
         )
     return Parity(

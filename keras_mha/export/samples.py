@@ -153,6 +153,12 @@ def as_array(name: str, samples: Any) -> np.ndarray:
         array = np.asarray(samples)
     except UnicodeDecodeError:  # str mixed with bytes that are not ASCII
         array = np.array(samples, object)
+    except ValueError as error:
+        lengths = sorted({len(row) for row in samples if hasattr(row, "__len__")})
+        raise ValueError(
+            f"`samples` for input {name!r} must have equally many numbers or strings "
+            f"in each row: pad them. Received: rows of the lengths {lengths}"
+        ) from error
     if array.dtype.kind in "biuf":
         return array
     # Again from the samples: NumPy's own bytes type drops trailing NULs.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -252,6 +252,29 @@ def test_arguments_of_their_own() -> None:
     np.testing.assert_allclose(values(endpoint, arrays)[0], model(**named), rtol=1e-5)
 
 
+def test_arguments_by_name_only() -> None:
+    class ByName(keras.Model):
+        def call(self, *, left: Any, right: Any) -> Any:
+            return left - 2 * right
+
+    model, named = ByName(), {"left": ONE, "right": TWO}
+    model(**named)
+    endpoint, arrays = describe(model, named)
+    assert endpoint.batch_size is None
+    np.testing.assert_allclose(values(endpoint, arrays)[0], ONE - 2 * TWO)
+
+
+def test_a_model_that_refuses_its_samples_says_why_itself() -> None:
+    class Strict(keras.Model):
+        def call(self, x: Any) -> Any:
+            if x.shape[1] != D:
+                raise ValueError("seven columns, please")
+            return x
+
+    with pytest.raises(ValueError, match="seven columns, please"):
+        describe(_called(Strict()), ONE[:, :2])
+
+
 def test_a_model_that_was_only_fitted() -> None:
     class Trained(keras.Model):
         """Its own `train_step` never calls the model."""
@@ -316,14 +339,35 @@ def test_nested_answers_have_joined_names() -> None:
     np.testing.assert_allclose(endpoint.answer(arrays)["b"], 2 * ONE)
 
 
+class Answer(NamedTuple):
+    logits: Any
+    hidden: Any
+
+
+def test_named_tuples_name_their_parts() -> None:
+    class Named(keras.Model):
+        def call(self, x: Any) -> Any:
+            return Answer(2 * x, x)
+
+    endpoint, arrays = describe(_called(Named()), ONE)
+    np.testing.assert_allclose(endpoint.answer(arrays)["logits"], 2 * ONE)
+
+
+def test_rows_of_several_lengths_are_refused() -> None:
+    given = keras.Input((None,), dtype="int32", name="ids")
+    model = keras.Model(given, layers.Embedding(9, 2)(given))
+    with pytest.raises(ValueError, match=r"'ids'.*pad them.*lengths \[2, 3\]"):
+        describe(model, [[1, 2, 3], [4, 5]])
+
+
 def test_ragged_answers_are_refused() -> None:
     class Ragged(keras.Model):
         def call(self, x: Any) -> Any:
             return tf.RaggedTensor.from_tensor(x)
 
-    endpoint, arrays = describe(_called(Ragged()), ONE)
+    model = _called(Ragged())
     with pytest.raises(ValueError, match="outputs must be dense.*'output_0'"):
-        endpoint.answer(arrays)
+        describe(model, ONE)
 
 
 def _called(model: keras.Model) -> keras.Model:

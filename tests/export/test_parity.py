@@ -112,3 +112,24 @@ def test_a_time_of_zero_is_refused_and_a_tolerance_is_not() -> None:
     check_timeout(np.int64(3))
     with pytest.raises(ValueError, match=r"`timeout` .* Received: 0"):
         check_timeout(0)
+
+
+def test_a_difference_of_drawn_inputs_counts_in_proportion() -> None:
+    runs = [{"p": np.array([1.0, -2.0])}, {"p": np.array([5.0, 8.0])}]
+    off = [runs[0], {"p": np.array([5.0, 8.25])}]
+    facts: Any = {"samples": 2, "runtime": "by hand", "runtime_version": "1"}
+    parity = check_parity(runs, off, tolerance=0.1, drawn=1, **facts)
+    assert parity.max_absolute_difference == 0.25 / 4  # 8 is four times 2
+    assert (parity.samples, parity.drawn) == (2, 2)
+    with pytest.raises(ParityError, match=r"by 0\.25; .*values up to 8\)"):
+        check_parity(runs, off, tolerance=0.1, **facts)
+
+
+def test_a_model_that_does_not_repeat_itself_is_told() -> None:
+    runs, off = [{"p": np.array([1.0])}], [{"p": np.array([2.0])}]
+    facts: Any = {"samples": 1, "runtime": "by hand", "runtime_version": "1"}
+    again = [{"p": np.array([1.5])}]
+    with pytest.raises(ParityError, match="run by Keras, differs by 0.5 between eager"):
+        check_parity(runs, off, tolerance=0.1, again=lambda: again, **facts)
+    with pytest.raises(ParityError, match=r"Nothing was written\.$"):
+        check_parity(runs, off, tolerance=0.1, again=lambda: runs, **facts)

@@ -76,9 +76,10 @@ def convert(endpoint: Endpoint, opset: int, directory: Path) -> Any:
                 ),
             )
         except _TF2ONNX_ERRORS as error:
+            nodes = [*listener.nodes, *_nodes_in(str(error))]
             raise ValueError(
                 "`model` needs operations that tf2onnx does not convert, in "
-                f"{_places(endpoint.model, [*listener.nodes, *_nodes_in(str(error))])}"
+                f"{places_of(endpoint.model, nodes)}"
             ) from error
     _check_operations(endpoint, model, listener.nodes)
     return model
@@ -136,7 +137,7 @@ def _has_state(endpoint: Endpoint, nodes: Sequence[str]) -> ValueError:
     return ValueError(
         "`model` must compute its outputs from its inputs and weights, without tables "
         "and variables that it sets: ONNX holds neither. Received: such operations in "
-        f"{_places(endpoint.model, nodes)}"
+        f"{places_of(endpoint.model, nodes)}"
     )
 
 
@@ -145,10 +146,10 @@ def _nodes_in(text: str) -> list[str]:
     return [name.rstrip(".,:;'\"") for name in re.findall(r"[\w.]+(?:/[\w.]+)+", text)]
 
 
-def _places(model: keras.Model, nodes: Iterable[str]) -> str:
+def places_of(model: keras.Model, nodes: Iterable[str]) -> str:
     """Says which layers made some nodes."""
-    places = sorted({place_of(model, node) for node in nodes})
-    return ", ".join(places) or "one of its layers"
+    places = {_place_of(model, node) for node in nodes}
+    return ", ".join(sorted(filter(None, places))) or "the model, outside its layers"
 
 
 class _Listener(logging.Handler):
@@ -193,12 +194,12 @@ def _check_operations(endpoint: Endpoint, model: Any, failed: set[str]) -> None:
         raise ValueError(
             "`model` needs operations that tf2onnx does not convert: "
             f"{sorted({node.op_type for node in left})}, in "
-            f"{_places(endpoint.model, [node.name for node in left])}"
+            f"{places_of(endpoint.model, [node.name for node in left])}"
         )
 
 
-def place_of(model: keras.Model, node: str) -> str:
-    """Says which layer of a model made a node of its graph.
+def _place_of(model: keras.Model, node: str) -> str | None:
+    """Says which layer of a model made a node of its graph, if any did.
 
     Args:
         model: The model.
@@ -210,4 +211,4 @@ def place_of(model: keras.Model, node: str) -> str:
         layer = layers.get(part) or layers.get(re.sub(r"_\d+$", "", part))
         if layer is not None:
             return described(layer)
-    return f"{node.rsplit('/', 1)[-1]!r} outside any layer"
+    return None

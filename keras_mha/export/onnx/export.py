@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_mha.export.drawn import drawn_cases, halved
 from keras_mha.export.endpoint import Endpoint, describe, tensor_infos
 from keras_mha.export.files import check_overwrite, size_of, staging
-from keras_mha.export.onnx.conversion import convert, place_of
+from keras_mha.export.onnx.conversion import convert, places_of
 from keras_mha.export.onnx.report import ONNXReport
 from keras_mha.export.onnx.rewrites import rewrite
 from keras_mha.export.parity import (
@@ -256,7 +256,7 @@ def _refused(endpoint: Endpoint, proto: Any, text: str) -> ValueError | None:
     node = max(named, key=lambda node: len(node.name))
     return ValueError(
         "`model` must convert to operations that ONNX Runtime takes. Received: "
-        f"{node.op_type} in {place_of(endpoint.model, node.name)}, which it refuses: "
+        f"{node.op_type} in {places_of(endpoint.model, [node.name])}, refused with "
         f"{text.strip().splitlines()[-1]}"
     )
 
