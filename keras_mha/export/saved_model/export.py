@@ -41,6 +41,7 @@ from keras_mha.export.saved_model.served_tflite import (
     write_served_tflite,
 )
 from keras_mha.export.saved_model.warmup import MAX_RECORDS, read_warmup, write_warmup
+from keras_mha.export.tflite.signs import take_signs_of_bits
 from keras_mha.export.tokens import INPUT, endpoint_of_tokens
 from keras_mha.layers.arguments import check_flag
 
@@ -184,6 +185,7 @@ def export_saved_model(
         marks = strip_compiled_marks(path)
         if with_tflite:
             expand_new_axes(path)
+            take_signs_of_bits(path)
         together = endpoint.batches(arrays)
         singles = min(rows, max(warmup, 1)) if batching else 0
         requests = _single_rows(endpoint, arrays, singles) or together[:1]

@@ -109,6 +109,14 @@ FORMAT = Format(
             },
         ),
         Option(
+            "--uint8-inputs",
+            {
+                "nargs": "+",
+                "metavar": "NAME",
+                "help": "inputs, such as images, that the file takes as uint8",
+            },
+        ),
+        Option(
             "--quantization",
             {
                 "choices": ("dynamic_int8", "float16", "int8_dense"),

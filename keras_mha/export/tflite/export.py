@@ -31,6 +31,7 @@ def export_tflite(
     sequence_lengths: Sequence[int] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     batch_size: int | None = None,
+    uint8_inputs: Sequence[str] = (),
     samples: Any,
     overwrite: bool | None = None,
     quantization: Quantization | None = None,
@@ -102,6 +103,8 @@ def export_tflite(
             Default: the model's own, and where it leaves them free the samples'.
         batch_size: The fixed number of rows. Default: the model's own if it has one,
             else 1.
+        uint8_inputs: Names of inputs, such as images, that the file takes as uint8. The
+            samples for them must be whole numbers from 0 to 255.
         samples: What one would hand to the model; see `export_saved_model`. Rows of ids
             may differ in length, and are padded. For a model of texts: texts.
         overwrite: Whether existing files of the same names are replaced, each in one
@@ -181,6 +184,7 @@ def export_tflite(
         sequence_lengths=sequence_lengths,
         shapes=shapes,
         batch_size=batch_size,
+        uint8_inputs=uint8_inputs,
         samples=samples,
         overwrite=overwrite,
         quantization=quantization,

@@ -166,6 +166,7 @@ def traced(
     module.tracked = tracked
     with tempfile.TemporaryDirectory() as directory:
         tf.saved_model.save(module, directory, signatures={signature_name: concrete})
+        take_signs_of_bits(Path(directory))
         yield Path(directory)
 
 
@@ -186,7 +187,6 @@ def convert(
         notes: What may be to blame where it does not convert.
         custom: Whether operations that are not built in stay as they are.
     """
-    take_signs_of_bits(graph)
     converter = tf.lite.TFLiteConverter.from_saved_model(
         str(graph), signature_keys=[signature_name]
     )

@@ -113,6 +113,7 @@ def fix_inputs(
     lengths: Sequence[int] | None,
     shapes: Mapping[str, Sequence[int]] | None,
     batch_size: int | None,
+    uint8_inputs: Sequence[str] = (),
     named_by_length: bool = False,
 ) -> tuple[FixedInputs, ...]:
     """Chooses the fixed shapes and types of each file's inputs.
@@ -124,6 +125,7 @@ def fix_inputs(
         lengths: As `sequence_lengths` of `export_tflite`.
         shapes: As `shapes` of `export_tflite`.
         batch_size: As `batch_size` of `export_tflite`.
+        uint8_inputs: As `uint8_inputs` of `export_tflite`.
         named_by_length: Whether the files' names need a length, also where there is
             only one that they can have.
     """
@@ -133,6 +135,7 @@ def fix_inputs(
             f"Received: sequence_lengths={lengths!r} and shapes={shapes!r}"
         )
     batch, sizes = _check_shapes(endpoint, shapes, batch_size)
+    _check_uint8(samples, uint8_inputs)
     if lengths is not None:
         _check_lengths(endpoint, lengths)
     elif shapes is None and takes_ids(endpoint):
@@ -143,7 +146,15 @@ def fix_inputs(
         elif named_by_length:
             lengths = (own,)
     return tuple(
-        _fix(endpoint, samples, ranges, batch=batch, sizes=sizes, length=length)
+        _fix(
+            endpoint,
+            samples,
+            ranges,
+            batch=batch,
+            sizes=sizes,
+            length=length,
+            uint8_inputs=uint8_inputs,
+        )
         for length in lengths or (None,)
     )
 
@@ -187,6 +198,22 @@ def _check_shapes(
             f"{endpoint.batch_size or 'any number of'} rows"
         )
     return next(iter(batches), 1), {name: tuple(x) for name, x in named.items()}
+
+
+def _check_uint8(samples: Arrays, names: Sequence[str]) -> None:
+    """Refuses unknown inputs, and samples that uint8 does not hold."""
+    if isinstance(names, str) or set(names) - set(samples):
+        raise ValueError(
+            f"`uint8_inputs` must be a list of some of the model's inputs "
+            f"{sorted(samples)}. Received: {names!r}"
+        )
+    for name in names:
+        array = samples[name]
+        if not np.array_equal(array, array.astype(np.uint8)):
+            raise ValueError(
+                "`uint8_inputs` is for inputs of whole numbers from 0 to 255. Received "
+                f"samples for {name!r} from {array.min():g} to {array.max():g}"
+            )
 
 
 def _is_shape(shape: Any) -> bool:
@@ -253,6 +280,7 @@ def _fix(
     batch: int,
     sizes: Mapping[str, tuple[int, ...]],
     length: int | None,
+    uint8_inputs: Sequence[str],
 ) -> FixedInputs:
     """Chooses the shapes and types of one file's inputs."""
     shapes = {
@@ -275,7 +303,12 @@ def _fix(
         length=length,
         batch_size=batch,
         endpoint=replace(endpoint, inputs=narrowed),
-        types={n: _file_type(endpoint, n, array) for n, array in samples.items()},
+        types={
+            name: tf.uint8
+            if name in uint8_inputs
+            else _file_type(endpoint, name, samples[name])
+            for name in shapes
+        },
         samples=fitted(samples, "samples"),
         ranges=None if ranges is None else fitted(ranges, "representative_data"),
     )

@@ -117,6 +117,7 @@ def make_plan(
     sequence_lengths: Sequence[int] | None,
     shapes: Mapping[str, Sequence[int]] | None,
     batch_size: int | None,
+    uint8_inputs: Sequence[str],
     samples: Any,
     overwrite: bool | None,
     quantization: Quantization | None,
@@ -172,6 +173,7 @@ def make_plan(
         lengths=sequence_lengths,
         shapes=shapes,
         batch_size=batch_size,
+        uint8_inputs=uint8_inputs,
         named_by_length=text or metadata is not None,
     )
     kinds = [*["text"] * bool(text), *["mediapipe"] * (metadata is not None)]

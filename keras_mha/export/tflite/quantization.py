@@ -89,7 +89,7 @@ def quantize_dense(
     quantizer.add_weight_only_config(".*", TFLOperationName.EMBEDDING_LOOKUP, 8)
     recipe: Any = RecipeManager()
     recipe.load_quantization_recipe(quantizer.get_quantization_recipe())
-    with _quietly():
+    with _quietly(), _refusing():
         # `Quantizer.calibrate` takes moving averages, beyond which values are cut off.
         calibrator: Any = Calibrator(
             content, num_threads=1, qsv_update_func=min_max_update
@@ -98,6 +98,19 @@ def quantize_dense(
         ranges = calibrator.get_model_qsvs()
         result: Any = quantizer.quantize(ranges, enable_progress_report=False)
     return bytes(result.quantized_model)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Says in the exporter's words where the quantizer fails."""
+    try:
+        yield
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            "`quantization='int8_dense'` does not work for `model`: litert-quantizer "
+            "cannot run its float file to take the ranges. Try "
+            "quantization='dynamic_int8'."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ def take_signs_of_bits(saved_model: Path) -> None:
     ]
     if sum(map(_take_signs, functions)):
         path.write_bytes(proto.SerializeToString(deterministic=True))
+        (saved_model / "fingerprint.pb").unlink(missing_ok=True)  # of the file before
 
 
 def _take_signs(nodes: Sequence[Any]) -> int:

@@ -250,6 +250,35 @@ def test_a_recurrent_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(report, ids=rows)["scores"], model(rows), atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_images_of_bytes(tmp_path: Path, target: Any) -> None:
+    given = keras.Input((8, 8, 3), name="image")
+    x = layers.Conv2D(6, 4, strides=4)(layers.Rescaling(1 / 255)(given))
+    model = randomize(keras.Model(given, head(layers.Reshape((4, 6))(x))))
+    images = RNG.integers(0, 256, (5, 8, 8, 3))
+    report = export_tflite(
+        model, tmp_path, samples=images, uint8_inputs=["image"], target=target
+    )
+    assert report.files[0].inputs[0].dtype == "uint8"
+    other = RNG.integers(0, 256, (1, 8, 8, 3)).astype("uint8")
+    np.testing.assert_allclose(
+        run(report, image=other)["scores"], model(other), atol=1e-5
+    )
+
+
+def test_inputs_that_are_no_bytes(tmp_path: Path) -> None:
+    given = keras.Input((3,), name="x")
+    model = keras.Model(given, layers.Dense(2)(given))
+    for names, samples, text in (
+        (["y"], floats(5, 3), r"some of the model's inputs \['x'\]"),
+        ("x", floats(5, 3), "must be a list"),
+        (["x"], floats(5, 3), "whole numbers from 0 to 255"),
+        (["x"], np.full((5, 3), 256), "from 256 to 256"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            export_tflite(model, tmp_path, samples=samples, uint8_inputs=names)
+
+
 class Router(layers.Layer):
     """Chooses an expert for each position; made of no other layer."""
 
