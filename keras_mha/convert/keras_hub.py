@@ -29,10 +29,13 @@ from keras_mha.typing import Tensor
 
 
 def convert_layer(layer: Any, twins: Twins, masks: Masks) -> Any:
-    """Makes ours of a layer of KerasHub; `None` if it is another, or not built."""
-    package = type(layer).__module__.partition(".")[0]
-    convert = _CONVERTERS.get(type(layer).__name__)
-    if package != "keras_hub" or convert is None or not layer.built:
+    """Makes ours of a layer of KerasHub; `None` if it is another, or not built yet."""
+    kind = type(layer)
+    convert = _CONVERTERS.get(kind.__name__)
+    if kind.__module__.partition(".")[0] != "keras_hub" or convert is None:
+        return None
+    # Only the first takes all its sizes when it is made.
+    if not layer.built and kind.__name__ != "CachedMultiHeadAttention":
         return None
     return convert(layer, twins, masks)
 

@@ -154,8 +154,9 @@ def to_keras(layer_or_model: Any) -> Any:
     `MultiHeadSelfAttention` among its layers, inside another model too, becomes a
     plain `keras.Model` of the same name and layers.
 
-    Which implementation runs does not carry over: `jit_compile` is dropped, and
-    `flash_attention=False` stays.
+    What `from_keras` made of KerasHub's layers stays as it is. Which implementation
+    runs does not carry over: `jit_compile` is dropped, and `flash_attention=False`
+    stays.
 
     Args:
         layer_or_model: A `MultiHeadAttention`, a `MultiHeadSelfAttention`, or a layer
@@ -229,6 +230,7 @@ def _expected(received: Any, rule: Rule) -> str:
         f"Expected {rule.old}, or a layer or model that holds some. A subclass of such "
         "a layer may compute something else and does not convert. "
         f"Received: {received!r} of class {type(received).__name__}"
+        f"{'' if getattr(received, 'built', True) else ', not built'}"
     )
 
 

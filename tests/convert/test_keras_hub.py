@@ -120,6 +120,13 @@ def test_rows_that_see_no_key_as_in_keras_on_request() -> None:
     assert np.abs(expected[:, 2] - bias).max() > 0.05
 
 
+def test_a_layer_that_is_not_built() -> None:
+    converted = from_keras(CachedMultiHeadAttention(N, H, dropout=0.25))
+    assert type(converted) is CachedAttention
+    assert not converted.built
+    assert converted.dropout == 0.25
+
+
 def test_an_index_without_a_cache_is_refused() -> None:
     layer = made(CachedAttention(N, H), (B, T, D), (B, T, D))
     with pytest.raises(ValueError, match="`cache_update_index` needs a `cache`"):
