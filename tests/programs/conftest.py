@@ -28,6 +28,8 @@ plain constructors, lists and dictionaries of inputs, training steps of their ow
 runs on `keras.layers.MultiHeadAttention` and with our layer in its place, is converted,
 saved and exported, and is compared by value on inputs that were no samples.
 `make test-programs` runs them and writes this page; they are in `tests/programs/`.
+Saving is of weights, and of the whole model where Keras loads that of its own layer;
+files for GPUs are those that pass the lint and answer rightly on the CPU.
 
 """
 
