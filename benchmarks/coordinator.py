@@ -63,8 +63,7 @@ class Worker:
 
     def __init__(self, environment: Mapping[str, str], timeout: float) -> None:
         self._timeout = timeout
-        # Closed by `close`.
-        self._errors = tempfile.TemporaryFile(  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile(  # noqa: SIM115 - `close` closes it.
             "w+", encoding="utf-8", errors="replace"
         )
         self._process = subprocess.Popen(
@@ -85,7 +84,7 @@ class Worker:
         """
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None  # noqa: S101 - both are pipes.
-        assert answers is not None  # noqa: S101
+        assert answers is not None  # noqa: S101 - likewise.
         try:
             requests.write(json.dumps(request) + "\n")
             requests.flush()

@@ -1,9 +1,9 @@
 """Multi-head attention for Keras: one numerics contract on every path."""
 
-# They register the layers that a saved model may hold.
+# These three register the layers that a saved model may hold.
 import keras_mha.convert
 import keras_mha.models
-import keras_mha.text  # noqa: F401
+import keras_mha.text  # noqa: F401 - and are not used otherwise.
 from keras_mha.attention.api import dot_product_attention
 from keras_mha.attention.cache import flatten_cache, unflatten_cache
 from keras_mha.attention.masks import (

@@ -244,7 +244,10 @@ def _write(
     for path, content in files.items():
         with console.step(f"write {path}", (OSError,)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+            # Renamed when whole: a server may be reading.
+            new = path.with_name(f".{path.name}.new")
+            new.write_text(content, encoding="utf-8")
+            new.replace(path)
     places = {"model": parsed.model.resolve(), "out": parsed.out.resolve()}
     print(_COMMAND.format(**places, base_path=base_path), end="")
     return 0

@@ -52,9 +52,9 @@ LATE = (
 # A module of `keras_mha.export` may import from lower floors and from its own folder.
 EXPORT_FLOORS: Mapping[str, int] = {
     **dict.fromkeys(
-        ("compiled_marks", "declaration", "files", "ids", "report", "samples"), 0
+        ("declaration", "files", "ids", "report", "samples", "saved_graph"), 0
     ),
-    **dict.fromkeys(("inputs", "parity"), 1),
+    **dict.fromkeys(("compiled_marks", "inputs", "parity"), 1),
     "endpoint": 2,
     **dict.fromkeys(("drawn", "runtimes", "tokens"), 3),
     **dict.fromkeys(("cases", "device"), 4),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tensorflow.core.protobuf import (
-    meta_graph_pb2,
-    saved_model_pb2,
-    saved_object_graph_pb2,
-)
+from tensorflow.core.protobuf import meta_graph_pb2, saved_object_graph_pb2
+
+from keras_mha.export.saved_graph import edit_graphs, functions_of
 
 # Attributes of functions and of nodes. The first is what `jit_compile=True` leaves;
 # it makes a call fail where XLA is disabled. The others only suggest clusters.
@@ -33,22 +31,15 @@ def strip_compiled_marks(saved_model: Path) -> int:
         saved_model: The SavedModel's directory, not yet published.
 
     Returns:
-        Number of marks removed. `fingerprint.pb` describes the file as it was
-        before, so it goes where there were any.
+        Number of marks removed.
     """
-    path = saved_model / "saved_model.pb"
-    proto = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    removed = sum(_strip(graph) for graph in proto.meta_graphs)
-    if removed:
-        path.write_bytes(proto.SerializeToString(deterministic=True))
-        (saved_model / "fingerprint.pb").unlink(missing_ok=True)
-    return removed
+    return edit_graphs(saved_model, _strip)
 
 
 def _strip(meta_graph: meta_graph_pb2.MetaGraphDef) -> int:
-    graph = meta_graph.graph_def
-    functions = graph.library.function
-    marked = [*graph.node, *functions, *(n for f in functions for n in f.node_def)]
+    functions = functions_of(meta_graph)
+    nodes = [node for function in functions for node in function.node_def]
+    marked = [*meta_graph.graph_def.node, *functions, *nodes]
     removed = 0
     for owner in marked:
         for mark in _MARKS.intersection(owner.attr):

@@ -113,6 +113,18 @@ def test_names_that_keras_made_up_are_replaced() -> None:
         describe(model, {"left": ONE})
 
 
+def test_an_axis_of_one_may_be_left_out_or_added() -> None:
+    one, scalar = keras.Input((1,), name="one"), keras.Input((), name="scalar")
+    model = keras.Model([one, scalar], layers.Identity()(one[:, 0] - scalar))
+    left, right = rows(B), rows(B, 1)
+    endpoint, arrays = describe(model, [left, right])
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "one": (B, 1),
+        "scalar": (B,),
+    }
+    np.testing.assert_array_equal(values(endpoint, arrays)[0], left - right[:, 0])
+
+
 def test_an_optional_input_may_be_left_out() -> None:
     class Shift(layers.Layer):
         def call(self, x: Any, by: Any = None) -> Any:

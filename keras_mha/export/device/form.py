@@ -26,7 +26,7 @@ from keras_mha.layers.embedding import TokenAndPositionEmbedding
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.layers.projections import Projection
 from keras_mha.layers.self_attention import MultiHeadSelfAttention
-from keras_mha.twin import twin
+from keras_mha.twin import described, twin
 
 _layers = keras.layers
 
@@ -172,12 +172,12 @@ def _plan(
         _check_quantization(layer)
         if form is None:
             if isinstance(layer, _layers.Layer) and not _is_plain(layer):
-                notes[f"{_described(layer)} has no device form"] = None
+                notes[f"{described(layer)} has no device form"] = None
             continue
         try:
             swaps += form(layer)
         except NoDeviceFormError as reason:
-            notes[f"{_described(layer)} stays as it is: {reason}"] = None
+            notes[f"{described(layer)} stays as it is: {reason}"] = None
     return swaps, tuple(notes)
 
 
@@ -228,10 +228,6 @@ def _check_quantization(layer: Any) -> None:
     if mode != "int8" or not isinstance(layer, _DEQUANTIZED):
         raise ValueError(
             "`model` must not be quantized by Keras but to int8, in dense layers and "
-            f"embeddings, which are dequantized. Received: {_described(layer)} with "
+            f"embeddings, which are dequantized. Received: {described(layer)} with "
             f"quantization mode {mode!r}"
         )
-
-
-def _described(layer: Any) -> str:
-    return f"layer {layer.name!r} ({type(layer).__name__})"

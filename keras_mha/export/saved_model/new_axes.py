@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import node_def_pb2
-from tensorflow.core.protobuf import saved_model_pb2
+
+from keras_mha.export.saved_graph import edit_graphs, functions_of, node_of
 
 _MASKS = ("begin_mask", "end_mask", "ellipsis_mask", "shrink_axis_mask")
 _BOUNDS = ("begin", "end", "strides")
@@ -26,25 +27,25 @@ def expand_new_axes(saved_model: Path) -> None:
     Args:
         saved_model: The SavedModel's directory, not yet published.
     """
-    path = saved_model / "saved_model.pb"
-    proto = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    for meta_graph in proto.meta_graphs:
-        for function in meta_graph.graph_def.library.function:
-            _expand(function.node_def)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-    (saved_model / "fingerprint.pb").unlink(missing_ok=True)
+    edit_graphs(
+        saved_model,
+        lambda graph: sum(_expand(each.node_def) for each in functions_of(graph)),
+    )
 
 
-def _expand(nodes: Any) -> None:
-    """Rewrites the nodes of one function."""
+def _expand(nodes: Any) -> int:
+    """Rewrites the nodes of one function; returns how many slices."""
     by_name = {node.name: node for node in nodes}
+    rewritten = 0
     for node in list(nodes):
         if node.op != "StridedSlice" or not _mask(node, "new_axis_mask"):
             continue
-        bounds = [by_name.get(name.partition(":")[0]) for name in node.input[1:4]]
+        bounds = [by_name.get(node_of(name)) for name in node.input[1:4]]
         if all(bound is not None and bound.op == "Const" for bound in bounds):
             values = [tf.make_ndarray(bound.attr["value"].tensor) for bound in bounds]
             nodes.extend(list(_in_steps(node, values)))
+            rewritten += 1
+    return rewritten
 
 
 def _mask(node: Any, name: str) -> int:

@@ -13,23 +13,18 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
+
+from keras_mha.export.saved_graph import edit_graphs, functions_of, node_of
 
 _HIGHEST_BIT = np.iinfo(np.int32).min
 
 
 def take_signs_of_bits(saved_model: Path) -> None:
     """Leaves out the mask of the highest bit in the SavedModel at a directory."""
-    path = saved_model / "saved_model.pb"
-    proto = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    functions = [
-        function.node_def
-        for graph in proto.meta_graphs
-        for function in graph.graph_def.library.function
-    ]
-    if sum(map(_take_signs, functions)):
-        path.write_bytes(proto.SerializeToString(deterministic=True))
-        (saved_model / "fingerprint.pb").unlink(missing_ok=True)  # of the file before
+    edit_graphs(
+        saved_model,
+        lambda graph: sum(_take_signs(each.node_def) for each in functions_of(graph)),
+    )
 
 
 def _take_signs(nodes: Sequence[Any]) -> int:
@@ -39,11 +34,11 @@ def _take_signs(nodes: Sequence[Any]) -> int:
     for node in nodes:
         if node.op != "BitwiseAnd":
             continue
-        bits, mask = (by_name.get(name.partition(":")[0]) for name in node.input)
+        bits, mask = (by_name.get(node_of(name)) for name in node.input)
         readers = [
             other
             for other in nodes
-            if any(name.partition(":")[0] == node.name for name in other.input)
+            if any(node_of(name) == node.name for name in other.input)
         ]
         if (
             bits is not None
@@ -51,8 +46,8 @@ def _take_signs(nodes: Sequence[Any]) -> int:
             and _is(mask, _HIGHEST_BIT)
             and all(
                 other.op == "Less"
-                and other.input[0].partition(":")[0] == node.name
-                and _is(by_name.get(other.input[1].partition(":")[0]), 0)
+                and node_of(other.input[0]) == node.name
+                and _is(by_name.get(node_of(other.input[1])), 0)
                 for other in readers
             )
         ):
@@ -74,5 +69,5 @@ def _rename_output(name: str, readers: Sequence[Any]) -> None:
     """Reads an operation's output by the name that it has for another operation."""
     for reader in readers:
         for place, read in enumerate(reader.input):
-            if read.partition(":")[0] == name:
+            if node_of(read) == name:
                 reader.input[place] = f"{name}:output:0"

@@ -15,6 +15,8 @@ import keras_mha
 from keras_mha.export import ParityError, export_tflite
 from keras_mha.export.device.form import FORMS
 from keras_mha.export.device.layers import Swap
+from keras_mha.export.endpoint import describe
+from keras_mha.export.tflite.inputs import even_rows, fix_inputs
 from keras_mha.export.tflite.lint import lint_tflite
 from tests.support.layers import randomize
 
@@ -144,8 +146,17 @@ def test_padding_is_what_the_mask_says(tmp_path: Path, target: Any) -> None:
     rows = ids(23, 1, 13)
     rows[0, 4:] = 1
     np.testing.assert_allclose(run(report, ids=rows)["p"], model(rows), atol=1e-5)
-    # Shorter samples were filled up with what the model calls padding.
     assert not {"NOT_EQUAL", "SELECT_V2"} & set(report.files[0].operators)
+
+
+def test_shorter_rows_are_filled_up_with_what_the_model_calls_padding() -> None:
+    model = masked(1)
+    assert even_rows(model, [[3, 4], [5, 6, 7]]) == [[3, 4, 1], [5, 6, 7]]
+    endpoint, arrays = describe(model, [[3, 4, 5]])
+    (fixed,) = fix_inputs(
+        endpoint, arrays, None, lengths=(5,), shapes=None, batch_size=None
+    )
+    np.testing.assert_array_equal(fixed.ids, [[3, 4, 5, 1, 1]])
 
 
 def test_ids_that_keras_calls_float32(tmp_path: Path) -> None:
